@@ -1,0 +1,57 @@
+# `make demo` and `make test` set up .venv themselves; another interpreter: make PYTHON=python3.13 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FLOOR := .venv-floor
+# The oldest transformers that patchkit supports, on the only torch whose CPU wheel is easy to come by.
+FLOOR_PINS := transformers==5.15.*
+# Two workers of one thread each: more threads would only fight for the same cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test test-floor check format bench coverage clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## the main job: the bundled model on 16k tokens of real text, unpatched and streaming
+	$(BIN)/patchkit demo $(ARGS)
+
+test: $(VENV)/.installed  ## the whole test suite
+	$(PYTEST) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-floor: $(FLOOR)/.installed  ## the whole test suite on the oldest supported transformers
+	$(PYTEST) $(FLOOR)/bin/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/.installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed  ## the timed bars; figures go to evals/results/
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-only -s $(ARGS)
+
+coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tiny: writes docs/coverage.md
+	$(BIN)/python evals/coverage.py $(ARGS)
+
+clean:  ## remove environments, caches and build products
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "patchkit needs Python 3.10 or newer; use: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(FLOOR)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOOR)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt torch
+	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt -e '.[test]' '$(FLOOR_PINS)'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Cache layers: all state that a patch keeps while decoding."""

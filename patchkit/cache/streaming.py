@@ -1,0 +1,635 @@
+"""The key-value cache of StreamingLLM: attention sinks and a ring of the last W tokens, with positions that stay bounded.
+
+Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim. Tokens are numbered 0, 1, 2, ... as they are fed; with
+left padding the *row position* of token i in row b is ``r = i - pads[b]``.
+
+Where a key stands. Rotary models add ``r_query - r_key`` to the score's phase, nothing else of the position. The cache
+keeps three kinds of key, each turned so that this difference is right:
+
+* a window key is stored at its **frame position** ``r - base``. The query is at ``r - base`` too, so true distances hold.
+  When the frame position would leave ``[0, limit)``, ``base`` moves and the whole ring is turned once (`Stream.rebase`):
+  one turn of W keys in at least S + W steps, and no angle ever grows with the length of the stream.
+* a sink key is kept unturned, at its row position j < S. In one-token steps it is handed out turned by
+  ``excess - base`` with ``excess = max(0, r_query - (S + W - 1))``, which leaves the distance
+  ``min(r_query, S + W - 1) - j``: the distance inside the cache.
+* in forwards of several tokens every query needs another turn of the sinks, so the attention function turns the queries
+  instead (`patchkit.patches.streaming`).
+
+Slots. Token i < S + W is in slot i, later ones in ``S + (i - S) % W``. Row b's sinks are its first S real tokens
+``g = pads[b] .. pads[b] + S - 1``; one that is not already among the first S slots moves to slot ``g % S`` when the ring
+drops it, where that row held padding.
+
+In the steady state a step writes one slot, turns S keys and hands out the same two tensors: no allocation grows, nothing
+depends on a Python integer that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from patchkit import _compat
+from patchkit.errors import StreamError
+from patchkit.target import Rotary
+
+# Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
+ROLLBACK = 256
+
+
+@dataclass(eq=False)
+class Lane:
+    """What the layers with one rule share: S sinks, a window of W tokens, one rotary embedding."""
+
+    sinks: int
+    window: int
+    rotary: Rotary | None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens kept: S + W."""
+        return self.sinks + self.window
+
+    def slot(self, token: Any) -> Any:
+        """The slot of token ``token`` (int or int64 tensor)."""
+        in_ring = self.sinks + (token - self.sinks) % self.window
+        if torch.is_tensor(token):
+            return torch.where(token < self.capacity, token, in_ring)
+        return token if token < self.capacity else in_ring
+
+
+@dataclass(eq=False)
+class Plan:
+    """How one patched model streams; made once by the patch, shared by all its caches.
+
+    Attributes:
+        lanes: the lane of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
+        main: the lane of the streaming layers; its S + W defines in-cache positions.
+        in_cache: sinks stand at their distance inside the cache (the paper's rule); else at their true distance.
+        limit: frame positions stay below it. None: not bounded, because some rotary layers keep all keys.
+        stock_layers: makes transformers' cache layers of a fresh cache.
+        owns_all: every attention layer is in a lane, so no mask of transformers' own is needed.
+        has_alibi: some layers add a bias that is linear in the distance.
+    """
+
+    lanes: dict[int, Lane]
+    main: Lane
+    in_cache: bool
+    limit: int | None
+    stock_layers: Callable[[], list[Any]]
+    owns_all: bool = True
+    has_alibi: bool = False
+
+
+@dataclass(eq=False)
+class Frame:
+    """One forward: T tokens after the ``start`` tokens seen so far.
+
+    Attributes:
+        pads: [B] left padding per row, or None.
+        base: [B or 1] frame origin of each row.
+        many: the general form, for several tokens at once or when gradients are wanted; else the in-place step of one token.
+        cached: keys come from a cache; else they are the T new ones as the model made them.
+        steady: a step in which every query sees every slot, so that no mask is needed.
+    """
+
+    plan: Plan
+    start: int
+    tokens: int
+    pads: torch.Tensor | None
+    base: torch.Tensor
+    device: torch.device
+    many: bool = True
+    cached: bool = True
+    steady: bool = False
+    _turns: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Tokens seen after this forward."""
+        return self.start + self.tokens
+
+    def row_positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B or 1, n] row positions of token numbers [n]; negative where the token is padding."""
+        return tokens[None] if self.pads is None else tokens[None] - self.pads[:, None]
+
+    def excess(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B or 1, n] how far each token's row position is beyond the last in-cache position S + W - 1."""
+        return (self.row_positions(tokens) - (self.plan.main.capacity - 1)).clamp(min=0)
+
+    def position_ids(self) -> torch.Tensor:
+        """[B or 1, T] what the model is told: bounded, and true while nothing has been evicted."""
+        rows = self.row_positions(torch.arange(self.start, self.end, device=self.device))
+        if self.plan.limit is not None:
+            rows = rows.clamp(max=self.plan.main.capacity - 1) if self.many else rows - self.base[:, None]
+        return rows.clamp(min=0)
+
+    @property
+    def turned(self) -> bool:
+        """Whether new keys and queries arrive at other positions than their frame positions."""
+        return self.plan.limit is not None and self.many and self.end > self.plan.main.capacity
+
+    def window_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B or 1, 1, T, n] from where the model put the new tokens to their frame positions."""
+        return self._turn(rotary, "window", lambda tokens: self.excess(tokens) - self.base[:, None])
+
+    def sink_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from where the model put the queries to their in-cache positions (unbounded plans only)."""
+        return self._turn(rotary, "sinks", lambda tokens: -self.excess(tokens))
+
+    def _turn(self, rotary: Rotary, name: str, offsets: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (id(rotary), name)
+        if key not in self._turns:
+            tokens = torch.arange(self.start, self.end, device=self.device)
+            self._turns[key] = tuple(t[:, None] for t in rotary.angles(offsets(tokens)))
+        return self._turns[key]
+
+    def key_tokens(self, lane: Lane) -> torch.Tensor:
+        """[B or 1, n] the token number of every key that a layer of ``lane`` attends to, in order; -1 for an empty slot."""
+        if self.start < lane.capacity:
+            return torch.arange(self.end, device=self.device)[None]
+        slots = torch.arange(lane.capacity, device=self.device)
+        oldest = self.start - lane.window
+        if self.many:  # sinks, then the window and the new tokens in order of time
+            window = torch.arange(oldest, self.end, device=self.device)
+        else:  # slot by slot, after the new token has taken the oldest one's
+            window = self.start - (self.start - slots[lane.sinks :]) % lane.window
+            oldest += 1
+        sinks = slots[None, : lane.sinks]
+        if self.pads is not None and lane.sinks:
+            # The sink token whose slot this is; it is there from the start, or since the ring dropped it.
+            first = self.pads[:, None]
+            token = first + (sinks - first) % lane.sinks
+            sinks = torch.where((token < lane.sinks) | (token < oldest), token, -1)
+        return torch.cat([sinks, window.expand(len(sinks), -1)], 1)
+
+    def visible(self, lane: Lane, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """[B or 1, 1, queries, keys] which keys (token numbers [B or 1, n]) each query (token numbers [T]) attends to."""
+        pads = 0 if self.pads is None else self.pads[:, None, None]
+        query, key = queries[None, :, None], keys[:, None, :]
+        row = key - pads
+        seen = (key >= 0) & (row >= 0) & (key <= query) & ((key > query - lane.window) | (row < lane.sinks))
+        # A padding query sees itself, so that no row of the softmax is empty.
+        return (seen | ((key == query) & (row < 0)))[:, None]
+
+
+class Stream:
+    """Where a batch of sequences stands: what all layers of one cache share."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.seen = 0
+        self.highest = 0  # the most tokens ever seen, before rollbacks
+        self.recorded_since = 0
+        self.pads: torch.Tensor | None = None
+        self.most_pads = 0
+        self.base = torch.zeros(1, dtype=torch.int64)
+        self.rebase_at = self.plan.limit
+        self.frame: Frame | None = None
+        self.broken = False
+        self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
+        self._steady: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def set_pads(self, pads: torch.Tensor) -> None:
+        """Take note of the left padding [B] of every row."""
+        self.pads, self.most_pads = pads, int(pads.max())
+        self._schedule_rebase()
+
+    def begin(self, tokens: int, layers: list[StreamLayer], device: torch.device, in_place: bool) -> Frame:
+        """Open the frame of a forward of ``tokens`` new tokens; ``in_place`` when no gradient is wanted.
+
+        Raises:
+            StreamError: an earlier forward did not reach its end.
+        """
+        if self.broken:
+            raise StreamError("an earlier forward with this cache failed half-way, so its contents are not defined. Start a new cache.")
+        self.broken = True  # until this forward commits
+        self.base = self.base.to(device)
+        many = tokens > 1 or not in_place
+        if not many and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
+            rows, base = self._rows_and_base()
+            due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
+            self.rebase(torch.where(due, rows, base), layers)
+        capacities = [lane.capacity for lane in self.lanes]
+        steady = not many and (self.pads is None or self.seen >= self.most_pads + max(capacities))
+        self.frame = Frame(self.plan, self.seen, tokens, self.pads, self.base, device, many=many, steady=steady)
+        if not many and self.seen >= min(capacities):
+            self._prepare_step(self.frame)
+        return self.frame
+
+    def commit(self) -> None:
+        """The forward has gone through every layer."""
+        assert self.frame is not None
+        self.seen = self.frame.end
+        self.highest = max(self.highest, self.seen)
+        self.frame = None
+        self.broken = False
+
+    def rebase(self, base: torch.Tensor, layers: list[StreamLayer]) -> None:
+        """Move the frame origin to ``base`` [B or 1] and turn every window key by the difference."""
+        offsets = (self.base - base)[:, None, None]
+        for lane in self.lanes:
+            if lane.rotary is not None:
+                cos, sin = lane.rotary.angles(offsets)
+                for layer in layers:
+                    if layer.lane is lane:
+                        layer.turn_window(cos, sin)
+        self.base = base
+        self._schedule_rebase()
+
+    def take_back(self, count: int, layers: list[StreamLayer]) -> None:
+        """Count ``count`` tokens as not seen; rows that are no longer full return to the frame of a fresh stream."""
+        self.seen -= count
+        rows, base = self._rows_and_base()
+        unfilled = (rows < self.plan.main.capacity) & (base > 0)
+        if bool(unfilled.any()):
+            self.rebase(torch.where(unfilled, 0, base), layers)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The distinct lanes of the plan."""
+        return list({id(lane): lane for lane in self.plan.lanes.values()}.values())
+
+    def _rows_and_base(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B or 1] the row position of the next token, and the frame origin."""
+        rows = torch.full_like(self.base, self.seen) if self.pads is None else self.seen - self.pads
+        return rows, self.base.expand(len(rows))
+
+    def _schedule_rebase(self) -> None:
+        """Work out, as a plain number, the first token at which a row leaves its frame: steps must not look into tensors."""
+        if self.plan.limit is not None:
+            origin = self.base if self.pads is None else self.base + self.pads.to(self.base.device)
+            self.rebase_at = int(origin.min()) + self.plan.limit
+
+    def _prepare_step(self, frame: Frame) -> None:
+        """Put the slot and the sinks' turn of this step into tensors whose addresses never change."""
+        token = torch.tensor([frame.start], device=frame.device)
+        for lane in self.lanes:
+            cos = sin = None
+            if lane.sinks and lane.rotary is not None:
+                offset = frame.excess(token) if self.plan.in_cache else torch.zeros_like(frame.row_positions(token))
+                cos, sin = lane.rotary.angles((offset - self.base[:, None])[:, None])
+            slot = lane.slot(token)
+            held = self._steady.get(id(lane))
+            if held is None or held[0].device != slot.device or (cos is not None and (held[1] is None or held[1].shape != cos.shape)):
+                self._steady[id(lane)] = slot, cos, sin
+                continue
+            held[0].copy_(slot)
+            if cos is not None and sin is not None:
+                assert held[1] is not None and held[2] is not None
+                held[1].copy_(cos)
+                held[2].copy_(sin)
+
+    def steady(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The slot [1] of this step, and the cosine and sine [B or 1, 1, 1, n] of the sinks' turn."""
+        return self._steady[id(lane)]
+
+    def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a selection of batch rows."""
+        if self.pads is not None:
+            self.pads = index(self.pads)
+        if len(self.base) > 1:
+            self.base = index(self.base)
+        self._steady = {}
+
+
+class StreamLayer(_compat.CacheLayerMixin):
+    """One layer's sinks and window: keys [B, G, S+W, K] and values [B, G, S+W, V], allocated once."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, lane: Lane, stream: Stream) -> None:
+        super().__init__()
+        self.lane = lane
+        self.stream = stream
+        self.is_sliding = lane.sinks == 0 and lane is not stream.plan.main
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        # The sinks' rotated dimensions, unturned, in float32, and the same a quarter turn on; kept once tokens are evicted.
+        self.raw: torch.Tensor | None = None
+        self.raw_quarter: torch.Tensor | None = None
+        # Evicted tokens, in slot ``token % ROLLBACK``, while the past is recorded.
+        self.log: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    # -- transformers' contract of a cache layer ---------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        size = (*key_states.shape[:2], self.lane.capacity)
+        self.keys = key_states.new_zeros(*size, key_states.shape[-1])
+        self.values = value_states.new_zeros(*size, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new keys [B, G, T, K] and values [B, G, T, V]; return those that the new tokens attend to."""
+        frame = self.stream.frame
+        if frame is None:
+            raise StreamError(
+                "this streaming cache was given to a model that is not patched (any more). Use it with the model that made it, patched."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if frame.many:
+            return self._extend(frame, key_states, value_states)
+        if frame.start < self.lane.capacity:
+            self.keys[:, :, frame.start] = key_states[:, :, 0]
+            self.values[:, :, frame.start] = value_states[:, :, 0]
+            return self.keys[:, :, : frame.end], self.values[:, :, : frame.end]
+        return self._step(frame, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, as transformers expects: more than are kept."""
+        return self.stream.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a forward of ``query_length`` tokens attends to; all tokens when other layers' masks are made from it."""
+        seen, capacity = self.stream.seen, self.lane.capacity
+        if not self.stream.plan.owns_all:
+            return seen + query_length, 0
+        if query_length == 1:
+            return min(seen + 1, capacity), 0
+        return min(seen, capacity) + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._forget()
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    @property
+    def record_past(self) -> bool:
+        """Whether `crop` can bring evicted tokens back."""
+        return self.stream.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        if value and not self.stream.recording:
+            self.stream.recorded_since = self.stream.highest = self.stream.seen
+        self.stream.recording = value
+
+    # -- one token, steady state -------------------------------------------------------------------------------------------
+
+    def _step(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slot, cos, sin = self.stream.steady(self.lane)
+        slot = slot.to(k.device)
+        if self.lane.sinks and self.raw is None:
+            self._capture_sinks()
+        if self.stream.recording:
+            token = torch.tensor([frame.start - self.lane.window], device=k.device)
+            self._write_log(token, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+        if self.stream.pads is not None:
+            dropped = frame.start - self.lane.window
+            if self.lane.sinks and self.lane.sinks <= dropped < self.stream.most_pads + self.lane.sinks:
+                self._keep_sinks(frame, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+        self.keys.index_copy_(2, slot, k)
+        self.values.index_copy_(2, slot, v)
+        if self.raw is not None and cos is not None and sin is not None:
+            assert self.raw_quarter is not None
+            turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))
+            self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].copy_(turned)
+        return self.keys, self.values
+
+    # -- several tokens ----------------------------------------------------------------------------------------------------
+
+    def _extend(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lane = self.lane
+        if lane.rotary is not None and frame.turned:
+            k, v = self._turned(k, v, *frame.window_turn(lane.rotary))
+        if frame.start == 0:
+            keys, values = k, v
+        else:
+            past_keys, past_values = self._in_time_order(frame.start)
+            keys, values = torch.cat([past_keys, k], 2), torch.cat([past_values, v], 2)
+        with torch.no_grad():
+            self._store(frame, keys.detach(), values.detach(), k.detach(), v.detach())
+        return keys, values
+
+    def _store(self, frame: Frame, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        lane, start, end = self.lane, frame.start, frame.end
+        # Tokens that this forward pushes out of the window, and the row of token i in `keys`: i + offset.
+        dropped = range(max(lane.sinks, start - lane.window), max(lane.sinks, end - lane.window))
+        offset = lane.capacity - start if start >= lane.capacity else 0
+        if self.stream.recording and dropped:
+            tokens = torch.arange(max(dropped.start, dropped.stop - ROLLBACK), dropped.stop, device=k.device)
+            self._write_log(tokens, keys.index_select(2, tokens + offset), values.index_select(2, tokens + offset))
+        kept = max(0, frame.tokens - lane.window)
+        slots = lane.slot(torch.arange(start + kept, end, device=k.device))
+        first_sinks = min(lane.sinks, end) - start
+        if first_sinks > 0:
+            self.keys[:, :, start : start + first_sinks] = k[:, :, :first_sinks]
+            self.values[:, :, start : start + first_sinks] = v[:, :, :first_sinks]
+        self.keys.index_copy_(2, slots, k[:, :, kept:])
+        self.values.index_copy_(2, slots, v[:, :, kept:])
+        if dropped and lane.sinks:
+            if self.raw is None:
+                self._capture_sinks()
+            if frame.pads is not None:
+                for token in range(dropped.start, min(dropped.stop, self.stream.most_pads + lane.sinks)):
+                    row = token + offset
+                    self._keep_sinks(frame, token, keys[:, :, row : row + 1], values[:, :, row : row + 1])
+
+    def _in_time_order(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of what is kept, oldest first, sinks before the window and turned for a forward of several tokens."""
+        lane = self.lane
+        if start < lane.capacity:
+            return self.keys[:, :, :start], self.values[:, :, :start]
+        oldest = lane.slot(start)
+        sinks = self._sinks_for_many()
+        rings = (self.keys, self.values)
+        keys, values = (torch.cat([s, x[:, :, oldest:], x[:, :, lane.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
+        return keys, values
+
+    def _sinks_for_many(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sinks' keys and values: at their row positions, or with true distances at their frame positions."""
+        keys, values = self.keys[:, :, : self.lane.sinks].clone(), self.values[:, :, : self.lane.sinks].clone()
+        if self.lane.rotary is not None and self.lane.sinks:
+            if self.raw is None or self.raw_quarter is None:
+                self._capture_sinks()
+            raw = self.raw
+            if not self.stream.plan.in_cache:
+                cos, sin = self.lane.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
+                raw = raw * cos + self.raw_quarter * sin
+            self._rotated(keys, values).copy_(raw)
+        return keys, values
+
+    # -- sinks, log, turns -------------------------------------------------------------------------------------------------
+
+    def _rotated(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A view of the rotated dimensions."""
+        rotary = self.lane.rotary
+        assert rotary is not None
+        x = keys if rotary.slot == "keys" else values
+        return x[..., rotary.cached_start : rotary.cached_start + rotary.width]
+
+    def _turned(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rotary = self.lane.rotary
+        assert rotary is not None
+        cos, sin = cos.to(k.device), sin.to(k.device)
+        if rotary.slot == "keys":
+            return rotary.turn(k, cos, sin, rotary.cached_start), v
+        return k, rotary.turn(v, cos, sin, rotary.cached_start)
+
+    def _capture_sinks(self) -> None:
+        """Keep the sinks as they are, unturned, before the first eviction."""
+        if self.lane.rotary is not None:
+            self.raw = self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].float().clone()
+            self.raw_quarter = self.lane.rotary.quarter_turn(self.raw)
+
+    def _keep_sinks(self, frame: Frame, token: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Where the dropped ``token`` (its key and value [B, G, 1, *]) is a sink of a left-padded row, move it to its slot."""
+        assert frame.pads is not None
+        row = token - frame.pads
+        mine = ((row >= 0) & (row < self.lane.sinks)).to(k.device)[:, None, None]
+        slot = token % self.lane.sinks
+        if self.raw is not None:
+            assert self.lane.rotary is not None
+            self.raw[:, :, slot] = torch.where(mine, self._rotated(k, v)[:, :, 0].float(), self.raw[:, :, slot])
+            self.raw_quarter = self.lane.rotary.quarter_turn(self.raw)
+        self.keys[:, :, slot] = torch.where(mine, k[:, :, 0], self.keys[:, :, slot])
+        self.values[:, :, slot] = torch.where(mine, v[:, :, 0], self.values[:, :, slot])
+
+    def _write_log(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.log is None:
+            self.log = k.new_zeros(*k.shape[:2], ROLLBACK, k.shape[-1]), v.new_zeros(*v.shape[:2], ROLLBACK, v.shape[-1])
+        for log, x in zip(self.log, (k, v), strict=True):
+            log.index_copy_(2, tokens % ROLLBACK, x)
+
+    def turn_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Turn every key of the ring, and of the log, by one angle [B or 1, 1, 1, n] per row."""
+        if not self.is_initialized:
+            return
+        rotary = self.lane.rotary
+        assert rotary is not None
+        cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
+        for keys, values in [(self.keys[:, :, self.lane.sinks :], self.values[:, :, self.lane.sinks :]), *([self.log] if self.log else [])]:
+            part = self._rotated(keys, values)
+            part.copy_(rotary.turn(part, cos, sin, 0))
+
+    def can_roll_back(self, count: int) -> bool:
+        """Whether the tokens that the last ``count`` ones pushed out of the window are on record."""
+        stream, lane = self.stream, self.lane
+        kept = stream.seen - count
+        if count == 0 or stream.seen <= lane.capacity:
+            return True
+        oldest_wanted = max(kept, lane.capacity) - lane.window
+        return stream.recording and stream.highest - kept <= ROLLBACK and oldest_wanted >= stream.recorded_since - lane.window
+
+    def roll_back(self, count: int) -> None:
+        """Bring back the tokens that the last ``count`` ones pushed out of the window."""
+        lane, seen = self.lane, self.stream.seen
+        if not self.is_initialized or count == 0 or seen <= lane.capacity:
+            return
+        tokens = torch.arange(max(seen - count, lane.capacity), seen, device=self.keys.device)
+        assert self.log is not None
+        for ring, log in zip((self.keys, self.values), self.log, strict=True):
+            ring.index_copy_(2, lane.slot(tokens), log.index_select(2, (tokens - lane.window) % ROLLBACK))
+        if self.raw is not None:
+            self._rotated(self.keys, self.values)[:, :, : lane.sinks].copy_(self.raw)
+
+    def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a selection of batch rows to everything kept."""
+        if not self.is_initialized:
+            return
+        self.keys, self.values = index(self.keys), index(self.values)
+        if self.raw is not None and self.raw_quarter is not None:
+            self.raw, self.raw_quarter = index(self.raw), index(self.raw_quarter)
+        if self.log is not None:
+            self.log = index(self.log[0]), index(self.log[1])
+
+    def n_bytes(self) -> int:
+        """Bytes of every tensor this layer keeps."""
+        tensors = [self.keys, self.values, self.raw, self.raw_quarter, *(self.log or ())]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class StreamingCache(_compat.Cache):
+    """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
+
+    Made by a patched model when it is called without a cache; pass the ``past_key_values`` it returns to go on.
+    `get_seq_length()` is the number of tokens seen, not kept.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.stream = Stream(plan)
+        layers = plan.stock_layers()
+        super().__init__(layers=[StreamLayer(plan.lanes[i], self.stream) if i in plan.lanes else layer for i, layer in enumerate(layers)])
+
+    @property
+    def own_layers(self) -> list[StreamLayer]:
+        """The layers that patchkit keeps."""
+        return [layer for layer in self.layers if isinstance(layer, StreamLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.stream.seen
+
+    def n_bytes(self) -> int:
+        """Bytes kept by the layers that patchkit keeps."""
+        return sum(layer.n_bytes() for layer in self.own_layers)
+
+    def reset(self) -> None:
+        super().reset()
+        self.stream.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens, bringing back those that they had pushed out of the window.
+
+        Raises:
+            ValueError: a positive number.
+            StreamError: more tokens than are recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
+        count = -tokens_to_remove
+        if count > self.stream.seen:
+            raise StreamError(f"cannot take back {count} tokens of {self.stream.seen}")
+        if not all(layer.can_roll_back(count) for layer in self.own_layers):
+            raise StreamError(
+                f"cannot take back {count} tokens: what they pushed out of the window was not recorded. Call "
+                f"cache.activate_past_recording() before the tokens are fed, and take back at most {ROLLBACK}."
+            )
+        # Other layers first: one of them may refuse, and nothing must be half done.
+        for layer in self.layers:
+            if not isinstance(layer, StreamLayer):
+                layer.crop(tokens_to_remove)
+        for layer in self.own_layers:
+            layer.roll_back(count)
+        self.stream.take_back(count, self.own_layers)
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what the window drops, up to ``ROLLBACK`` tokens, for `crop` to bring back."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)], lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, 0), lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def _select(self, index: Callable[[torch.Tensor], torch.Tensor], other: Callable[[Any], None]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, StreamLayer):
+                layer.select_rows(index)
+            else:
+                other(layer)
+        self.stream.select_rows(index)

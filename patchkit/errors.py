@@ -1,0 +1,31 @@
+"""The errors of patchkit. Every message ends with the remedy, so that nobody has to read the source to go on."""
+
+from __future__ import annotations
+
+
+class PatchError(Exception):
+    """Base of every error that patchkit raises on purpose."""
+
+
+class UnsupportedModel(PatchError):
+    """This model (or this version of transformers or torch) cannot be patched exactly or usefully; the message says why."""
+
+
+class NothingMatched(PatchError):
+    """A patch found nothing in the model that it could change."""
+
+
+class PatchConflict(PatchError):
+    """A patch is given twice, does not go with another one, or the model is not in the state that the call needs."""
+
+
+class IrreversiblePatch(PatchError):
+    """An edit could not be undone; the message says what is left and how to get a clean model."""
+
+
+class SpecError(PatchError, ValueError):
+    """A spec string names an unknown patch or option, or gives a value that the patch refuses."""
+
+
+class StreamError(PatchError, RuntimeError):
+    """A patched model is run in a way that its patch cannot serve: a foreign cache, packed positions and the like."""

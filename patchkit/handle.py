@@ -1,0 +1,172 @@
+"""Handle: the only way to edit a model. It remembers every edit and undoes them last-in-first-out."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from patchkit.errors import IrreversiblePatch, PatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from patchkit.patch import Patch
+
+
+class Handle:
+    """The edits of one `patch_model` call, and what each patch says about its own.
+
+    `patch_model` makes one root handle and gives every patch a view of it (`for_patch`): the undo stack is shared, the
+    report (`changed`, `left_alone`, `hits`) is the patch's own.
+
+    A patched model can be copied (`copy.deepcopy`) and pickled, and the copy can be unpatched on its own. That holds because
+    every function that a patch leaves on the model, as a hook, an attribute or an undo step, is a module-level function, a
+    `functools.partial` over one, or a bound method: deepcopy and pickle carry those over to the copy. A lambda or a function
+    defined inside another would go on working for the first model, so the handle refuses it. A hook that counts is best given
+    `handle.hits`, not the handle, which would drag the whole model into a copy of one module.
+
+    Attributes:
+        model: the patched model.
+        patch: the patch whose view this is; None on the root handle.
+        hits: run-time counters, kept by the patch and shown by `patchkit.report`.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self.patch: Patch | None = None
+        self.views: list[Handle] = []
+        self.hits: Counter[str] = Counter()
+        self._changed: dict[str, int] = {}
+        self._left_alone: dict[str, str] = {}
+        self._steps: list[Callable[[], object]] = []
+
+    def for_patch(self, patch: Patch) -> Handle:
+        """A view for one patch: shares this handle's undo stack, has its own report and counters."""
+        view = Handle(self.model)
+        view.patch = patch
+        view._steps = self._steps
+        self.views.append(view)
+        return view
+
+    # -- edits -------------------------------------------------------------------------------------------------------------
+
+    def pre_hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
+        """`module.register_forward_pre_hook(fn, **kw)`; `kw` is `prepend` and `with_kwargs`."""
+        _require_portable(fn, "hook")
+        self._steps.append(functools.partial(_remove_hook, module.register_forward_pre_hook(fn, **kw)))
+
+    def hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
+        """`module.register_forward_hook(fn, **kw)`; `kw` is `prepend`, `with_kwargs` and `always_call`."""
+        _require_portable(fn, "hook")
+        self._steps.append(functools.partial(_remove_hook, module.register_forward_hook(fn, **kw)))
+
+    def set_attribute(self, obj: object, name: str, value: Any) -> None:
+        """Set an instance attribute; undo restores the old instance value, or deletes the attribute where there was none.
+
+        On an `nn.Module` the value stays a plain attribute whatever its type, so a module or a parameter set this way is not
+        in `state_dict`. A property is set, and restored, through its setter.
+
+        Raises:
+            PatchError: `name` is a parameter, a buffer or a submodule; swap those yourself and give `on_undo` the way back.
+                Or `value` is a function that a copy of the model could not take along.
+        """
+        _require_portable(value, f"value of {name}")
+        # Pickle stores such a method as a name to look up on obj, and would load the class's own method instead.
+        if isinstance(value, types.MethodType) and value.__self__ is obj:
+            raise PatchError(
+                f"the value of {name} is a method bound to the object it is set on, which pickle cannot store: "
+                f"use functools.partial({value.__func__.__qualname__}, obj)."
+            )
+        for registry in ("_parameters", "_buffers", "_modules"):
+            if name in getattr(obj, registry, ()):
+                raise PatchError(
+                    f"{type(obj).__name__}.{name} is in {registry}: set_attribute is for plain attributes. "
+                    "Swap it in that dictionary and give handle.on_undo the way back."
+                )
+        attributes = vars(obj)
+        old = attributes[name] if name in attributes else getattr(obj, name, None)
+        existed = name in attributes
+        _set_plain(obj, name, value)
+        # A property, or a config's alias, redirects the write: there is nothing of this name to delete, only a value to set back.
+        if existed or name not in attributes:
+            self._steps.append(functools.partial(_set_plain, obj, name, old))
+        else:
+            self._steps.append(functools.partial(_delete_plain, obj, name))
+
+    def on_undo(self, callback: Callable[[], object]) -> None:
+        """Any other edit brings its own way back: `on_undo(functools.partial(put_back, module, weight))`.
+
+        Call it before the edit if the edit can fail half-way.
+        """
+        _require_portable(callback, "undo step")
+        self._steps.append(callback)
+
+    # -- report ------------------------------------------------------------------------------------------------------------
+
+    def changed(self, what: str, count: int = 1) -> None:
+        """Say what was changed, for the report and the printed line: `changed("attention layers", 12)`. Counts add up.
+
+        A patch that changes nothing is refused with `NothingMatched` and undone, so every `apply` calls this.
+        """
+        self._changed[what] = self._changed.get(what, 0) + count
+
+    def left_alone(self, what: str, why: str) -> None:
+        """Say what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
+        self._left_alone[what] = why
+
+    # -- undo --------------------------------------------------------------------------------------------------------------
+
+    def undo(self) -> None:
+        """Undo every edit, last first. Every step runs, even after one has failed; a second call does nothing.
+
+        Raises:
+            IrreversiblePatch: at least one step failed; the message lists the failures, the first is the cause.
+        """
+        failures: list[BaseException] = []
+        while self._steps:
+            step = self._steps.pop()
+            try:
+                step()
+            except BaseException as error:
+                failures.append(error)
+        for failure in failures:
+            if not isinstance(failure, Exception):
+                raise failure
+        if failures:
+            listed = "; ".join(f"{type(failure).__name__}: {failure}" for failure in failures)
+            raise IrreversiblePatch(
+                f"{len(failures)} undo step(s) failed ({listed}). All others ran, but the model may not be what it was: load it again."
+            ) from failures[0]
+
+
+def _remove_hook(removable: RemovableHandle) -> None:
+    removable.remove()
+
+
+def _set_plain(obj: object, name: str, value: Any) -> None:
+    from torch import nn
+
+    # nn.Module.__setattr__ would register a module or a parameter, and so change state_dict.
+    if isinstance(obj, nn.Module):
+        object.__setattr__(obj, name, value)
+    else:
+        setattr(obj, name, value)
+
+
+def _delete_plain(obj: object, name: str) -> None:
+    vars(obj).pop(name, None)
+
+
+def _require_portable(value: Any, what: str) -> None:
+    function = value
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, types.FunctionType) and "<" in function.__qualname__:
+        raise PatchError(
+            f"the {what} is {function.__qualname__}, which a copy or a pickle of the model could not take along: "
+            "use a module-level function, or functools.partial over one with what it needs."
+        )

@@ -1,0 +1,466 @@
+"""StreamingLLM: attention sinks and a sliding window, exact in every way of feeding tokens.
+
+Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", https://arxiv.org/abs/2309.17453.
+
+Query i attends to keys ``{0 .. S-1}`` (sinks) and ``{i-W+1 .. i}`` (window). The distance that the position embedding
+sees is ``i - j`` for a window key and ``min(i, S+W-1) - j`` for a sink: positions are those inside the cache (section 3.2
+of the paper), so they never exceed S + W - 1. While ``i < S + W`` this is the unpatched model.
+
+Differs from the paper's code in that keys are cached turned and only the S sinks are turned at each step (the paper keeps
+all keys unturned and turns S + W of them), that a forward of any number of tokens gives the same logits as one token at a
+time, and that rows of a left-padded batch each have their own sinks.
+
+Forwards of several tokens. Every query needs the sinks at another turn, so queries are turned instead: attention runs once
+with query ``[q_window, q_sink]`` and keys ``[k, 0]`` (window) or ``[0, k]`` (sinks), twice the key dimension, whose inner
+product is ``q_window . k`` or ``q_sink . k``. Any attention function of transformers computes it unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.attention import AttentionOutput, alias_of, original_function, swap_mask_builder
+from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
+from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
+from patchkit.handle import Handle
+from patchkit.patch import Patch, Stage, register_patch
+from patchkit.target import AttentionLayer, Rotary, Target, same_rotary
+
+# Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
+QUERY_BLOCK = 512
+# Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
+FRAME_POSITIONS = 1024
+
+
+@register_patch("streaming")
+@dataclass(frozen=True)
+class StreamingLLM(Patch):
+    """Attention sinks and a sliding window (StreamingLLM), at constant memory and time per token.
+
+    Args:
+        sinks: S, first tokens of every sequence that stay visible. 0 is a plain sliding window.
+        window: W, last tokens that are visible, the current one included.
+        positions: "cache" gives sinks the distance they have inside the cache (the paper's rule); "true" their true distance.
+        layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    stage = Stage.ATTENTION
+
+    sinks: int = 4
+    window: int = 1020
+    positions: Literal["cache", "true"] = "cache"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("window", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
+        if self.positions not in ("cache", "true"):
+            raise ValueError(f"positions={self.positions!r}: give 'cache' (distance inside the cache) or 'true' (true distance)")
+        if self.layers is not None:
+            if not self.layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
+                raise ValueError(f"layers={self.layers!r}: give layer indices such as [0, 1], or None for all")
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def check(self, target: Target) -> None:
+        self._plan(target)
+
+    def apply(self, target: Target, handle: Handle) -> None:
+        plan, owned = self._plan(target)
+        runtime = Runtime(plan, handle.hits)
+        handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
+        handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
+        handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
+        handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, target.model, runtime))
+        for config in _compat.attention_configs(target.model):
+            handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))
+        for layer in owned:
+            lane = plan.lanes[layer.index]
+            if layer.alibi is not None:
+                handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
+                handle.pre_hook(layer.module, _before_alibi_attention, with_kwargs=True)
+            else:
+                masked = _masked_implementation(target, layer.module)
+                attend = functools.partial(_attention, runtime, lane, layer.rotary, masked)
+                handle.set_attribute(layer.module, "_patchkit_attention", attend)
+        streaming = [layer for layer in owned if layer.kind == "full"]
+        sliding = [layer for layer in target.attention_layers if layer.kind == "sliding"]
+        others = [layer for layer in target.attention_layers if layer not in streaming and layer not in sliding]
+        handle.changed("attention layers", len(streaming))
+        if sliding:
+            windows = sorted({layer.window for layer in sliding if layer.window is not None})
+            handle.left_alone(f"{len(sliding)} sliding-window layers", f"they keep their own window of {_listed(windows)} tokens")
+        if others:
+            handle.left_alone(f"{len(others)} attention layers", "not in layers=: they keep all keys, so memory grows and positions are not bounded")
+
+    def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
+        """The lanes of all layers that patchkit will keep; every refusal is raised here."""
+        layers = target.attention_layers
+        name = type(target.model).__name__
+        full = [layer for layer in layers if layer.kind == "full"]
+        chosen = full if self.layers is None else self._chosen(layers)
+        for layer in layers:
+            if layer.obstacle is not None and (layer in chosen or layer.kind != "full"):
+                raise UnsupportedModel(f"streaming would not be exact on {name}: in layer {layer.index} ({layer.name}), {layer.obstacle}")
+        if not chosen:
+            windows = sorted({layer.window for layer in layers if layer.window is not None})
+            raise NothingMatched(
+                f"every attention layer of {name} already has its own sliding window (of {_listed(windows)} tokens): streaming has nothing to add"
+            )
+        if any(layer.rotary is not None for layer in layers):
+            if "position_ids" not in _compat.argument_names(target.decoder):
+                raise UnsupportedModel(f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded")
+            capacity, limit = self.sinks + self.window, target.position_limit
+            if limit is not None and capacity > limit:
+                raise UnsupportedModel(
+                    f"sinks + window = {capacity} is more than the {limit} positions that {name} was made for: "
+                    f"use window={max(1, limit - self.sinks)} or less"
+                )
+        bounded = all(layer in chosen or layer.kind == "sliding" for layer in layers)
+        owned = [layer for layer in layers if layer in chosen or (bounded and layer.kind == "sliding")]
+        made: list[Lane] = []
+        lanes: dict[int, Lane] = {}
+        for layer in owned:
+            sinks, window = (self.sinks, self.window) if layer in chosen else (0, layer.window or 1)
+            lane = next((x for x in made if (x.sinks, x.window) == (sinks, window) and same_rotary(x.rotary, layer.rotary)), None)
+            if lane is None:
+                lane = Lane(sinks, window, layer.rotary)
+                made.append(lane)
+            lanes[layer.index] = lane
+        frame_limit = None
+        if bounded:
+            capacity = self.sinks + self.window
+            frame_limit = max(capacity, min(target.position_limit or FRAME_POSITIONS, max(2 * capacity, FRAME_POSITIONS)))
+        plan = Plan(
+            lanes,
+            main=lanes[chosen[0].index],
+            in_cache=self.positions == "cache",
+            limit=frame_limit,
+            stock_layers=functools.partial(_stock_layers, target.config),
+            owns_all=bounded,
+            has_alibi=any(layer.alibi is not None for layer in owned),
+        )
+        return plan, owned
+
+    def _chosen(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+        assert self.layers is not None
+        by_index = {layer.index: layer for layer in layers}
+        for index in self.layers:
+            if index not in by_index or by_index[index].kind != "full":
+                known = [layer.index for layer in layers if layer.kind == "full"]
+                raise NothingMatched(f"layers={list(self.layers)}: layer {index} has no full attention. Layers that do: {_listed(known)}")
+        return [by_index[index] for index in sorted(set(self.layers))]
+
+
+# -- run time --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Runtime:
+    """What the hooks of one patched model share. ``frame`` is set while its decoder runs."""
+
+    plan: Plan
+    hits: Counter[str]
+    frame: Frame | None = None
+    cache: StreamingCache | None = None
+    outer_mask_builder: Any = None
+
+
+def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Give the decoder our cache and bounded positions, and announce the frame to the attention layers."""
+    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    runtime.frame = runtime.cache = None
+    kwargs = _compat.by_name(decoder, args, kwargs)
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("cache") is not None:
+        raise StreamError("continuous batching has a paged cache of its own and would bypass the streaming window: unpatch_model first")
+    if decoder.training:
+        if isinstance(cache, StreamingCache):
+            raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
+        return None
+    if kwargs.get("output_attentions"):
+        raise StreamError("output_attentions is not available while streaming: the attention function runs over blocks of the window")
+    inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    batch, tokens = inputs.shape[:2]
+    if cache is None and kwargs.get("use_cache", True) is not False and decoder.config.use_cache is not False:
+        cache = StreamingCache(runtime.plan)
+        kwargs["past_key_values"] = cache
+    if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
+        raise StreamError(
+            f"this model streams with a cache of its own, and was given a {type(cache).__name__}. Leave past_key_values out of the first "
+            "call, and pass on what it returns; a cache made before the model was patched, or by another model, cannot be used."
+        )
+    stream = cache.stream if cache is not None else Stream(runtime.plan)
+    _notice_padding(stream, kwargs.get("attention_mask"), batch, tokens)
+    _refuse_packing(kwargs.get("position_ids"), kwargs.get("attention_mask"), stream.seen, tokens)
+    if cache is not None:
+        runtime.frame = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled())
+        runtime.cache = cache
+    else:
+        base = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+        runtime.frame = Frame(runtime.plan, 0, tokens, stream.pads, base, inputs.device, cached=False)
+    if "position_ids" in _compat.argument_names(decoder):
+        kwargs["position_ids"] = runtime.frame.position_ids().expand(batch, -1)
+    builder = functools.partial(_placeholder_mask, runtime.frame) if runtime.plan.owns_all else None
+    runtime.outer_mask_builder = swap_mask_builder(builder)
+    return (), kwargs
+
+
+def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """Count the tokens as seen; runs after a failed forward too, with no output."""
+    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    frame, cache = runtime.frame, runtime.cache
+    if frame is None:
+        return
+    swap_mask_builder(runtime.outer_mask_builder)
+    runtime.frame = runtime.cache = runtime.outer_mask_builder = None
+    if output is None:
+        return
+    if cache is not None:
+        cache.stream.commit()
+    capacity = runtime.plan.main.capacity
+    runtime.hits["forwards"] += 1
+    runtime.hits["tokens"] += frame.tokens
+    runtime.hits["tokens evicted"] += max(0, frame.end - capacity) - max(0, frame.start - capacity)
+
+
+def _placeholder_mask(frame: Frame) -> torch.Tensor | None:
+    """The layers make their own masks. In one-token steps, None tells them that none is needed."""
+    unneeded = (frame.steady or frame.many) and not frame.plan.has_alibi  # such models compute with the mask before a layer sees it
+    return None if unneeded else torch.zeros(1, 1, 1, 1, device=frame.device)
+
+
+def _attention(
+    runtime: Runtime,
+    lane: Lane,
+    rotary: Rotary | None,
+    masked: str,
+    original: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """transformers' attention function with the streaming rule.
+
+    Args:
+        query: [B, H, T, K], key: [B, G, S, K], value: [B, G, S, V]; keys as `StreamLayer.update` returned them.
+        masked: the implementation that runs when a mask is needed.
+
+    Returns:
+        [B, T, H, V] and no attention weights.
+    """
+    frame = runtime.frame
+    if frame is None or (frame.steady and attention_mask is None):
+        return original(module, query, key, value, attention_mask, **kwargs)
+    if frame.steady:
+        return original(module, query, key, value, None, **kwargs)
+    run = original_function(masked, module)
+    additive = masked != "sdpa"
+    queries = torch.arange(frame.start, frame.end, device=query.device)
+    keys = frame.key_tokens(lane).to(query.device)
+    if not frame.many:
+        mask = None if frame.pads is None else _mask(frame, lane, queries, keys, query, additive)
+        return run(module, query, key, value, mask, **kwargs)
+
+    window_query = sink_query = query
+    if rotary is not None:
+        if frame.turned:
+            cos, sin = (t.to(query.device) for t in frame.window_turn(rotary))
+            window_query = rotary.turn(query, cos, sin, rotary.start)
+            if not frame.cached:
+                key = rotary.turn(key, cos, sin, rotary.start)
+        elif runtime.plan.limit is None and runtime.plan.in_cache and frame.end > runtime.plan.main.capacity:
+            cos, sin = (t.to(query.device) for t in frame.sink_turn(rotary))
+            sink_query = rotary.turn(query, cos, sin, rotary.start)
+    split = sink_query is not window_query and lane.sinks > 0 and runtime.plan.in_cache
+    if split:
+        kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+
+    outputs = []
+    for block in queries.split(QUERY_BLOCK):
+        rows = slice(int(block[0]) - frame.start, int(block[-1]) + 1 - frame.start)
+        columns = _columns(frame, lane, keys.shape[-1], rows)
+        block_keys, k, v = keys[:, columns], key[:, :, columns], value[:, :, columns]
+        q = window_query[:, :, rows]
+        if split:
+            # Which keys are sinks [B or 1, 1, n, 1]; a sink's place is taken from where it stands in its own row.
+            row = block_keys if frame.pads is None else block_keys - frame.pads[:, None].to(query.device)
+            is_sink = ((row >= 0) & (row < lane.sinks))[:, None, :, None]
+            zero = torch.zeros((), dtype=k.dtype, device=k.device)
+            k = torch.cat([torch.where(is_sink, zero, k), torch.where(is_sink, k, zero)], -1)
+            q = torch.cat([q, sink_query[:, :, rows]], -1)
+        mask = _mask(frame, lane, block, block_keys, q, additive)
+        outputs.append(run(module, q, k, v, mask, **kwargs)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+
+
+def _columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
+    """Indices of the keys that queries ``rows`` of the forward can see: the sinks, and one window behind the first of them."""
+    most_pads = 0 if frame.pads is None else int(frame.pads.max())
+    # Key column of token i: i + offset, where tokens are in order of time.
+    offset = n_keys - frame.end
+    first_ordered = lane.sinks if frame.start >= lane.capacity else 0
+    head = lane.sinks if first_ordered else min(most_pads + lane.sinks, n_keys)
+    first = max(first_ordered, head, frame.start + rows.start - lane.window + 1 + offset)
+    last = frame.start + rows.stop + offset
+    head = min(head, last)
+    return torch.cat([torch.arange(head), torch.arange(min(first, last), last)])
+
+
+def _mask(frame: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor, like: torch.Tensor, additive: bool) -> torch.Tensor:
+    """[B or 1, 1, T, n]: True where visible, or 0 there and the lowest number elsewhere, of the queries' dtype."""
+    visible = frame.visible(lane, queries, keys)
+    if not additive:
+        return visible
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, torch.finfo(like.dtype).min)
+
+
+def _masked_implementation(target: Target, module: nn.Module) -> str:
+    """What computes attention where a mask is needed: the model's own choice, unless that takes none of this kind."""
+    own = target.attention_implementation
+    if own in ("eager", "sdpa"):
+        return own
+    return "sdpa" if getattr(target.model, "_supports_sdpa", False) else "eager"
+
+
+# -- ALiBi -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Alibi:
+    """For a layer that adds a bias linear in the distance (Press et al. 2022) and computes attention itself."""
+
+    runtime: Runtime
+    lane: Lane
+    layer: AttentionLayer
+
+
+def _before_alibi_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Replace the bias and the mask by those of the streaming rule."""
+    alibi: Alibi = module.__dict__["_patchkit_alibi"]
+    frame, lane, layer = alibi.runtime.frame, alibi.lane, alibi.layer
+    if frame is None:
+        return None
+    assert layer.alibi is not None and layer.slopes is not None
+    given = kwargs[layer.alibi]
+    pads = None if frame.pads is None else frame.pads.to(given.device)
+    tokens, keys = torch.arange(frame.start, frame.end, device=given.device), frame.key_tokens(lane).to(given.device)
+    query_row, key_row = frame.row_positions(tokens)[:, :, None], (keys if pads is None else keys - pads[:, None])[:, None, :]
+    distance = query_row - key_row
+    if frame.plan.in_cache:
+        distance = torch.where(key_row < lane.sinks, query_row.clamp(max=lane.capacity - 1) - key_row, distance)
+    bias = -layer.slopes.to(given.device)[:, None, None] * distance[:, None]  # [B or 1, H, T, n]
+    rows = given.shape[0] // len(layer.slopes)  # a model gives one bias per row, or one for all
+    if rows == 1 and len(bias) > 1:
+        raise StreamError(f"{type(module).__name__} takes one bias for all rows, so a left-padded batch cannot stream: run its rows alone")
+    bias = bias.expand(rows, -1, -1, -1).flatten(0, 1).to(given.dtype)
+    hidden = ~frame.visible(lane, tokens, keys)
+    if not layer.mask_is_boolean:
+        hidden = torch.zeros(hidden.shape, dtype=given.dtype, device=given.device).masked_fill_(hidden, torch.finfo(given.dtype).min)
+    return args, {**kwargs, layer.alibi: bias, "attention_mask": hidden}
+
+
+# -- input checks ----------------------------------------------------------------------------------------------------------
+
+
+def _notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int) -> None:
+    """Read each row's left padding off the 2-D mask [B, seen + T].
+
+    Raises:
+        StreamError: the mask is not 2-D, has another length, or hides tokens between others.
+    """
+    if attention_mask is None:
+        return
+    if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
+        raise StreamError("a streaming model takes a 2-D attention_mask [batch, tokens] of zeros and ones, or none: its own rule makes the 4-D mask")
+    # Once every row has begun and none has ended, later steps of one token only add to the rows.
+    if tokens == 1 and stream.seen > 0 and not stream.mask_unsettled:
+        return
+    end = stream.seen + tokens
+    if attention_mask.shape != (batch, end):
+        raise StreamError(f"attention_mask has shape {tuple(attention_mask.shape)}: it must cover all tokens so far, ({batch}, {end})")
+    real = attention_mask.bool()
+    if bool(real.all()):
+        stream.mask_unsettled = False
+        if stream.pads is not None and bool((stream.pads > 0).any()):
+            raise StreamError("attention_mask shows tokens that earlier calls gave as padding: pass the same mask, extended by the new tokens")
+        return
+    begun = real.cumsum(1) > 0
+    pads = (~begun).sum(1)
+    inside = begun & ~real
+    ended = inside & (real.flip(1).cumsum(1).flip(1) == 0)
+    if bool((inside & ~ended).any()):
+        raise StreamError("attention_mask has zeros between tokens: streaming takes padding on the left, or on the right of the last tokens")
+    if stream.seen and stream.pads is None and bool((pads > 0).any()) and bool((pads < stream.seen).any()):
+        raise StreamError("attention_mask hides tokens that earlier calls gave as real: pass the same mask, extended by the new tokens")
+    stream.mask_unsettled = bool((~real[:, -1]).any())
+    if bool((pads > 0).any()):
+        stream.set_pads(pads)
+
+
+def _refuse_packing(position_ids: Any, attention_mask: Any, seen: int, tokens: int) -> None:
+    """Positions of a forward of several tokens must go up by one; they are otherwise ours to choose.
+
+    Raises:
+        StreamError: they restart (packed sequences), jump, or have several axes that differ (images).
+    """
+    if position_ids is None or tokens == 1:
+        return
+    if position_ids.ndim == 3:
+        if not bool((position_ids == position_ids[:1]).all()):
+            raise StreamError("position_ids with several axes (images or video) cannot stream: only text has one position per token")
+        position_ids = position_ids[0]
+    steps = position_ids.diff(dim=-1)
+    wrong = steps != 1
+    if attention_mask is not None:
+        real = attention_mask[:, seen : seen + tokens].bool()
+        wrong = wrong & real[:, 1:] & real[:, :-1]
+    if bool(wrong.any()):
+        raise StreamError("position_ids restart or jump within a row (packed sequences?): a stream's positions go up by one. Feed one sequence a row")
+
+
+# -- generate --------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    given = model_kwargs.get("past_key_values")
+    if given is not None and not isinstance(given, StreamingCache):
+        raise StreamError(f"this model streams with a cache of its own: leave past_key_values out instead of passing a {type(given).__name__}")
+    kind = generation_config.cache_implementation
+    if kind is not None and kind not in ("dynamic", "static"):
+        raise StreamError(f"cache_implementation={kind!r} would replace the streaming cache: leave it out, a window of keys is small already")
+    generation_config.cache_implementation = None
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    generation_config.cache_implementation = kind
+    made = model_kwargs.get("past_key_values")
+    if given is None and made is not None:
+        cache = StreamingCache(runtime.plan)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+    return result
+
+
+def _stock_layers(config: Any) -> list[Any]:
+    return _compat.DynamicCache(config=config).layers
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values)) if values else "none"

@@ -1,0 +1,372 @@
+"""Target: the anatomy of a causal language model, found by probing the model itself.
+
+One forward of two rows answers everything: both rows hold the same tokens, the second at positions shifted by a constant.
+What moves between the rows, and how, shows where positions enter: keys that turn by ``shift * frequency`` are rotary
+(and which half, slice and frequencies), keys that stay have no position, anything else is baked in. There is no table of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.attention import alias_of, recorded_calls
+from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
+
+_PROBE_TOKENS = 4
+_PROBE_SHIFT = 101
+# Keyword arguments of attention calls that hold tensors and do not change which key a query may see, or where it stands.
+_HARMLESS_TENSORS = {"s_aux", "position_ids", "position_embeddings", "cos", "sin", "labels", "token_type_ids", "input_ids"}
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """A rotary position embedding (Su et al. 2021, RoFormer) as one attention module applies it.
+
+    Attributes:
+        style: "half" pairs dimension d with d + n/2, "interleaved" pairs 2d with 2d + 1.
+        frequencies: [n/2] float64, radians per position.
+        start: first of the n rotated dimensions, in the queries and keys that the attention function receives.
+        slot: which of the two tensors given to ``Cache.update`` is rotated: "values" only for multi-head latent attention.
+        cached_start: first rotated dimension in that tensor.
+        buffer: name of the module buffer that holds the frequencies.
+    """
+
+    style: Literal["half", "interleaved"]
+    frequencies: torch.Tensor
+    start: int
+    slot: Literal["keys", "values"]
+    cached_start: int
+    buffer: str
+
+    @property
+    def width(self) -> int:
+        """Number n of rotated dimensions."""
+        return 2 * self.frequencies.numel()
+
+    def angles(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [..., n] (float32) that turn by ``offsets`` [...] positions; exact for any offset up to 2^53."""
+        angle = offsets.to(torch.float64)[..., None] * self.frequencies.to(offsets.device)
+        angle = torch.cat([angle, angle], -1) if self.style == "half" else angle.repeat_interleave(2, -1)
+        return angle.cos().float(), angle.sin().float()
+
+    def quarter_turn(self, x: torch.Tensor) -> torch.Tensor:
+        """Every pair (a, b) of the last dimension n becomes (-b, a), so that a turn by t is ``x cos t + quarter_turn(x) sin t``."""
+        if self.style == "half":
+            a, b = x.chunk(2, -1)
+            return torch.cat([-b, a], -1)
+        return torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
+
+    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
+        """``x`` [..., K] with its dimensions start .. start+n turned; computed in float32, returned in x's dtype."""
+        part = x[..., start : start + self.width].float()
+        turned = (part * cos + self.quarter_turn(part) * sin).to(x.dtype)
+        if self.width == x.shape[-1]:
+            return turned
+        return torch.cat([x[..., :start], turned, x[..., start + self.width :]], -1)
+
+
+@dataclass(eq=False)
+class AttentionLayer:
+    """One attention layer, as probed.
+
+    Attributes:
+        index: its place in the cache.
+        name, module: the attention module, as in ``model.named_modules()``.
+        kind: "full" causal attention, "sliding" (own window), or "other" (chunked, compressed, recurrent and attention in one layer, ...).
+        window: tokens a sliding layer sees, the current one included; None for other kinds.
+        rotary: how positions enter; None when the layer's keys carry no position.
+        alibi: the layer receives a bias that is linear in the key's position (Press et al. 2022): its keyword argument's name.
+        slopes: [H] float64, the bias per position, with alibi.
+        mask_is_boolean: such a layer takes a mask that is True where a key is hidden; else one that is added to the scores.
+        obstacle: why nothing can be promised on this layer; None when all is understood.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    kind: Literal["full", "sliding", "other"]
+    window: int | None = None
+    rotary: Rotary | None = None
+    alibi: str | None = None
+    slopes: torch.Tensor | None = None
+    mask_is_boolean: bool = False
+    obstacle: str | None = None
+
+
+@dataclass
+class _Probe:
+    calls: list[dict[str, Any]]
+    biases: dict[int, tuple[nn.Module, dict[str, Any]]]
+    cache: Any
+    shift: int
+
+
+@dataclass(eq=False)
+class Target:
+    """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward."""
+
+    model: Any
+    _probed: list[AttentionLayer] | None = field(default=None, repr=False)
+
+    @cached_property
+    def config(self) -> Any:
+        """The text decoder's configuration."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The module whose forward takes ``input_ids``, ``attention_mask``, ``position_ids`` and the cache."""
+        candidate = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        if not isinstance(candidate, nn.Module) or isinstance(candidate, nn.Linear) or candidate is self.model:
+            candidate = self.model.base_model
+        if candidate is self.model:
+            raise UnsupportedModel(f"{type(self.model).__name__} has no separate decoder module: pass the model that holds the LM head")
+        return candidate
+
+    @cached_property
+    def attention_implementation(self) -> str:
+        """What ``config._attn_implementation`` says: "sdpa", "eager", "flash_attention_2", ..."""
+        return self.config._attn_implementation or "eager"
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """Positions (exclusive) up to which the rotary frequencies are those of a short text; None without a limit."""
+        config = self.config
+        limits = [getattr(config, "max_position_embeddings", None)]
+        rope = getattr(config, "rope_parameters", None) or {}
+        for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+            # These two types change all frequencies once a position passes the original length.
+            if parameters.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(parameters.get("original_max_position_embeddings"))
+                limits.append(getattr(config, "original_max_position_embeddings", None))
+        known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+        return min(known) if known else None
+
+    @cached_property
+    def attention_layers(self) -> list[AttentionLayer]:
+        """Every layer that stores keys and values, in cache order.
+
+        Raises:
+            UnsupportedModel: the model keeps its own cache class, or cannot be probed.
+            NothingMatched: the model has no attention.
+        """
+        layers = _read_probe(self, _run_probe(self))
+        if not layers:
+            raise NothingMatched(
+                f"{type(self.model).__name__} has no attention layers with a key-value cache, so an attention patch has nothing to act on"
+            )
+        return layers
+
+    def describe(self) -> dict[str, Any]:
+        """The anatomy as plain data, for ``patchkit inspect``."""
+        rows = []
+        for layer in self.attention_layers:
+            rotary = layer.rotary
+            rows.append(
+                {
+                    "layer": layer.index,
+                    "module": layer.name,
+                    "kind": layer.kind,
+                    "window": layer.window,
+                    "positions": "alibi" if layer.alibi else "none" if rotary is None else f"rotary, {rotary.style}",
+                    "rotated_dims": None if rotary is None else rotary.width,
+                    "frequencies": None if rotary is None else rotary.buffer,
+                    "obstacle": layer.obstacle,
+                }
+            )
+        return {
+            "class": type(self.model).__name__,
+            "model_type": self.config.model_type,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "attention": self.attention_implementation,
+            "position_limit": self.position_limit,
+            "decoder": type(self.decoder).__name__,
+            "attention_layers": rows,
+        }
+
+
+def _run_probe(target: Target) -> _Probe:
+    model, config = target.model, target.config
+    if not _compat.supports_dynamic_cache(model):
+        raise UnsupportedModel(f"{type(model).__name__} keeps its state in a cache class of its own, which cannot be replaced")
+    limit = target.position_limit or 10**6
+    shift = max(1, min(_PROBE_SHIFT, limit - 2 * _PROBE_TOKENS))
+    vocabulary = getattr(config, "vocab_size", 100)
+    row = torch.arange(_PROBE_TOKENS) * 7 % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    ids = row.expand(2, -1).contiguous().to(device)
+    positions = (torch.arange(_PROBE_TOKENS) + torch.tensor([[0], [shift]])).to(device)
+    cache = _compat.DynamicCache(config=config)
+    arguments = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    if "position_ids" in _compat.argument_names(model):
+        arguments["position_ids"] = positions
+    calls: list[dict[str, Any]] = []
+    biases: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+
+    def notice_bias(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if "alibi" in kwargs or "position_bias" in kwargs:
+            index = getattr(module, "layer_idx", None)
+            if isinstance(index, int):
+                biases[index] = (module, kwargs)
+
+    hooks = [m.register_forward_pre_hook(notice_bias, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")]
+    was_training = [m for m in model.modules() if m.training]
+    try:
+        for module in was_training:
+            module.training = False
+        with torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded_calls(calls):
+            model(**arguments)
+    except PatchError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} failed on the two-row probe ({type(error).__name__}: {error}). Does model(input_ids) run unpatched?"
+        ) from error
+    finally:
+        for module in was_training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return _Probe(calls, biases, cache, shift)
+
+
+def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
+    names = {id(module): name for name, module in target.model.named_modules()}
+    frequencies = {
+        name: buffer.detach().double().cpu()
+        for name, buffer in target.model.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1 and buffer.device.type != "meta"
+    }
+    calls_of: dict[int, list[dict[str, Any]]] = {}
+    for call in probe.calls:
+        calls_of.setdefault(getattr(call["module"], "layer_idx", -1), []).append(call)
+    shared = {call["module"].layer_idx for call in probe.calls if getattr(call["module"], "is_kv_shared_layer", False)}
+
+    layers = []
+    for index, cached in enumerate(probe.cache.layers):
+        keys = getattr(cached, "keys", None)
+        if keys is None or not torch.is_tensor(keys) or keys.numel() == 0:
+            continue
+        calls = calls_of.get(index, [])
+        module = calls[0]["module"] if calls else probe.biases.get(index, (None, {}))[0]
+        kind, window = _kind(target.config, index, cached)
+        layer = AttentionLayer(index, names.get(id(module), f"layer {index}"), module, kind, window)
+        layers.append(layer)
+        layer.obstacle = _obstacle(cached, calls, kind)
+        if layer.obstacle is None and calls:
+            _find_positions(layer, cached, calls[0], frequencies, probe.shift, first=len(layers) == 1)
+        elif not calls:
+            _find_alibi(layer, cached, probe.biases.get(index))
+        if layer.obstacle is None and index in shared:
+            layer.obstacle = "it shares its keys and values with another layer"
+    return layers
+
+
+def _kind(config: Any, index: int, cached: Any) -> tuple[Literal["full", "sliding", "other"], int | None]:
+    types = getattr(config, "layer_types", None)
+    if type(cached) is _compat.DynamicLayer:
+        return "full", None
+    chunked = types[index] == "chunked_attention" if types else getattr(config, "attention_chunk_size", None) is not None
+    if type(cached) is _compat.DynamicSlidingWindowLayer and not chunked:
+        return "sliding", int(cached.sliding_window)
+    return "other", None
+
+
+def _obstacle(cached: Any, calls: list[dict[str, Any]], kind: str) -> str | None:
+    if kind == "other":
+        return f"its cache layer is a {type(cached).__name__}, which holds more than a window of keys and values"
+    if cached.keys.shape[-2] != _PROBE_TOKENS:
+        return f"it stored {cached.keys.shape[-2]} keys for {_PROBE_TOKENS} tokens"
+    if not calls:
+        return None
+    if len({id(call["module"]) for call in calls}) > 1:
+        return "several attention modules share its cache layer"
+    for call in calls:
+        for name, value in call["kwargs"].items():
+            if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
+                return f"its attention takes a tensor `{name}`, whose meaning for evicted keys is unknown"
+        if call["key"].shape[-2] != _PROBE_TOKENS:
+            return "its attention receives other keys than it stores"
+    return None
+
+
+def _find_positions(
+    layer: AttentionLayer, cached: Any, call: dict[str, Any], frequencies: dict[str, torch.Tensor], shift: int, first: bool
+) -> None:
+    """Fill in ``layer.rotary``, or ``layer.obstacle`` when positions enter in a way that no rotation explains."""
+    slot: Literal["keys", "values"] = "keys"
+    keys, values = _rotation(cached.keys, frequencies, shift, first), _rotation(cached.values, frequencies, shift, first)
+    if keys is None or values is None or (keys and values):
+        layer.obstacle = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
+        return
+    if values:
+        slot, keys = "values", values
+    query = _rotation(call["query"], frequencies, shift, first)
+    if query is None or bool(query) != bool(keys) or (query and keys and (query[0], query[2]) != (keys[0], keys[2])):
+        layer.obstacle = "its queries and keys take positions in different ways"
+        return
+    if keys and query:
+        style, cached_start, buffer = keys
+        layer.rotary = Rotary(style, frequencies[buffer], query[1], slot, cached_start, buffer)
+
+
+def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int, first: bool) -> tuple[Any, ...] | None:
+    """How ``x`` [2, heads, T, K] differs between the row at positions p and the row at p + shift.
+
+    Returns: () when not at all; (style, start, buffer) when by that rotation; None when no rotation explains it.
+    """
+    plain, moved = x[:1].float().cpu(), x[1:].float().cpu()
+    scale = plain.norm() + 1e-20
+    # Rounding of 16-bit models differs between the rows, and grows with depth.
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 1e-2 if first else 6e-2
+    if (moved - plain).norm() / scale < tolerance:
+        return ()
+    best: tuple[float, tuple[Any, ...]] | None = None
+    for name, frequency in frequencies.items():
+        width = 2 * frequency.numel()
+        for start in {0, x.shape[-1] - width}:
+            if start < 0:
+                continue
+            for style in ("half", "interleaved"):
+                rotary = Rotary(style, frequency, start, "keys", start, name)  # type: ignore[arg-type]
+                cos, sin = rotary.angles(torch.tensor([float(shift)]))
+                error = float((rotary.turn(plain, cos, sin, start) - moved).norm() / scale)
+                if best is None or error < best[0]:
+                    best = error, (style, start, name)
+    return best[1] if best is not None and best[0] < tolerance else None
+
+
+def _find_alibi(layer: AttentionLayer, cached: Any, bias: tuple[nn.Module, dict[str, Any]] | None) -> None:
+    """Fill in ``layer.alibi`` and its slopes, or the obstacle that attention outside transformers' interface is."""
+    layer.obstacle = "it computes attention itself instead of calling transformers' attention interface"
+    if bias is None or layer.kind != "full":
+        return
+    module, kwargs = bias
+    name = "alibi" if "alibi" in kwargs else "position_bias"
+    tensor = kwargs[name]
+    heads = cached.keys.shape[1]
+    if not torch.is_tensor(tensor) or tensor.ndim != 3 or tensor.shape[0] % heads or tensor.shape[-1] < 3:
+        return
+    rows = tensor[:heads, -1, -3:].double().cpu()
+    steps = rows.diff(dim=-1)
+    still = all(_rotation(x, {}, 1, first=True) == () for x in (cached.keys, cached.values))
+    linear = torch.allclose(steps[:, 0], steps[:, 1], rtol=1e-2, atol=1e-6) and bool((steps[:, 0] != 0).all())
+    mask = kwargs.get("attention_mask")
+    if still and linear and torch.is_tensor(mask) and mask.ndim == 4:
+        layer.module, layer.alibi, layer.slopes, layer.obstacle = module, name, steps[:, 0], None
+        layer.mask_is_boolean = mask.dtype == torch.bool and bool(mask[0, 0, 0, -1])
+
+
+def same_rotary(a: Rotary | None, b: Rotary | None) -> bool:
+    """Whether two layers turn their keys alike, so that angles computed for one serve the other."""
+    if a is None or b is None:
+        return a is b
+    mine, other = dataclasses.astuple(a), dataclasses.astuple(b)
+    return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(mine, other, strict=True))
