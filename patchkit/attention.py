@@ -54,13 +54,13 @@ def swap_mask_builder(builder: MaskBuilder | None) -> MaskBuilder | None:
 
 
 @contextlib.contextmanager
-def recorded_calls(calls: list[dict[str, Any]]) -> Iterator[None]:
-    """Within this context every attention call under an alias is appended to ``calls`` with its arguments, and run."""
-    _this_thread.calls = calls
+def recorded(on_call: Callable[[dict[str, Any]], None], on_mask: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within this context (and thread) every attention call under an alias, and every mask built, is shown to the callbacks."""
+    _this_thread.recorders = on_call, on_mask
     try:
         yield
     finally:
-        _this_thread.calls = None
+        _this_thread.recorders = None
 
 
 def original_function(implementation: str, module: nn.Module) -> AttentionFunction:
@@ -87,9 +87,9 @@ def _in_front_of(implementation: str) -> AttentionFunction:
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> AttentionOutput:
         original = original_function(implementation, module)
-        calls = getattr(_this_thread, "calls", None)
-        if calls is not None:
-            calls.append(dict(module=module, query=query, key=key, value=value, attention_mask=attention_mask, kwargs=kwargs))
+        recorders = getattr(_this_thread, "recorders", None)
+        if recorders is not None:
+            recorders[0](dict(module=module, query=query, key=key, value=value, attention_mask=attention_mask, kwargs=kwargs))
         ours = module.__dict__.get("_patchkit_attention")
         if ours is None:
             return original(module, query, key, value, attention_mask, **kwargs)
@@ -103,6 +103,10 @@ def _mask_of(implementation: str) -> Callable[..., torch.Tensor | None]:
         builder = getattr(_this_thread, "builder", None)
         if builder is not None:
             return builder()
-        return _compat.mask_function(implementation)(*args, **kwargs)
+        built = _compat.mask_function(implementation)(*args, **kwargs)
+        recorders = getattr(_this_thread, "recorders", None)
+        if recorders is not None and torch.is_tensor(built):
+            recorders[1](built)
+        return built
 
     return mask

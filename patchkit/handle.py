@@ -31,28 +31,25 @@ class Handle:
 
     Attributes:
         model: the patched model.
-        patch: the patch whose view this is; None on the root handle.
+        views: on the root handle, each patch with its view, in the order of application.
         hits: run-time counters, kept by the patch and shown by `patchkit.report`.
+        counts, reasons: what `changed` and `left_alone` were told.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
-        self.patch: Patch | None = None
-        self.views: list[Handle] = []
+        self.views: list[tuple[Patch, Handle]] = []
         self.hits: Counter[str] = Counter()
-        self._changed: dict[str, int] = {}
-        self._left_alone: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
         self._steps: list[Callable[[], object]] = []
 
     def for_patch(self, patch: Patch) -> Handle:
         """A view for one patch: shares this handle's undo stack, has its own report and counters."""
         view = Handle(self.model)
-        view.patch = patch
         view._steps = self._steps
-        self.views.append(view)
+        self.views.append((patch, view))
         return view
-
-    # -- edits -------------------------------------------------------------------------------------------------------------
 
     def pre_hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
         """`module.register_forward_pre_hook(fn, **kw)`; `kw` is `prepend` and `with_kwargs`."""
@@ -105,20 +102,16 @@ class Handle:
         _require_portable(callback, "undo step")
         self._steps.append(callback)
 
-    # -- report ------------------------------------------------------------------------------------------------------------
-
     def changed(self, what: str, count: int = 1) -> None:
         """Say what was changed, for the report and the printed line: `changed("attention layers", 12)`. Counts add up.
 
         A patch that changes nothing is refused with `NothingMatched` and undone, so every `apply` calls this.
         """
-        self._changed[what] = self._changed.get(what, 0) + count
+        self.counts[what] = self.counts.get(what, 0) + count
 
     def left_alone(self, what: str, why: str) -> None:
         """Say what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
-        self._left_alone[what] = why
-
-    # -- undo --------------------------------------------------------------------------------------------------------------
+        self.reasons[what] = why
 
     def undo(self) -> None:
         """Undo every edit, last first. Every step runs, even after one has failed; a second call does nothing.

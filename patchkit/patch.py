@@ -99,7 +99,8 @@ def register_patch(name: str) -> Callable[[type[P]], type[P]]:
         holder = _registry.get(name)
         if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PatchConflict(
-                f"the patch name {name!r} belongs to {holder.__module__}.{holder.__qualname__}: register {cls.__qualname__} under another name"
+                f"the patch name {name!r} belongs to {holder.__module__}.{holder.__qualname__}: "
+                f"register {cls.__qualname__} under another name"
             )
         cls.name = name
         _registry[name] = cls
@@ -181,15 +182,16 @@ def _patch_of(node: ast.expr, text: str) -> Patch:
 
 
 def _value_of(node: ast.expr, cls: type[Patch], option: str) -> Any:
+    written = f"{cls.name}: {option}={ast.unparse(node)}"
     try:
         value = ast.literal_eval(_Words().visit(node))
     except (ValueError, TypeError, SyntaxError):
         raise SpecError(
-            f"{cls.name}: {option}={ast.unparse(node)} is not a literal: write a number, True, False, None, a list, or a quoted string"
+            f"{written} is not a literal: write a number, True, False, None, a word, a quoted string, or a list of these"
         ) from None
     # `true` is a bare word, hence a non-empty string, hence true wherever a bool is tested: so would be `false`.
     if isinstance(_options(cls)[option].default, bool) and not isinstance(value, bool):
-        raise SpecError(f"{cls.name}: {option}={ast.unparse(node)} must be True or False")
+        raise SpecError(f"{written} must be True or False")
     return value
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.attention import alias_of, recorded_calls
+from patchkit.attention import alias_of, recorded
 from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
 
 _PROBE_TOKENS = 4
@@ -72,6 +72,9 @@ class Rotary:
         return torch.cat([x[..., :start], turned, x[..., start + self.width :]], -1)
 
 
+Kind = Literal["full", "sliding", "chunked", "other"]
+
+
 @dataclass(eq=False)
 class AttentionLayer:
     """One attention layer, as probed.
@@ -79,8 +82,8 @@ class AttentionLayer:
     Attributes:
         index: its place in the cache.
         name, module: the attention module, as in ``model.named_modules()``.
-        kind: "full" causal attention, "sliding" (own window), or "other" (chunked, compressed, recurrent and attention in one layer, ...).
-        window: tokens a sliding layer sees, the current one included; None for other kinds.
+        kind: "full" causal attention, "sliding" (own window), "chunked" (own chunk), or "other" (compressed, indexed, ...).
+        window: tokens a sliding layer sees, the current one included, or a chunk's length; None for other kinds.
         rotary: how positions enter; None when the layer's keys carry no position.
         alibi: the layer receives a bias that is linear in the key's position (Press et al. 2022): its keyword argument's name.
         slopes: [H] float64, the bias per position, with alibi.
@@ -91,7 +94,7 @@ class AttentionLayer:
     index: int
     name: str
     module: nn.Module
-    kind: Literal["full", "sliding", "other"]
+    kind: Kind
     window: int | None = None
     rotary: Rotary | None = None
     alibi: str | None = None
@@ -102,10 +105,15 @@ class AttentionLayer:
 
 @dataclass
 class _Probe:
-    calls: list[dict[str, Any]]
-    biases: dict[int, tuple[nn.Module, dict[str, Any]]]
+    """What one forward showed: attention calls with the cache layer each belongs to, masks built for them, biases handed to them."""
+
     cache: Any
     shift: int
+    decoder: Any = None
+    shifted: bool = False
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[torch.Tensor] = field(default_factory=list)
+    biases: dict[int, tuple[nn.Module, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -113,7 +121,6 @@ class Target:
     """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward."""
 
     model: Any
-    _probed: list[AttentionLayer] | None = field(default=None, repr=False)
 
     @cached_property
     def config(self) -> Any:
@@ -122,13 +129,12 @@ class Target:
 
     @cached_property
     def decoder(self) -> nn.Module:
-        """The module whose forward takes ``input_ids``, ``attention_mask``, ``position_ids`` and the cache."""
-        candidate = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
-        if not isinstance(candidate, nn.Module) or isinstance(candidate, nn.Linear) or candidate is self.model:
-            candidate = self.model.base_model
-        if candidate is self.model:
-            raise UnsupportedModel(f"{type(self.model).__name__} has no separate decoder module: pass the model that holds the LM head")
-        return candidate
+        """The module whose forward takes the 2-D ``attention_mask``, ``position_ids`` and the cache."""
+        return self._probe.decoder
+
+    @cached_property
+    def _probe(self) -> _Probe:
+        return _run_probe(self)
 
     @cached_property
     def attention_implementation(self) -> str:
@@ -157,7 +163,7 @@ class Target:
             UnsupportedModel: the model keeps its own cache class, or cannot be probed.
             NothingMatched: the model has no attention.
         """
-        layers = _read_probe(self, _run_probe(self))
+        layers = _read_probe(self, self._probe)
         if not layers:
             raise NothingMatched(
                 f"{type(self.model).__name__} has no attention layers with a key-value cache, so an attention patch has nothing to act on"
@@ -192,6 +198,13 @@ class Target:
         }
 
 
+def _decoders(model: Any) -> list[nn.Module]:
+    """Modules that may be the decoder, innermost first: some models build the masks one module further out than others."""
+    named = model.get_decoder() if hasattr(model, "get_decoder") else None
+    candidates = [named, model.base_model, *(child for child in model.children() if hasattr(child, "config"))]
+    return list(dict.fromkeys(m for m in candidates if isinstance(m, nn.Module) and not isinstance(m, nn.Linear) and m is not model))
+
+
 def _run_probe(target: Target) -> _Probe:
     model, config = target.model, target.config
     if not _compat.supports_dynamic_cache(model):
@@ -203,26 +216,43 @@ def _run_probe(target: Target) -> _Probe:
     device = model.device if model.device.type != "meta" else torch.device("cpu")
     ids = row.expand(2, -1).contiguous().to(device)
     positions = (torch.arange(_PROBE_TOKENS) + torch.tensor([[0], [shift]])).to(device)
-    cache = _compat.DynamicCache(config=config)
-    arguments = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    if "position_ids" in _compat.argument_names(model):
-        arguments["position_ids"] = positions
-    calls: list[dict[str, Any]] = []
-    biases: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+    probe = _Probe(_compat.DynamicCache(config=config), shift)
+    layer_of_call: list[int] = []
+    update = probe.cache.update
+
+    def noticed_update(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer_of_call.append(layer_idx)
+        return update(keys, values, layer_idx, *args, **kwargs)
+
+    probe.cache.update = noticed_update
+
+    def notice_call(call: dict[str, Any]) -> None:
+        probe.calls.append({**call, "layer": layer_of_call[-1] if layer_of_call else -1})
 
     def notice_bias(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if "alibi" in kwargs or "position_bias" in kwargs:
-            index = getattr(module, "layer_idx", None)
-            if isinstance(index, int):
-                biases[index] = (module, kwargs)
+        if ("alibi" in kwargs or "position_bias" in kwargs) and isinstance(getattr(module, "layer_idx", None), int):
+            probe.biases[module.layer_idx] = (module, kwargs)  # type: ignore[index]
 
+    takes_2d_mask: dict[nn.Module, bool] = {}
+
+    def shift_positions(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = _compat.by_name(decoder, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        takes_2d_mask[decoder] = torch.is_tensor(mask) and mask.ndim == 2
+        if "position_ids" in _compat.argument_names(decoder):
+            probe.shifted = True
+            kwargs["position_ids"] = positions
+        return (), kwargs
+
+    decoders = _decoders(model)
     hooks = [m.register_forward_pre_hook(notice_bias, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")]
+    hooks += [m.register_forward_pre_hook(shift_positions, with_kwargs=True) for m in decoders]
     was_training = [m for m in model.modules() if m.training]
     try:
         for module in was_training:
             module.training = False
-        with torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded_calls(calls):
-            model(**arguments)
+        with torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=probe.cache, use_cache=True)
     except PatchError:
         raise
     except Exception as error:
@@ -234,20 +264,23 @@ def _run_probe(target: Target) -> _Probe:
             module.training = True
         for hook in hooks:
             hook.remove()
-    return _Probe(calls, biases, cache, shift)
+    fitting = [decoder for decoder in decoders if takes_2d_mask.get(decoder)]
+    if not fitting:
+        raise UnsupportedModel(f"{type(model).__name__} builds its attention masks outside any decoder module that could be hooked")
+    probe.decoder = fitting[0]
+    return probe
 
 
 def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
     names = {id(module): name for name, module in target.model.named_modules()}
-    frequencies = {
-        name: buffer.detach().double().cpu()
-        for name, buffer in target.model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1 and buffer.device.type != "meta"
-    }
+    frequencies: dict[str, torch.Tensor] = {}
+    for name, buffer in target.model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1 and buffer.device.type != "meta":
+            frequencies[name] = buffer.detach().double().cpu()
+            frequencies[f"-{name}"] = -frequencies[name]  # some models turn the other way round
     calls_of: dict[int, list[dict[str, Any]]] = {}
     for call in probe.calls:
-        calls_of.setdefault(getattr(call["module"], "layer_idx", -1), []).append(call)
-    shared = {call["module"].layer_idx for call in probe.calls if getattr(call["module"], "is_kv_shared_layer", False)}
+        calls_of.setdefault(call["layer"], []).append(call)
 
     layers = []
     for index, cached in enumerate(probe.cache.layers):
@@ -259,42 +292,56 @@ def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
         kind, window = _kind(target.config, index, cached)
         layer = AttentionLayer(index, names.get(id(module), f"layer {index}"), module, kind, window)
         layers.append(layer)
-        layer.obstacle = _obstacle(cached, calls, kind)
+        layer.obstacle = _obstacle(cached, calls, kind, window, probe.masks)
+        if kind == "chunked":
+            continue
         if layer.obstacle is None and calls:
             _find_positions(layer, cached, calls[0], frequencies, probe.shift, first=len(layers) == 1)
-        elif not calls:
+        elif layer.obstacle is None:
             _find_alibi(layer, cached, probe.biases.get(index))
-        if layer.obstacle is None and index in shared:
-            layer.obstacle = "it shares its keys and values with another layer"
+        if layer.obstacle is None and layer.alibi is None and not probe.shifted:
+            layer.obstacle = "its decoder takes no position_ids, so how positions enter cannot be probed"
     return layers
 
 
-def _kind(config: Any, index: int, cached: Any) -> tuple[Literal["full", "sliding", "other"], int | None]:
-    types = getattr(config, "layer_types", None)
-    if type(cached) is _compat.DynamicLayer:
+def _kind(config: Any, index: int, cached: Any) -> tuple[Kind, int | None]:
+    if type(cached) in (_compat.DynamicLayer, _compat.LinearAttentionAndFullAttentionLayer):
         return "full", None
-    chunked = types[index] == "chunked_attention" if types else getattr(config, "attention_chunk_size", None) is not None
-    if type(cached) is _compat.DynamicSlidingWindowLayer and not chunked:
-        return "sliding", int(cached.sliding_window)
+    if type(cached) is _compat.DynamicSlidingWindowLayer:
+        types = getattr(config, "layer_types", None)
+        chunked = types[index] == "chunked_attention" if types else getattr(config, "attention_chunk_size", None) is not None
+        return ("chunked" if chunked else "sliding"), int(cached.sliding_window)
     return "other", None
 
 
-def _obstacle(cached: Any, calls: list[dict[str, Any]], kind: str) -> str | None:
+def _obstacle(cached: Any, calls: list[dict[str, Any]], kind: str, window: int | None, masks: list[torch.Tensor]) -> str | None:
     if kind == "other":
         return f"its cache layer is a {type(cached).__name__}, which holds more than a window of keys and values"
-    if cached.keys.shape[-2] != _PROBE_TOKENS:
+    if kind != "chunked" and cached.keys.shape[-2] != min(_PROBE_TOKENS, _PROBE_TOKENS if window is None else window - 1):
         return f"it stored {cached.keys.shape[-2]} keys for {_PROBE_TOKENS} tokens"
     if not calls:
+        return None
+    if kind == "chunked":  # left alone, so nothing needs to be known
         return None
     if len({id(call["module"]) for call in calls}) > 1:
         return "several attention modules share its cache layer"
     for call in calls:
+        mask = call["attention_mask"]
+        if torch.is_tensor(mask) and not any(_is_part_of(mask, built) for built in masks):
+            return "its attention adds something of its own to the mask"
         for name, value in call["kwargs"].items():
             if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
                 return f"its attention takes a tensor `{name}`, whose meaning for evicted keys is unknown"
         if call["key"].shape[-2] != _PROBE_TOKENS:
             return "its attention receives other keys than it stores"
     return None
+
+
+def _is_part_of(mask: torch.Tensor, built: torch.Tensor) -> bool:
+    """Whether ``mask`` is the mask ``built``, possibly cut to the keys there are or given another dtype."""
+    if mask.ndim != 4 or built.ndim != 4 or mask.shape[-1] > built.shape[-1] or mask.shape[-2] != built.shape[-2]:
+        return False
+    return torch.equal(mask.expand(len(built), -1, -1, -1)[:, :1], built[..., : mask.shape[-1]].to(mask.dtype))
 
 
 def _find_positions(
@@ -332,7 +379,7 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
     for name, frequency in frequencies.items():
         width = 2 * frequency.numel()
         for start in {0, x.shape[-1] - width}:
-            if start < 0:
+            if start < 0 or width > x.shape[-1]:
                 continue
             for style in ("half", "interleaved"):
                 rotary = Rotary(style, frequency, start, "keys", start, name)  # type: ignore[arg-type]

@@ -15,8 +15,9 @@ model once per change between the two sets along its depth; the rows found so fa
 mixer inside another one (a convolution over the keys of an attention layer) is no exception: its output rows are stored too.
 
 Nothing is shared with the patch: no cache layer, mask or rotation is computed here. Which modules mix tokens, and which of their
-arguments depend on the tokens, is found by running the model. Two things are checked before an answer is given: the stock model is causal, and the hooks
-reach every flow between tokens (the result may not depend on the ids of the earlier rows, only on the stored inputs).
+arguments depend on the tokens, is found by running the model. Two things are checked before an answer is given: the stock model
+is causal, and the hooks reach every flow between tokens (the result may not depend on the ids of the earlier rows, only on the
+stored inputs).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 _RECURRENT_METHODS = ("update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "has_previous_state")
-_PROBE_LENGTH = 72
+# long enough to see any window of a tiny model, too short to switch its scaled rotary positions
+_PROBE_LENGTH = 60
 _SELF_CHECK = 2e-4
 
 Slot = tuple[str, int | str]
@@ -310,7 +312,9 @@ def _find_own_windows(model: nn.Module, mixers: Sequence[_Mixer], length: int, v
                     continue
                 changed = target[place].clone()
                 early = changed[:, : length // 2]
-                changed[:, : length // 2] = early + early.std() * torch.randn(early.shape, generator=noise, dtype=torch.float32).to(early.dtype)
+                changed[:, : length // 2] = early + early.std() * torch.randn(early.shape, generator=noise, dtype=torch.float32).to(
+                    early.dtype
+                )
                 target[place] = changed
             return tuple(args), kwargs
 
@@ -328,7 +332,7 @@ def _random_ids(length: int, seed: int, vocabulary: tuple[int, int], model: nn.M
 
 
 def _probe_length(model: Any) -> int:
-    """Long enough to see any window of a tiny model, short enough for its position table."""
+    """Length of the probe inputs, within the position table of the model."""
     try:
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     except (AttributeError, ValueError):
@@ -342,7 +346,9 @@ def _probe_length(model: Any) -> int:
 class _Stream:
     """The state of one run: for every mixer call, the inputs that each token had there when it was streamed."""
 
-    def __init__(self, model: nn.Module, mixers: Sequence[_Mixer], streaming: set[Key], sinks: int, window: int, true_positions: bool) -> None:
+    def __init__(
+        self, model: nn.Module, mixers: Sequence[_Mixer], streaming: set[Key], sinks: int, window: int, true_positions: bool
+    ) -> None:
         self.model, self.mixers, self.streaming = model, mixers, streaming
         self.sinks, self.window, self.true_positions = sinks, window, true_positions
         self.inputs: dict[tuple[Key, Slot], list[torch.Tensor]] = defaultdict(list)
@@ -445,6 +451,8 @@ def oracle_logits(
     true_positions = positions == "true"
     if true_positions and "position_ids" not in inspect.signature(model.forward).parameters:
         raise OracleUnsupported(f"{type(model).__name__}.forward takes no position_ids: true positions cannot be given")
+    if true_positions and getattr(model.config, "alibi", False):
+        raise OracleUnsupported(f"{type(model).__name__} with ALiBi ignores position_ids: true positions cannot be given")
     vocabulary = (int(ids.min()), int(ids.max()))
     length = _probe_length(model)
     with torch.no_grad():

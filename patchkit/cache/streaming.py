@@ -557,6 +557,31 @@ class StreamLayer(_compat.CacheLayerMixin):
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):
+    """A `StreamLayer` of a model whose layers hold convolution or recurrent states beside keys and values."""
+
+    is_compileable = False
+
+    def __init__(self, lane: Lane, stream: Stream, number_of_states: int) -> None:
+        StreamLayer.__init__(self, lane, stream)
+        _compat.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # transformers gives keys and values by position, and states by name.
+        if args:
+            StreamLayer.lazy_initialization(self, *args)
+        else:
+            _compat.LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        StreamLayer.reset(self)
+        _compat.LinearAttentionLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back tokens from the states; `roll_back` does it for keys and values."""
+        _compat.LinearAttentionLayer.crop(self, tokens_to_remove)
+
+
 class StreamingCache(_compat.Cache):
     """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
 
@@ -567,8 +592,15 @@ class StreamingCache(_compat.Cache):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.stream = Stream(plan)
-        layers = plan.stock_layers()
-        super().__init__(layers=[StreamLayer(plan.lanes[i], self.stream) if i in plan.lanes else layer for i, layer in enumerate(layers)])
+        super().__init__(layers=[self._layer(i, layer) for i, layer in enumerate(plan.stock_layers())])
+
+    def _layer(self, index: int, stock: Any) -> Any:
+        lane = self.plan.lanes.get(index)
+        if lane is None:
+            return stock
+        if isinstance(stock, _compat.LinearAttentionLayer):
+            return StreamLayerWithState(lane, self.stream, stock.number_of_states)
+        return StreamLayer(lane, self.stream)
 
     @property
     def own_layers(self) -> list[StreamLayer]:
@@ -605,7 +637,7 @@ class StreamingCache(_compat.Cache):
             )
         # Other layers first: one of them may refuse, and nothing must be half done.
         for layer in self.layers:
-            if not isinstance(layer, StreamLayer):
+            if type(layer) is not StreamLayer:
                 layer.crop(tokens_to_remove)
         for layer in self.own_layers:
             layer.roll_back(count)
@@ -618,7 +650,7 @@ class StreamingCache(_compat.Cache):
                 layer.activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda layer: layer.reorder_cache(beam_idx))
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda layer: type(layer).reorder_cache(layer, beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(lambda x: x[indices.to(x.device)], lambda layer: layer.batch_select_indices(indices))
@@ -630,6 +662,6 @@ class StreamingCache(_compat.Cache):
         for layer in self.layers:
             if isinstance(layer, StreamLayer):
                 layer.select_rows(index)
-            else:
+            if type(layer) is not StreamLayer:
                 other(layer)
         self.stream.select_rows(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -135,13 +136,18 @@ def _load(source: str, name: str, dtype: torch.dtype, local_only: bool) -> tuple
     except Exception as error:
         raise ModelUnavailable(f"the config of {name} cannot be used ({_first_line(error)}): save or download the model again") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelUnavailable(f"{name} is a {config.model_type!r} model, which is not a causal language model: give one that generates text")
+        raise ModelUnavailable(
+            f"{name} is a {config.model_type!r} model, which is not a causal language model: give one that generates text"
+        )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, local_files_only=local_only, output_loading_info=True
         )
     except Exception as error:
-        raise ModelUnavailable(f"the weights of {name} cannot be loaded ({_first_line(error)}): save or download the model again") from error
+        raise ModelUnavailable(
+            f"the weights of {name} cannot be loaded ({_first_line(error)}): save or download the model again"
+        ) from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelUnavailable(

@@ -96,13 +96,16 @@ class StreamingLLM(Patch):
                 handle.set_attribute(layer.module, "_patchkit_attention", attend)
         streaming = [layer for layer in owned if layer.kind == "full"]
         sliding = [layer for layer in target.attention_layers if layer.kind == "sliding"]
-        others = [layer for layer in target.attention_layers if layer not in streaming and layer not in sliding]
+        chunked = [layer for layer in target.attention_layers if layer.kind == "chunked"]
+        others = [layer for layer in target.attention_layers if layer.kind == "full" and layer not in streaming]
         handle.changed("attention layers", len(streaming))
-        if sliding:
-            windows = sorted({layer.window for layer in sliding if layer.window is not None})
-            handle.left_alone(f"{len(sliding)} sliding-window layers", f"they keep their own window of {_listed(windows)} tokens")
+        for kept, what in ((sliding, "sliding-window"), (chunked, "chunked")):
+            if kept:
+                handle.left_alone(f"{len(kept)} {what} layers", f"they keep their own rule, over {_listed(_windows(kept))} tokens")
         if others:
-            handle.left_alone(f"{len(others)} attention layers", "not in layers=: they keep all keys, so memory grows and positions are not bounded")
+            handle.left_alone(f"{len(others)} attention layers", "not in layers=: they keep all keys, so memory grows")
+        if plan.limit is None:
+            handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
         """The lanes of all layers that patchkit will keep; every refusal is raised here."""
@@ -114,9 +117,8 @@ class StreamingLLM(Patch):
             if layer.obstacle is not None and (layer in chosen or layer.kind != "full"):
                 raise UnsupportedModel(f"streaming would not be exact on {name}: in layer {layer.index} ({layer.name}), {layer.obstacle}")
         if not chosen:
-            windows = sorted({layer.window for layer in layers if layer.window is not None})
             raise NothingMatched(
-                f"every attention layer of {name} already has its own sliding window (of {_listed(windows)} tokens): streaming has nothing to add"
+                f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): streaming has nothing to add"
             )
         if any(layer.rotary is not None for layer in layers):
             if "position_ids" not in _compat.argument_names(target.decoder):
@@ -138,6 +140,9 @@ class StreamingLLM(Patch):
                 lane = Lane(sinks, window, layer.rotary)
                 made.append(lane)
             lanes[layer.index] = lane
+        for layer in owned:
+            if any(other.module is layer.module and lanes[other.index] is not lanes[layer.index] for other in owned):
+                raise UnsupportedModel(f"streaming would not be exact on {name}: layers with different rules share the module {layer.name}")
         frame_limit = None
         if bounded:
             capacity = self.sinks + self.window
@@ -195,7 +200,10 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if inputs is None:
         inputs = kwargs["inputs_embeds"]
     batch, tokens = inputs.shape[:2]
-    if cache is None and kwargs.get("use_cache", True) is not False and decoder.config.use_cache is not False:
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(decoder.config, "use_cache", True)
+    if cache is None and use_cache:
         cache = StreamingCache(runtime.plan)
         kwargs["past_key_values"] = cache
     if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
@@ -266,16 +274,18 @@ def _attention(
         [B, T, H, V] and no attention weights.
     """
     frame = runtime.frame
-    if frame is None or (frame.steady and attention_mask is None):
+    if frame is None:
         return original(module, query, key, value, attention_mask, **kwargs)
-    if frame.steady:
-        return original(module, query, key, value, None, **kwargs)
-    run = original_function(masked, module)
     additive = masked != "sdpa"
+    # An eager function may add the mask without asking whether there is one.
+    no_mask = query.new_zeros(1, 1, 1, 1) if additive and original_function(masked, module) is original else None
+    if frame.steady:
+        return original(module, query, key, value, no_mask, **kwargs)
+    run = original_function(masked, module)
     queries = torch.arange(frame.start, frame.end, device=query.device)
     keys = frame.key_tokens(lane).to(query.device)
     if not frame.many:
-        mask = None if frame.pads is None else _mask(frame, lane, queries, keys, query, additive)
+        mask = no_mask if frame.pads is None else _mask(frame, lane, queries, keys, query, additive)
         return run(module, query, key, value, mask, **kwargs)
 
     window_query = sink_query = query
@@ -312,15 +322,16 @@ def _attention(
 
 def _columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
     """Indices of the keys that queries ``rows`` of the forward can see: the sinks, and one window behind the first of them."""
-    most_pads = 0 if frame.pads is None else int(frame.pads.max())
-    # Key column of token i: i + offset, where tokens are in order of time.
+    # Keys are in order of time from column `ordered` on, where token i is in column i + offset. Every row's sinks are before
+    # that, or among the first most_pads + S tokens.
     offset = n_keys - frame.end
-    first_ordered = lane.sinks if frame.start >= lane.capacity else 0
-    head = lane.sinks if first_ordered else min(most_pads + lane.sinks, n_keys)
-    first = max(first_ordered, head, frame.start + rows.start - lane.window + 1 + offset)
+    ordered = lane.sinks if frame.start >= lane.capacity else 0
+    most_pads = 0 if frame.pads is None else int(frame.pads.max())
+    head = max(ordered, most_pads + lane.sinks + offset) if most_pads or not ordered else ordered
     last = frame.start + rows.stop + offset
+    first = max(ordered, frame.start + rows.start - lane.window + 1 + offset)
     head = min(head, last)
-    return torch.cat([torch.arange(head), torch.arange(min(first, last), last)])
+    return torch.cat([torch.arange(head), torch.arange(max(first, head), last)])
 
 
 def _mask(frame: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor, like: torch.Tensor, additive: bool) -> torch.Tensor:
@@ -460,6 +471,10 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
 
 def _stock_layers(config: Any) -> list[Any]:
     return _compat.DynamicCache(config=config).layers
+
+
+def _windows(layers: list[AttentionLayer]) -> list[int]:
+    return sorted({layer.window for layer in layers if layer.window is not None})
 
 
 def _listed(values: list[int]) -> str:

@@ -7,6 +7,7 @@ once, and two streams are compared by the median of their ratios round by round.
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -41,20 +42,24 @@ def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=_tokens(model, 1), past_key_values=cache, use_cache=True)
-        for layer in cache.layers if context > 1 else []:
+        layers: list[Any] = list(cache.layers) if context > 1 else []
+        for layer in layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4:
                 layer.update(_randn_like(keys, context - 1), _randn_like(values, context - 1))
     return cache
 
 
-def prefilled_cache(model: PreTrainedModel, tokens: int, chunk: int = 256, cache: Any = None, progress: Callable[[int], object] | None = None) -> Any:
+def prefilled_cache(
+    model: PreTrainedModel, tokens: int, chunk: int = 256, cache: Any = None, progress: Callable[[int], object] | None = None
+) -> Any:
     """The cache of a model, patched or not, after `tokens` more random tokens were really streamed through it in chunks."""
+    # Only the cache is wanted: where a model allows it, the head runs on one position.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         for start in range(0, tokens, chunk):
             block = _tokens(model, min(chunk, tokens - start))
-            # Only the cache is wanted, so the head runs on one position.
-            cache = model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(input_ids=block, past_key_values=cache, use_cache=True, **options).past_key_values
             if progress:
                 progress(block.shape[1])
     return cache
@@ -135,7 +140,8 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     return torch.randint(vocabulary, (1, count), device=model.device)
 
 

@@ -6,6 +6,7 @@ through a single cache in chunks: token t is predicted from everything that the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids if boundary is None else [boundary, *ids]
 
 
-def stream_nll(model: PreTrainedModel, ids: Sequence[int] | torch.Tensor, chunk: int = 512, progress: Progress | None = None) -> torch.Tensor:
+def stream_nll(
+    model: PreTrainedModel, ids: Sequence[int] | torch.Tensor, chunk: int = 512, progress: Progress | None = None
+) -> torch.Tensor:
     """Negative log-likelihood of each token of a text given all before it, streamed through one cache.
 
     Works for an unpatched and for a patched model. Memory is the cache plus O(chunk · vocabulary).
@@ -112,8 +115,8 @@ def stream_nll(model: PreTrainedModel, ids: Sequence[int] | torch.Tensor, chunk:
                 out = model(input_ids=block[None], past_key_values=cache, use_cache=True)
             except IndexError as error:
                 raise UnsupportedModel(
-                    f"{type(model).__name__} cannot take tokens {start}..{start + len(block) - 1} ({error}): its position table is shorter, "
-                    "or the tokenizer is not its own. Score fewer tokens (--max-tokens)"
+                    f"{type(model).__name__} cannot take tokens {start}..{start + len(block) - 1} ({error}): its position table is "
+                    "shorter, or the tokenizer is not its own. Score fewer tokens (--max-tokens)"
                 ) from error
             cache = getattr(out, "past_key_values", None)
             if cache is None and len(targets) < len(ids) - 1:
@@ -140,7 +143,9 @@ def block_nll(
     ids = _as_row(ids)
     inputs, targets = ids[:-1], ids[1:]
     whole = len(inputs) // block * block
-    groups = [*zip(inputs[:whole].view(-1, block).split(batch), targets[:whole].view(-1, block).split(batch), strict=True)]
+    groups: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if whole:
+        groups += zip(inputs[:whole].view(-1, block).split(batch), targets[:whole].view(-1, block).split(batch), strict=True)
     if whole < len(inputs):
         groups.append((inputs[None, whole:], targets[None, whole:]))
     scored = []
@@ -159,10 +164,10 @@ def by_position(nll: torch.Tensor, edges: Sequence[int]) -> list[Bucket]:
     Raises:
         ValueError: the edges do not rise.
     """
-    if any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+    if any(low >= high for low, high in itertools.pairwise(edges)):
         raise ValueError(f"edges {list(edges)} do not rise: give positions in ascending order")
     buckets = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         stop = min(stop, len(nll))
         if start < stop:
             buckets.append(_bucket(nll[start:stop].double(), start, stop))

@@ -1,0 +1,310 @@
+"""Patch a model, look at what was done, and undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
+from patchkit.handle import Handle
+from patchkit.patch import Patch, available_patches, parse_spec
+
+if TYPE_CHECKING:
+    import os
+
+# The instance attribute of a patched model that holds its root Handle.
+_ATTRIBUTE = "_patchkit"
+
+_logger = logging.getLogger("patchkit")
+
+M = TypeVar("M")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What one patch did to a model.
+
+    Attributes:
+        name: the patch's spec name.
+        spec: the patch with its options, as a spec string.
+        changed: how many of what was changed, {"attention layers": 12}.
+        left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
+        hits: run-time counters since the model was patched.
+    """
+
+    name: str
+    spec: str
+    changed: dict[str, int]
+    left_alone: dict[str, str]
+    hits: dict[str, int]
+
+    def __str__(self) -> str:
+        text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
+        if self.left_alone:
+            text += f"; left alone: {', '.join(f'{what} ({why})' for what, why in self.left_alone.items())}"
+        if self.hits:
+            text += f"; hits: {', '.join(f'{what} {count}' for what, count in self.hits.items())}"
+        return text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What patchkit did to a model, one entry per patch in the order of application."""
+
+    patches: list[PatchReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.patches))
+
+
+def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> M:
+    """Patch a loaded causal language model in place, and log one line that says what was changed and what was left alone.
+
+    Everything is checked before anything is touched; an exception half-way undoes what was done. Patches are applied in the
+    order of their `Stage`, whatever the order of the arguments. Compiled code is forgotten, of all models in the process,
+    because it would not notice the patches; a model that was compiled has to be compiled again.
+
+    Args:
+        model: a transformers decoder-only model with a language-modelling head, or such a model in PEFT's wrapper.
+        patches: `Patch` objects and spec strings such as "streaming(window=1020) + mlp_int8", or lists of them.
+        verbose: log the line at level INFO of the logger "patchkit" (else DEBUG). Where the program has not configured
+            logging, it goes to stderr.
+
+    Returns:
+        The same object.
+
+    Raises:
+        SpecError: no patch is given, or one that does not exist or does not read.
+        PatchConflict: a patch is given twice, or the model is already patched.
+        UnsupportedModel: the model is not a causal LM of transformers, or a patch cannot be exact or useful on it.
+        NothingMatched: a patch found nothing to change.
+        PatchError: the installed transformers or torch is not supported.
+    """
+    chosen = _resolve(patches)
+    return _patch(model, chosen, verbose)
+
+
+def unpatch_model(model: M) -> M:
+    """Undo `patch_model`: no hook, attribute, weight or compiled code stays behind. Returns the same object.
+
+    Raises:
+        PatchConflict: patchkit has not patched this model, or it is a shallow copy of a patched one.
+        IrreversiblePatch: an undo step failed; all others ran.
+    """
+    _handle_of(model).undo()
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> Iterator[M]:
+    """`patch_model` for the length of a with block. The model is unpatched at the end, also after an exception."""
+    patch_model(model, *patches, verbose=verbose)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def with_patches(*patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> Callable[[F], F]:
+    """Decorate a function that returns a model, or a tuple with exactly one model in it: what it returns is patched.
+
+    Spec strings are read when the function is decorated, so a typo is found before a model is loaded.
+    """
+    chosen = _resolve(patches)
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def patched_function(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if isinstance(result, tuple):
+                models = [item for item in result if _is_transformers_model(_unwrapped(item))]
+                if len(models) != 1:
+                    raise UnsupportedModel(
+                        f"{function.__qualname__} returned a tuple with {len(models)} transformers models in it: "
+                        "@with_patches needs exactly one. Call patch_model on the one that you mean."
+                    )
+                _patch(models[0], chosen, verbose)
+            else:
+                _patch(result, chosen, verbose)
+            return result
+
+        return patched_function  # type: ignore[return-value]
+
+    return decorate
+
+
+def from_pretrained(
+    model: str | os.PathLike[str], *, patches: Patch | str | Sequence[Patch | str], verbose: bool = True, **kwargs: Any
+) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(model, **kwargs)`, patched. Spec strings are read before anything is loaded.
+
+    Args:
+        model: a hub id or a directory.
+        patches: as for `patch_model`.
+        kwargs: passed on to transformers (dtype, device_map, ...).
+    """
+    chosen = _resolve([patches])
+    from transformers import AutoModelForCausalLM
+
+    return _patch(AutoModelForCausalLM.from_pretrained(model, **kwargs), chosen, verbose)
+
+
+def report(model: Any) -> Report:
+    """What patchkit did to this model, with the run-time counters as they stand now.
+
+    Raises:
+        PatchConflict: patchkit has not patched this model.
+    """
+    return _report_of(_handle_of(model))
+
+
+def _resolve(patches: Sequence[Any]) -> list[Patch]:
+    """Patch objects from whatever the user gave, in the order of application."""
+    chosen: list[Patch] = []
+    for given in _flat(patches):
+        if isinstance(given, str):
+            chosen.extend(parse_spec(given))
+        elif isinstance(given, type) and issubclass(given, Patch):
+            raise SpecError(f"{given.__name__} is a class: write {given.__name__}()")
+        elif not isinstance(given, Patch):
+            raise SpecError(f"{given!r} is not a patch: give a Patch object, or a spec string such as 'streaming(window=1020)'")
+        elif not hasattr(given, "name"):
+            raise SpecError(f"{type(given).__name__} is not registered: decorate the class with @register_patch('a_name')")
+        else:
+            chosen.append(given)
+    if not chosen:
+        raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches()) or 'none'}")
+    names = [patch.name for patch in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise PatchConflict(f"the patch {name!r} is given {names.count(name)} times: give it once")
+    return sorted(chosen, key=lambda patch: patch.stage)
+
+
+def _flat(patches: Sequence[Any]) -> Iterator[Any]:
+    for given in patches:
+        if isinstance(given, list | tuple):
+            yield from _flat(given)
+        else:
+            yield given
+
+
+def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
+    base = _causal_lm(model)
+    if _ATTRIBUTE in vars(base):
+        present = " + ".join(patch.spec for patch in _report_of(vars(base)[_ATTRIBUTE]).patches)
+        raise PatchConflict(f"this model is already patched with {present}: unpatch_model first, or give all patches in one call")
+    # Imported here, so that `import patchkit` loads neither torch nor transformers.
+    from patchkit import _compat
+    from patchkit.target import Target
+
+    _compat.self_check()
+    started = time.perf_counter()
+    target = Target(base)
+    for patch in chosen:
+        patch.check(target)
+
+    handle = Handle(base)
+    try:
+        compiled = _compat.CompiledCalls(base)
+        handle.on_undo(compiled.restore)
+        was_compiled = compiled.set_aside()
+        handle.set_attribute(base, _ATTRIBUTE, handle)
+        for patch in chosen:
+            view = handle.for_patch(patch)
+            patch.apply(target, view)
+            if not any(view.counts.values()):
+                raise NothingMatched(f"{patch.spec} changed nothing in {type(base).__name__}: leave it out, or choose other options")
+    except BaseException as error:
+        try:
+            handle.undo()
+        except PatchError as failure:
+            raise failure from error
+        raise
+    _announce(handle, time.perf_counter() - started, verbose, was_compiled)
+    return model
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers model itself, out of PEFT's wrapper if it is in one.
+
+    Raises:
+        UnsupportedModel: it is not a decoder-only model with a language-modelling head.
+    """
+    name = type(model).__name__
+    base = _unwrapped(model)
+    if isinstance(model, str):
+        raise UnsupportedModel(f"{model!r} is a name, not a model: use patchkit.from_pretrained({model!r}, patches=...)")
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel("this is the result of torch.compile: patch the model first, then compile it")
+    if not _is_transformers_model(base):
+        if _is_transformers_model(getattr(model, "module", None)):
+            raise UnsupportedModel(f"{name} wraps a model: patch its .module, best before it is wrapped")
+        raise UnsupportedModel(f"{name} is not a transformers model: load one with AutoModelForCausalLM.from_pretrained")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder: patchkit patches decoder-only models, load one with AutoModelForCausalLM")
+    if not base.can_generate() or base.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{name} has no language-modelling head: load the checkpoint with AutoModelForCausalLM")
+    return base
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def _is_transformers_model(candidate: Any) -> bool:
+    # Without transformers loaded, nothing can be one of its models.
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(candidate, transformers.PreTrainedModel)
+
+
+def _handle_of(model: Any) -> Handle:
+    base = _unwrapped(model)
+    handle = getattr(base, "__dict__", {}).get(_ATTRIBUTE)
+    if not isinstance(handle, Handle):
+        raise PatchConflict(f"this {type(model).__name__} is not patched by patchkit: patch_model it first")
+    if handle.model is not base:
+        raise PatchConflict("this is a shallow copy of a patched model and shares its hooks: use the original, or copy.deepcopy")
+    return handle
+
+
+def _report_of(handle: Handle) -> Report:
+    return Report(
+        [PatchReport(patch.name, patch.spec, dict(view.counts), dict(view.reasons), dict(view.hits)) for patch, view in handle.views]
+    )
+
+
+def _announce(handle: Handle, seconds: float, verbose: bool, was_compiled: bool) -> None:
+    _prepare_logger()
+    line = " | ".join(map(str, _report_of(handle).patches))
+    _logger.log(logging.INFO if verbose else logging.DEBUG, "patchkit: %s  (%.2f s)", line, seconds)
+    if was_compiled:
+        _logger.warning("patchkit: the model was compiled before it was patched, and now runs uncompiled: call model.compile() again")
+
+
+def _prepare_logger() -> None:
+    """The program's logging decides, if it has any; else INFO goes to stderr. Never at import."""
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Console) for handler in _logger.handlers):
+        _logger.addHandler(_Console())
+
+
+class _Console(logging.Handler):
+    """Prints to stderr, as it is at the time, as long as nobody has configured logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        others = [handler for handler in _logger.handlers if handler is not self]
+        if not others and not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr)

@@ -1,0 +1,447 @@
+"""The command line: `patchkit demo | inspect | generate | ppl | patches`.
+
+Results go to stdout, progress and remarks to stderr. With `--json` stdout carries one JSON object and nothing else. What a
+user can get wrong ends in one line on stderr and exit code 1 (2 for a wrong call), never in a traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from patchkit.errors import PatchError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from patchkit.api import Report
+    from patchkit.patch import Patch
+    from patchkit.quality.perplexity import Bucket
+
+# torch and transformers take seconds to import, so each command imports what it needs.
+
+
+class UsageError(PatchError):
+    """The command is well-formed, but what it was given cannot be used."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns a PatchError of any command into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PatchError as error:
+            _stderr().print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Change how a Hugging Face causal language model runs: in one line, reversibly, with evidence.",
+)
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="'bundled', a model directory, or a hub id.")]
+PatchesOption = Annotated[
+    str, typer.Option("--patches", metavar="SPEC", help="Patches, such as 'streaming(sinks=4, window=508)'; default none.")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs, such as 'cpu' or 'cuda'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="patchkit")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from patchkit.quality.environment import version_of
+
+        typer.echo(f"patchkit {version_of('patchkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="'bundled', a model directory, or a hub id.")] = "bundled",
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of text to stream.")] = 16384,
+    windows: Annotated[str, typer.Option(help="StreamingLLM windows in tokens, separated by commas.")] = "508,252,124",
+    out: Annotated[Path, typer.Option(help="The picture to write.", dir_okay=False)] = Path("patchkit-demo.png"),
+    as_json: JsonOption = False,
+) -> None:
+    """Stream real text through a model, unpatched and with StreamingLLM: perplexity, time and memory by position."""
+    sizes = _window_list(windows)
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
+    from patchkit.quality import demo as show
+
+    loaded, tokenizer = _load(model)
+    with _progress() as bar:
+        task = bar.add_task("", total=show.work(tokens, sizes))
+        result = show.run_demo(
+            loaded, tokenizer, tokens, sizes, advance=lambda what, count: bar.update(task, advance=count, description=what)
+        )
+        bar.update(task, completed=bar.tasks[0].total, description="done")
+    try:
+        show.draw(result, out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
+    if as_json:
+        from patchkit.quality.environment import environment
+
+        _emit({"model": model, **result.to_dict(), "picture": str(out), "environment": environment()})
+        return
+    console = Console()
+    # A pipe counts as 80 columns, and a table that is cut off is worth nothing.
+    console.width = max(console.width, 110)
+    console.print(show.table(result))
+    console.print(f"curves: {out}", highlight=False, soft_wrap=True)
+    console.print(result.ratio_line(), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show what patchkit finds in a model, and which patches would apply."""
+    from patchkit.patch import available_patches
+    from patchkit.target import Target
+
+    loaded, _ = _load(model)
+    target = Target(loaded)
+    facts: dict[str, Any] = {
+        "model": model,
+        "class": type(loaded).__name__,
+        "parameters": sum(p.numel() for p in loaded.parameters()),
+    }
+    try:
+        facts |= target.describe()
+    except PatchError as error:
+        facts["attention_layers"] = []
+        facts["obstacle"] = str(error)
+    facts["patches"] = {name: _verdict(cls, target) for name, cls in available_patches().items()}
+    if as_json:
+        _emit(facts)
+        return
+    layers, verdicts = facts.pop("attention_layers"), facts.pop("patches")
+    console = Console()
+    _print_pairs(console, facts)
+    if layers:
+        console.print(_layer_table(layers))
+    _print_table(console, "patches with their default options", ["patch", "applies", "why"], [
+        [name, "yes" if verdict["applies"] else "no", verdict["reason"] or ""] for name, verdict in verdicts.items()
+    ])  # fmt: skip
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT|-", help="The text to continue; '-' reads it from stdin.")],
+    patches: PatchesOption = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token; above, tokens are sampled.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text; tokens are printed as they come."""
+    chosen = _parse(patches)
+    text = _stdin() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty: give some text with --prompt, or pipe it in with --prompt -")
+    import torch
+    from transformers import TextStreamer
+
+    loaded, tokenizer = _load(model, dtype, device)
+    _patch(loaded, chosen)
+    inputs = tokenizer(text, return_tensors="pt")
+    prompt_tokens = inputs["input_ids"].shape[1]
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if tokenizer.pad_token_id is None:
+        options["pad_token_id"] = tokenizer.eos_token_id
+    if not as_json:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    try:
+        output = loaded.generate(
+            input_ids=inputs["input_ids"].to(loaded.device),
+            attention_mask=inputs["attention_mask"].to(loaded.device),
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+    except IndexError as error:
+        raise UnsupportedModel(
+            f"{type(loaded).__name__} cannot take a text of {prompt_tokens} + {max_new_tokens} tokens ({error}): its position table is "
+            "shorter, or the tokenizer is not its own. Shorten the prompt or lower --max-new-tokens"
+        ) from error
+    seconds = time.perf_counter() - started
+    new = output[0, prompt_tokens:]
+    if as_json:
+        _emit({
+            "model": model,
+            "patches": _report(loaded, chosen).to_dict()["patches"],
+            "prompt": text,
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": len(new),
+            "seconds": seconds,
+            "tokens_per_s": len(new) / seconds,
+        })  # fmt: skip
+        return
+    remarks = _stderr()
+    remarks.print(
+        f"{len(new)} tokens in {seconds:.2f} s after a prompt of {prompt_tokens}: {len(new) / seconds:.1f} tokens/s", highlight=False
+    )
+    remarks.print(str(_report(loaded, chosen)) or "unpatched", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def ppl(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="The UTF-8 text to score.")],
+    patches: PatchesOption = "",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Score only the first tokens of the text.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score the unpatched model too.")] = False,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a text streamed through one cache, in total and by position."""
+    chosen = _parse(patches)
+    from patchkit.quality.perplexity import by_position, default_edges, encode, read_text, stream_nll
+
+    content = read_text(text)
+    loaded, tokenizer = _load(model, dtype, device)
+    ids = encode(tokenizer, content)[:max_tokens]
+    edges = default_edges(len(ids) - 1)
+    results: dict[str, dict[str, Any]] = {}
+    buckets: dict[str, list[Bucket]] = {}
+    with _progress() as bar:
+        for name in (["unpatched"] if baseline or not chosen else []) + (["patched"] if chosen else []):
+            patched = chosen if name == "patched" else []
+            _patch(loaded, patched)
+            task = bar.add_task(name, total=len(ids) - 1)
+            started = time.perf_counter()
+            nll = stream_nll(loaded, ids, chunk=chunk, progress=lambda count, task=task: bar.update(task, advance=count))  # type: ignore[misc]
+            total = by_position(nll, [0, len(nll)])[0]
+            buckets[name] = [*by_position(nll, edges), total]
+            results[name] = {
+                "patches": _report(loaded, patched).to_dict()["patches"],
+                **dataclasses.asdict(total),
+                "by_position": [dataclasses.asdict(bucket) for bucket in buckets[name][:-1]],
+                "tokens_per_s": len(nll) / (time.perf_counter() - started),
+            }
+    ratio = math.exp(results["patched"]["nll"] - results["unpatched"]["nll"]) if len(results) == 2 else None
+    if as_json:
+        _emit(
+            {"model": model, "text": str(text), "chunk": chunk, "tokens": len(ids) - 1, "results": results, "patched_over_unpatched": ratio}
+        )
+        return
+    rows = []
+    for columns in zip(*buckets.values(), strict=True):
+        last = columns[0] is next(iter(buckets.values()))[-1]
+        span = "all" if last else f"{columns[0].start}-{columns[0].stop}"
+        rows.append([span, str(columns[0].tokens), *(f"{b.perplexity:.3f} ± {b.perplexity * b.stderr:.3f}" for b in columns)])
+    _print_table(Console(), f"perplexity of {text}", ["position", "tokens", *buckets], rows, right=True)
+    remarks = _stderr()
+    remarks.print(str(_report(loaded, chosen)) or "unpatched", highlight=False, soft_wrap=True, markup=False)
+    if ratio is not None:
+        remarks.print(f"patched / unpatched: {ratio:.4f}", highlight=False)
+
+
+@app.command()
+def patches(as_json: JsonOption = False) -> None:
+    """List the patches that --patches can name, with their options."""
+    from patchkit.patch import available_patches
+
+    listed: dict[str, dict[str, Any]] = {
+        name: {
+            "summary": (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else "",
+            "stage": cls.stage.name.lower(),
+            "options": {field.name: _default_of(field) for field in dataclasses.fields(cls) if field.init},
+        }
+        for name, cls in available_patches().items()
+    }
+    if as_json:
+        _emit(listed)
+        return
+    rows = [
+        [name, entry["stage"], ", ".join(f"{option}={value!r}" for option, value in entry["options"].items()), entry["summary"]]
+        for name, entry in listed.items()
+    ]
+    _print_table(Console(), None, ["patch", "stage", "options", "what it does"], rows)
+
+
+def _load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
+    import torch
+    import transformers
+
+    from patchkit.models import load_model
+
+    # What goes wrong is said by patchkit; the rest of transformers' remarks would bury it.
+    transformers.logging.set_verbosity_error()
+    loaded: Any
+    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype.value))
+    try:
+        return loaded.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the model cannot go to device {device!r} ({str(error).splitlines()[0]}): use --device cpu") from error
+
+
+def _parse(spec: str) -> list[Patch]:
+    """The patches of a spec, before anything large is loaded. An empty spec means none."""
+    from patchkit.patch import parse_spec
+
+    return parse_spec(spec) if spec.strip() else []
+
+
+def _patch(model: PreTrainedModel, chosen: list[Patch]) -> None:
+    from patchkit.api import patch_model
+
+    if chosen:
+        patch_model(model, *chosen, verbose=False)
+
+
+def _report(model: PreTrainedModel, chosen: list[Patch]) -> Report:
+    """What the patches changed, with their counters so far; empty for an unpatched model."""
+    from patchkit.api import Report, report
+
+    return report(model) if chosen else Report([])
+
+
+def _verdict(cls: type[Patch], target: Any) -> dict[str, Any]:
+    try:
+        cls().check(target)
+    except (PatchError, TypeError) as error:  # TypeError: an option without a default
+        return {"applies": False, "reason": str(error)}
+    return {"applies": True, "reason": None}
+
+
+def _window_list(text: str) -> list[int]:
+    try:
+        sizes = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 508,252,124", param_hint="--windows") from None
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"a window of {min(sizes)} tokens sees nothing: give at least 1", param_hint="--windows")
+    return list(dict.fromkeys(sizes))
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start}): pipe text in") from error
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required" if field.default is dataclasses.MISSING else field.default
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=_stderr())
+
+
+def _emit(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(_plain(result), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: infinities and NaN become null, objects their text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _print_pairs(console: Console, pairs: dict[str, Any]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in pairs.items():
+        grid.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _word(value))
+    console.print(grid, highlight=False, markup=False)
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    """One line per run of neighbouring layers that are alike; `layer` and `module` are what tells them apart."""
+    facts = [name for name in layers[0] if name not in ("layer", "module")]
+    facts = [name for name in facts if any(layer[name] is not None for layer in layers)]
+    runs: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        if runs and all(runs[-1][-1][name] == layer[name] for name in facts):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    table = Table(title=f"{len(layers)} attention layers", title_justify="left")
+    for heading in ("layers", *facts):
+        table.add_column(heading.replace("_", " "))
+    for run in runs:
+        first, last = run[0]["layer"], run[-1]["layer"]
+        table.add_row(str(first) if first == last else f"{first}-{last}", *(_word(run[0][name]) for name in facts))
+    return table
+
+
+def _word(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _print_table(console: Console, title: str | None, headings: list[str], rows: list[list[str]], right: bool = False) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if right and index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The start-up self-check names what is wrong, and the version."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation import GenerationMixin
+
+from patchkit import _compat
+from patchkit.errors import PatchError
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    _compat.self_check.cache_clear()
+    yield
+    _compat.self_check.cache_clear()
+
+
+def test_the_installed_versions_pass() -> None:
+    assert _compat.wrong_versions() == []
+    assert _compat.changed_names() == []
+    _compat.self_check()
+
+
+def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _compat.self_check()
+    monkeypatch.setattr(_compat, "wrong_versions", lambda: pytest.fail("checked twice"))
+    _compat.self_check()
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "supported"),
+    [
+        ("transformers", "5.15.0", True),
+        ("transformers", "5.23.0", True),
+        ("transformers", "5.23.1.dev0", True),
+        ("transformers", "5.24.0.dev0", False),
+        ("transformers", "5.24.0", False),
+        ("transformers", "5.14.2", False),
+        ("transformers", "6.0.0", False),
+        ("torch", "2.8.0+cpu", True),
+        ("torch", "2.13.0a0+git123", True),
+        ("torch", "2.7.1", False),
+    ],
+)
+def test_versions(monkeypatch: pytest.MonkeyPatch, library: str, version: str, supported: bool) -> None:
+    monkeypatch.setattr({"transformers": transformers, "torch": torch}[library], "__version__", version)
+    if supported:
+        _compat.self_check()
+    else:
+        with pytest.raises(PatchError, match=rf"cannot run on {library} {version}, needs .*pip install"):
+            _compat.self_check()
+
+
+def test_a_failed_check_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(transformers, "__version__", "4.0.0")
+        with pytest.raises(PatchError):
+            _compat.self_check()
+    _compat.self_check()
+
+
+def update_as_in_5_2(self: Any, key_states: Any, value_states: Any, cache_kwargs: Any = None) -> None: ...
+
+
+def test_missing_and_changed_names_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheLayerMixin, "update", update_as_in_5_2)
+    monkeypatch.delattr(DynamicLayer, "crop")
+    monkeypatch.delattr(GenerationMixin, "_prepare_cache_for_generation")
+    with pytest.raises(PatchError) as caught:
+        _compat.self_check()
+    message = str(caught.value)
+    assert f"transformers {transformers.__version__}" in message
+    assert (
+        "CacheLayerMixin.update takes (self, key_states, value_states, cache_kwargs), expected (self, key_states, value_states, args"
+        in message
+    )
+    assert "transformers.cache_utils.DynamicLayer.crop is missing" in message
+    assert "GenerationMixin._prepare_cache_for_generation is missing" in message
+
+
+def test_an_import_without_a_name_says_which_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS")
+    monkeypatch.delitem(sys.modules, "patchkit._compat")
+    with pytest.raises(PatchError, match=rf"transformers {transformers.__version__} .*ALL_MASK_ATTENTION_FUNCTIONS.*pip install"):
+        importlib.import_module("patchkit._compat")
+
+
+def test_compiled_calls_are_set_aside_and_come_back() -> None:
+    model = SimpleNamespace(_compiled_call_impl="compiled", other=1)
+    calls = _compat.CompiledCalls(model)
+    assert calls.set_aside()
+    assert vars(model) == {"other": 1}
+    model._compiled_call = "compiled since"
+    calls.restore()
+    assert vars(model) == {"other": 1, "_compiled_call_impl": "compiled"}
+
+
+def test_what_generate_compiled_needs_no_remark() -> None:
+    model = SimpleNamespace(_compiled_call="by generate", _last_compile_config="config")
+    calls = _compat.CompiledCalls(model)
+    assert not calls.set_aside()
+    assert vars(model) == {}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda calls: pickle.loads(pickle.dumps(calls))])
+def test_a_copy_has_nothing_to_put_back(duplicate: Any) -> None:
+    calls = _compat.CompiledCalls(SimpleNamespace(_compiled_call_impl="compiled"))
+    calls.set_aside()
+    twin = duplicate(calls)
+    twin.restore()
+    assert vars(twin._model) == {}
+    assert twin._model is not calls._model
