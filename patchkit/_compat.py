@@ -31,7 +31,7 @@ try:
         LinearAttentionAndFullAttentionLayer,
         LinearAttentionLayer,
     )
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     raise PatchError(f"transformers {transformers.__version__} has no name that patchkit stands on ({error}). {_REMEDY}") from error
@@ -44,6 +44,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionLayer",
+    "and_masks",
 ]
 
 

@@ -88,7 +88,8 @@ class AttentionLayer:
         alibi: the layer receives a bias that is linear in the key's position (Press et al. 2022): its keyword argument's name.
         slopes: [H] float64, the bias per position, with alibi.
         mask_is_boolean: such a layer takes a mask that is True where a key is hidden; else one that is added to the scores.
-        obstacle: why nothing can be promised on this layer; None when all is understood.
+        interface: it calls transformers' attention interface, so a registered attention function reaches it.
+        obstacle: why nothing can be promised about evicting its keys; None when all is understood.
     """
 
     index: int
@@ -96,6 +97,7 @@ class AttentionLayer:
     module: nn.Module
     kind: Kind
     window: int | None = None
+    interface: bool = False
     rotary: Rotary | None = None
     alibi: str | None = None
     slopes: torch.Tensor | None = None
@@ -138,7 +140,7 @@ class Target:
 
     @cached_property
     def attention_implementation(self) -> str:
-        """What ``config._attn_implementation`` says: "sdpa", "eager", "flash_attention_2", ..."""
+        """What ``config._attn_implementation`` said when first asked: "sdpa", "eager", "flash_attention_2", ..."""
         return self.config._attn_implementation or "eager"
 
     @cached_property
@@ -290,7 +292,7 @@ def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
         calls = calls_of.get(index, [])
         module = calls[0]["module"] if calls else probe.biases.get(index, (None, {}))[0]
         kind, window = _kind(target.config, index, cached)
-        layer = AttentionLayer(index, names.get(id(module), f"layer {index}"), module, kind, window)
+        layer = AttentionLayer(index, names.get(id(module), f"layer {index}"), module, kind, window, interface=bool(calls))
         layers.append(layer)
         layer.obstacle = _obstacle(cached, calls, kind, window, probe.masks)
         if kind == "chunked":

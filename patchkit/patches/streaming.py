@@ -79,6 +79,7 @@ class StreamingLLM(Patch):
     def apply(self, target: Target, handle: Handle) -> None:
         plan, owned = self._plan(target)
         runtime = Runtime(plan, handle.hits)
+        masked = _masked_implementation(target)
         handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
         handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
         handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
@@ -91,7 +92,6 @@ class StreamingLLM(Patch):
                 handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
                 handle.pre_hook(layer.module, _before_alibi_attention, with_kwargs=True)
             else:
-                masked = _masked_implementation(target, layer.module)
                 attend = functools.partial(_attention, runtime, lane, layer.rotary, masked)
                 handle.set_attribute(layer.module, "_patchkit_attention", attend)
         streaming = [layer for layer in owned if layer.kind == "full"]
@@ -342,7 +342,7 @@ def _mask(frame: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor, l
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, torch.finfo(like.dtype).min)
 
 
-def _masked_implementation(target: Target, module: nn.Module) -> str:
+def _masked_implementation(target: Target) -> str:
     """What computes attention where a mask is needed: the model's own choice, unless that takes none of this kind."""
     own = target.attention_implementation
     if own in ("eager", "sdpa"):
