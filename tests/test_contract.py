@@ -1,0 +1,147 @@
+"""The contract of every patch (docs/design.md): over the registry and the families, with no list of patches here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from patchkit import Patch, available_patches, patch_model, report, unpatch_model
+from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
+from patchkit.handle import Handle
+from patchkit.patch import parse_spec
+from patchkit.testing import TOLERANCES, assert_restored, families, snapshot, tiny_model
+
+# Options that make a patch act on 30 tokens of a tiny model, where its defaults would not. A patch without a row uses its defaults.
+SMALL = {"streaming": "streaming(sinks=2, window=6)"}
+PATCHES = [name for name, cls in available_patches().items() if cls.__module__.startswith("patchkit.")]
+DIFFERS = TOLERANCES[torch.float32].differs
+
+
+def small(name: str) -> Patch:
+    return parse_spec(SMALL.get(name, name))[0]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(4, 100, (1, 30), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=tokens()).logits
+
+
+def applied(model, patch: Patch) -> None:
+    """Patch, or skip this family with the patch's own reason, having seen that a refusal leaves no trace."""
+    before = snapshot(model)
+    try:
+        patch_model(model, patch)
+    except (UnsupportedModel, NothingMatched) as reason:
+        assert_restored(before, model)
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_acts_and_is_gone_when_removed(name, family):
+    model = tiny_model(family)
+    before, plain = snapshot(model), logits(model)
+    applied(model, small(name))
+    assert (logits(model) - plain).abs().max() > DIFFERS
+    facts = report(model).patches[0]
+    assert facts.name == name and sum(facts.changed.values()) > 0 and sum(facts.hits.values()) > 0
+    assert unpatch_model(model) is model
+    assert_restored(before, model)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_every_exact_family_count(name):
+    """At least 25 families differ in anatomy, and most of them are served: a patch that refuses all would pass the other tests."""
+    served = 0
+    for family in families():
+        try:
+            unpatch_model(patch_model(tiny_model(family), small(name)))
+            served += 1
+        except (UnsupportedModel, NothingMatched):
+            continue
+    assert len(families()) >= 25 and served >= 20
+
+
+@pytest.mark.parametrize("edits", [0, 1, 3, 6])
+@pytest.mark.parametrize("name", PATCHES)
+def test_an_exception_half_way_restores(name, edits, monkeypatch):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    done = 0
+
+    def failing(method):
+        def edit(self, *args, **kwargs):
+            nonlocal done
+            if done == edits:
+                raise RuntimeError("half-way")
+            done += 1
+            return method(self, *args, **kwargs)
+
+        return edit
+
+    for method in ("pre_hook", "hook", "set_attribute", "on_undo"):
+        monkeypatch.setattr(Handle, method, failing(getattr(Handle, method)))
+    with pytest.raises(RuntimeError, match="half-way"):
+        patch_model(model, small(name))
+    monkeypatch.undo()
+    assert_restored(before, model)
+    patch_model(model, small(name))
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_saved_patched_model_is_a_stock_checkpoint(name, tmp_path):
+    model = tiny_model("llama")
+    plain = logits(model)
+    applied(model, small(name))
+    model.save_pretrained(tmp_path)
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(again.eval()), plain)
+    assert "patchkit" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_spec_string_reads_back(name):
+    assert parse_spec(small(name).spec)[0] == small(name)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_typos_are_answered_with_the_nearest_name(name):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(SpecError, match=name):
+        patch_model(model, name[:-1] + "x")
+    for field in dataclasses.fields(available_patches()[name]):
+        with pytest.raises(SpecError, match=field.name):
+            patch_model(model, f"{name}({field.name}x=1)")
+    assert_restored(before, model)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patching_twice_is_refused(name):
+    model = tiny_model("llama")
+    applied(model, small(name))
+    expected = logits(model)
+    with pytest.raises(PatchConflict):
+        patch_model(model, small(name))
+    assert torch.equal(logits(model), expected)
+    unpatch_model(model)
+    with pytest.raises(PatchConflict):
+        patch_model(model, small(name), small(name))
+    with pytest.raises(PatchConflict):
+        unpatch_model(model)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_is_no_causal_language_model_is_refused(name):
+    with pytest.raises(PatchError):
+        patch_model(torch.nn.Linear(2, 2), small(name))
+    with pytest.raises(PatchError):
+        patch_model(tiny_model("llama").model, small(name))
