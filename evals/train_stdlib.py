@@ -54,7 +54,9 @@ def tokenizer() -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOUNDARY], initial_alphabet=alphabet)
     bpe.train_from_iterator(read_texts(stdlib_files("train")), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOUNDARY, eos_token=BOUNDARY, pad_token=BOUNDARY, model_max_length=CONTEXT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOUNDARY, eos_token=BOUNDARY, pad_token=BOUNDARY, model_max_length=CONTEXT
+    )
     for name in SHAPES:
         fast.save_pretrained(MODELS / name)
 
@@ -83,7 +85,9 @@ def evaluate(blocks: Annotated[int, typer.Option(help="held-out blocks of 512 to
     for name in SHAPES:
         model = LlamaForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).to(DEVICE).eval()
         with torch.inference_mode():
-            logits = torch.cat([model(input_ids=rows.to(DEVICE), use_cache=False).logits[:, :-1].cpu() for rows in tqdm(batch.split(16), name)])
+            logits = torch.cat(
+                [model(input_ids=rows.to(DEVICE), use_cache=False).logits[:, :-1].cpu() for rows in tqdm(batch.split(16), name)]
+            )
         loss[name] = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
         greedy[name] = logits.argmax(-1)
     result = {
@@ -98,14 +102,25 @@ def evaluate(blocks: Annotated[int, typer.Option(help="held-out blocks of 512 to
 
 def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) -> None:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, **SHAPES[name])
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **SHAPES[name],
+    )
     model = LlamaForCausalLM(config).to(DEVICE)
     for layer in model.model.layers:  # every block starts as the identity
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=0.02),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     peaks = [0.02, 3e-3]
 
     checkpoint = WORK / f"{name}.pt"

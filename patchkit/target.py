@@ -286,6 +286,7 @@ def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
 
     layers = []
     for index, cached in enumerate(probe.cache.layers):
+        module: Any
         keys = getattr(cached, "keys", None)
         if keys is None or not torch.is_tensor(keys) or keys.numel() == 0:
             continue
@@ -353,7 +354,9 @@ def _find_positions(
     slot: Literal["keys", "values"] = "keys"
     keys, values = _rotation(cached.keys, frequencies, shift, first), _rotation(cached.values, frequencies, shift, first)
     if keys is None or values is None or (keys and values):
-        layer.obstacle = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
+        layer.obstacle = (
+            "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
+        )
         return
     if values:
         slot, keys = "values", values
@@ -384,7 +387,7 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
             if start < 0 or width > x.shape[-1]:
                 continue
             for style in ("half", "interleaved"):
-                rotary = Rotary(style, frequency, start, "keys", start, name)  # type: ignore[arg-type]
+                rotary = Rotary(style, frequency, start, "keys", start, name)
                 cos, sin = rotary.angles(torch.tensor([float(shift)]))
                 error = float((rotary.turn(plain, cos, sin, start) - moved).norm() / scale)
                 if best is None or error < best[0]:

@@ -71,7 +71,9 @@ def test_models_that_compute_attention_themselves_are_refused(registry):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_model_that_shares_the_config_runs_on_unpatched(implementation):
-    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+    )
     config._attn_implementation = implementation
     torch.manual_seed(0)
     one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()

@@ -306,6 +306,10 @@ class StreamLayer(_compat.CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keys: Any  # a tensor once initialized, as in every cache layer of transformers
+    values: Any
+    dtype: Any
+    device: Any
 
     def __init__(self, lane: Lane, stream: Stream) -> None:
         super().__init__()
@@ -458,8 +462,9 @@ class StreamLayer(_compat.CacheLayerMixin):
         """The sinks' keys and values: at their row positions, or with true distances at their frame positions."""
         keys, values = self.keys[:, :, : self.lane.sinks].clone(), self.values[:, :, : self.lane.sinks].clone()
         if self.lane.rotary is not None and self.lane.sinks:
-            if self.raw is None or self.raw_quarter is None:
+            if self.raw is None:
                 self._capture_sinks()
+            assert self.raw is not None and self.raw_quarter is not None
             raw = self.raw
             if not self.stream.plan.in_cache:
                 cos, sin = self.lane.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
@@ -557,7 +562,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):
+class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: ignore[override]
     """A `StreamLayer` of a model whose layers hold convolution or recurrent states beside keys and values."""
 
     is_compileable = False
@@ -636,11 +641,12 @@ class StreamingCache(_compat.Cache):
                 f"cache.activate_past_recording() before the tokens are fed, and take back at most {ROLLBACK}."
             )
         # Other layers first: one of them may refuse, and nothing must be half done.
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if type(layer) is not StreamLayer:
                 layer.crop(tokens_to_remove)
-        for layer in self.own_layers:
-            layer.roll_back(count)
+        for own in self.own_layers:
+            own.roll_back(count)
         self.stream.take_back(count, self.own_layers)
 
     def activate_past_recording(self) -> None:

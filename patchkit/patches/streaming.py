@@ -118,11 +118,13 @@ class StreamingLLM(Patch):
                 raise UnsupportedModel(f"streaming would not be exact on {name}: in layer {layer.index} ({layer.name}), {layer.obstacle}")
         if not chosen:
             raise NothingMatched(
-                f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): streaming has nothing to add"
+                f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): nothing to add"
             )
         if any(layer.rotary is not None for layer in layers):
             if "position_ids" not in _compat.argument_names(target.decoder):
-                raise UnsupportedModel(f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded")
+                raise UnsupportedModel(
+                    f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded"
+                )
             capacity, limit = self.sinks + self.window, target.position_limit
             if limit is not None and capacity > limit:
                 raise UnsupportedModel(
@@ -362,7 +364,9 @@ class Alibi:
     layer: AttentionLayer
 
 
-def _before_alibi_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _before_alibi_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Replace the bias and the mask by those of the streaming rule."""
     alibi: Alibi = module.__dict__["_patchkit_alibi"]
     frame, lane, layer = alibi.runtime.frame, alibi.lane, alibi.layer
@@ -399,7 +403,9 @@ def _notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int
     if attention_mask is None:
         return
     if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
-        raise StreamError("a streaming model takes a 2-D attention_mask [batch, tokens] of zeros and ones, or none: its own rule makes the 4-D mask")
+        raise StreamError(
+            "a streaming model takes a 2-D attention_mask [batch, tokens] of zeros and ones, or none: its own rule makes the 4-D mask"
+        )
     # Once every row has begun and none has ended, later steps of one token only add to the rows.
     if tokens == 1 and stream.seen > 0 and not stream.mask_unsettled:
         return
@@ -410,14 +416,18 @@ def _notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int
     if bool(real.all()):
         stream.mask_unsettled = False
         if stream.pads is not None and bool((stream.pads > 0).any()):
-            raise StreamError("attention_mask shows tokens that earlier calls gave as padding: pass the same mask, extended by the new tokens")
+            raise StreamError(
+                "attention_mask shows tokens that earlier calls gave as padding: pass the same mask, extended by the new tokens"
+            )
         return
     begun = real.cumsum(1) > 0
     pads = (~begun).sum(1)
     inside = begun & ~real
     ended = inside & (real.flip(1).cumsum(1).flip(1) == 0)
     if bool((inside & ~ended).any()):
-        raise StreamError("attention_mask has zeros between tokens: streaming takes padding on the left, or on the right of the last tokens")
+        raise StreamError(
+            "attention_mask has zeros between tokens: streaming takes padding on the left, or on the right of the last tokens"
+        )
     if stream.seen and stream.pads is None and bool((pads > 0).any()) and bool((pads < stream.seen).any()):
         raise StreamError("attention_mask hides tokens that earlier calls gave as real: pass the same mask, extended by the new tokens")
     stream.mask_unsettled = bool((~real[:, -1]).any())
@@ -443,7 +453,9 @@ def _refuse_packing(position_ids: Any, attention_mask: Any, seen: int, tokens: i
         real = attention_mask[:, seen : seen + tokens].bool()
         wrong = wrong & real[:, 1:] & real[:, :-1]
     if bool(wrong.any()):
-        raise StreamError("position_ids restart or jump within a row (packed sequences?): a stream's positions go up by one. Feed one sequence a row")
+        raise StreamError(
+            "position_ids restart or jump within a row (packed sequences?): a stream's positions go up by one. Feed one sequence a row"
+        )
 
 
 # -- generate --------------------------------------------------------------------------------------------------------------
@@ -453,10 +465,14 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
     given = model_kwargs.get("past_key_values")
     if given is not None and not isinstance(given, StreamingCache):
-        raise StreamError(f"this model streams with a cache of its own: leave past_key_values out instead of passing a {type(given).__name__}")
+        raise StreamError(
+            f"this model streams with a cache of its own: leave past_key_values out instead of passing a {type(given).__name__}"
+        )
     kind = generation_config.cache_implementation
     if kind is not None and kind not in ("dynamic", "static"):
-        raise StreamError(f"cache_implementation={kind!r} would replace the streaming cache: leave it out, a window of keys is small already")
+        raise StreamError(
+            f"cache_implementation={kind!r} would replace the streaming cache: leave it out, a window of keys is small already"
+        )
     generation_config.cache_implementation = None
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     generation_config.cache_implementation = kind

@@ -49,7 +49,9 @@ def feed(model, ids, chunks, mask=None, cache=None):
 
 def one_layer_llama(**options):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    sizes = dict(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512
+    )
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, initializer_range=0.2, **sizes, **options))
     return model.eval()
 
@@ -76,7 +78,14 @@ def test_every_way_of_feeding_gives_the_oracles_logits(family, positions):
         plain = model(input_ids=ids, use_cache=False).logits
     assert (plain - expected)[:, -1].abs().max() > DIFFERS, "the window changes nothing on this input, so it discriminates nothing"
     patch_model(model, StreamingLLM(SINKS, WINDOW, positions))
-    ways = {"1": [1] * 30, "5": [5] * 6, "7": [7, 7, 7, 7, 2], "whole": [30], "fill exactly": [8] + [1] * 22, "mixed": [12] + [1] * 6 + [3] + [1] * 9}
+    ways = {
+        "1": [1] * 30,
+        "5": [5] * 6,
+        "7": [7, 7, 7, 7, 2],
+        "whole": [30],
+        "fill exactly": [8] + [1] * 22,
+        "mixed": [12] + [1] * 6 + [3] + [1] * 9,
+    }
     for way in ways.values():
         close(feed(model, ids, way)[0], expected)
     with torch.no_grad():
@@ -317,7 +326,11 @@ def test_cache_bytes_stay_constant_over_100_000_steps():
         assert sum(torch.is_tensor(o) for o in gc.get_objects()) <= alive + 2
     assert cache.n_bytes() == n_bytes
     assert addresses == [t.data_ptr() for t in (layer.keys, layer.values, layer.raw)]
-    assert cache.stream.steady(layer.lane)[0] is slot and cache.stream.steady(layer.lane)[1] is cos and cache.stream.steady(layer.lane)[2] is sin
+    assert (
+        cache.stream.steady(layer.lane)[0] is slot
+        and cache.stream.steady(layer.lane)[1] is cos
+        and cache.stream.steady(layer.lane)[2] is sin
+    )
     assert cache.get_seq_length() == 100_064
 
 

@@ -208,7 +208,13 @@ def test_device_map_with_disk(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     expected = greedy(patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW)), prompt())
     model = tiny_model("llama")
-    modules = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    modules = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     accelerate.dispatch_model(model, {**modules, "lm_head": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     patch_model(model, StreamingLLM(SINKS, WINDOW))
     assert torch.equal(greedy(model, prompt()), expected)
