@@ -72,6 +72,14 @@ class Row:
     note: str = ""
 
 
+def build(model_type: str) -> Any:
+    """A tiny model that writes freely: a forced last token would be outside the ids that the oracle is asked about."""
+    model = tiny_model(model_type)
+    if model.generation_config is not None:
+        model.generation_config.forced_eos_token_id = None
+    return model
+
+
 def text(length: int = LENGTH) -> torch.Tensor:
     """Seeded ids ``[1, length]`` without special tokens."""
     return torch.randint(LOW, HIGH + 1, (1, length), generator=torch.Generator().manual_seed(0))
@@ -170,7 +178,7 @@ def check_type(model_type: str) -> Row:
     """Build, patch, run, unpatch, compare."""
     ids = text()
     try:
-        model = tiny_model(model_type)
+        model = build(model_type)
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except Exception as error:  # whatever keeps this type from running here is the note of its row
@@ -222,6 +230,9 @@ def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs) -> Row:
     if not failed:
         return Row(model_type, "exact", max(errors.values()), "; ".join(notes))
     stock = stock_errors(model, ids)
+    if continued is runs.replayed:
+        # without an oracle the steps are the reference, and no better than those of the stock model
+        stock = {way: max(error, stock["step by step"]) for way, error in stock.items()}
     unexcused = [way for way in failed if stock[way] < TOLERANCE.logits]
     if unexcused:
         raised = [(way, found) for way in unexcused if isinstance(found := runs.logits[way], Exception)]
@@ -236,7 +247,7 @@ def check_oracle(model_type: str) -> Row:
     """The oracle alone: a text that fills the cache and evicts nothing must give the plain forward."""
     ids = text()
     try:
-        model = tiny_model(model_type)
+        model = build(model_type)
         with torch.no_grad():
             plain = model(input_ids=ids, use_cache=False).logits
     except Exception as error:  # as in check_type

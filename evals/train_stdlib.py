@@ -34,7 +34,7 @@ SHAPES = {
     "stdlib-7m": dict(hidden_size=256, intermediate_size=672, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
     "stdlib-1m-draft": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
 }
-STEPS = {"stdlib-7m": 1100, "stdlib-1m-draft": 1000}
+STEPS = {"stdlib-7m": 900, "stdlib-1m-draft": 450}
 SEQUENCES = 16  # per step, of CONTEXT tokens each
 
 ROOT = Path(__file__).resolve().parent.parent

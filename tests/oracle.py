@@ -217,10 +217,10 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
     return None
 
 
-def _last_rows(output: Any, nested: bool) -> list[torch.Tensor]:
-    """The last row ``[1, 1, ...]`` of the hidden states that a mixer returns; of all its tensors if it is ``nested`` (q, k, v)."""
+def _last_rows(output: Any, nested: bool, count: int = 1) -> list[torch.Tensor]:
+    """The last rows ``[1, count, ...]`` of the hidden states that a mixer returns; of all its tensors if ``nested`` (q, k, v)."""
     tensors = [x for x in output if torch.is_tensor(x)] if nested and not torch.is_tensor(output) else [_first_tensor(output)]
-    return [x[:, -1:].clone() for x in tensors if x is not None]
+    return [x[:, -count:].clone() for x in tensors if x is not None]
 
 
 def _with_rows(output: Any, rows: Sequence[torch.Tensor]) -> Any:
@@ -291,12 +291,12 @@ def _find_own_windows(model: nn.Module, mixers: Sequence[_Mixer], length: int, v
     ids = _random_ids(length, 13, vocabulary, model)
 
     def keep(mixer: _Mixer, output: Any) -> None:
-        rows[mixer.key] = _last_rows(output, mixer.inside is not None)
+        rows[mixer.key] = _last_rows(output, mixer.inside is not None, length - length // 2)
 
     def compare(mixer: _Mixer, output: Any) -> Any:
-        if not torch.equal(rows[mixer.key][0], _last_rows(output, mixer.inside is not None)[0]):
+        if not torch.equal(rows[mixer.key][0][:, -1:], _last_rows(output, False)[0]):
             reaches.add(mixer.key)
-        # the layers above must see an unchanged last row, or every one of them would seem to reach back
+        # the layers above must see an unchanged second half, or every one of them would seem to reach back
         return _with_rows(output, rows[mixer.key])
 
     with _hooked(mixers, lambda *_: None, keep):

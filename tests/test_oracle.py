@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from oracle import OracleUnsupported, oracle_logits
+from tiny_configs import tiny_model as tiny_config_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
@@ -152,6 +153,9 @@ def test_layers_with_a_window_of_their_own_keep_it() -> None:
     full = [i for i, kind in enumerate(gemma.config.layer_types) if kind == "full_attention"]
     default = oracle_logits(gemma, ids, SINKS, WINDOW)
     assert torch.equal(oracle_logits(gemma, ids, SINKS, WINDOW, layers=full), default)
+    # the order of the two kinds must not matter: an own window is found above a full layer too
+    other = tiny_config_model("gemma2", layer_types=["full_attention", "sliding_attention"])
+    assert torch.equal(oracle_logits(other, ids, SINKS, WINDOW, layers=[0]), oracle_logits(other, ids, SINKS, WINDOW))
     # the window of the model (8) is longer than the streaming one (4): still its own
     with torch.no_grad():
         assert logit_error(oracle_logits(gemma, ids, 1, 4), gemma(input_ids=ids, use_cache=False).logits) > FP32.differs

@@ -78,13 +78,14 @@ class StreamingLLM(Patch):
 
     def apply(self, target: Target, handle: Handle) -> None:
         plan, owned = self._plan(target)
-        runtime = Runtime(plan, handle.hits)
+        configs = _compat.attention_configs(target.model)
+        runtime = Runtime(plan, handle.hits, tuple({config._attn_implementation or "eager" for config in configs}))
         masked = _masked_implementation(target)
         handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
         handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
         handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
         handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, target.model, runtime))
-        for config in _compat.attention_configs(target.model):
+        for config in configs:
             handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))
         for layer in owned:
             lane = plan.lanes[layer.index]
@@ -179,9 +180,16 @@ class Runtime:
 
     plan: Plan
     hits: Counter[str]
+    implementations: tuple[str, ...]
     frame: Frame | None = None
     cache: StreamingCache | None = None
     outer_mask_builder: Any = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
+        vars(self).update(state)
+        for implementation in self.implementations:
+            alias_of(implementation)
 
 
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -186,6 +187,22 @@ def test_a_copy_streams_and_is_unpatched_on_its_own():
     assert torch.equal(greedy(twin, prompt()), greedy(model, prompt()))
 
 
+def test_a_pickled_model_streams_in_a_process_that_patched_nothing(tmp_path):
+    model = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW))
+    torch.save(model, tmp_path / "model.pt")
+    program = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+ids = torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
+print(model.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=127, suppress_tokens=[127], eos_token_id=None).tolist())
+"""
+    ids = ",".join(map(str, prompt()[0].tolist()))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt"), ids]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    assert json.loads(done.stdout) == greedy(model, prompt()).tolist()
+
+
 # -- spread over devices and processes --------------------------------------------------------------------------------------
 
 
@@ -251,4 +268,4 @@ def test_tensor_parallel_gives_the_tokens_of_one_process(tmp_path):
     rows, tokens = line.removeprefix("ROWS ").split(" TOKENS ")
     assert int(rows) * 2 == model.model.layers[0].self_attn.q_proj.weight.shape[0], "the model was not split"
     patch_model(model, StreamingLLM(2, 6))
-    assert eval(tokens) == greedy(model, prompt(20), 25).tolist()
+    assert json.loads(tokens) == greedy(model, prompt(20), 25).tolist()
