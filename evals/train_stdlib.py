@@ -34,7 +34,7 @@ SHAPES = {
     "stdlib-7m": dict(hidden_size=256, intermediate_size=672, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
     "stdlib-1m-draft": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
 }
-STEPS = {"stdlib-7m": 900, "stdlib-1m-draft": 1400}
+STEPS = {"stdlib-7m": 900, "stdlib-1m-draft": 1080}
 SEQUENCES = 16  # per step, of CONTEXT tokens each
 TAUGHT = 0.1  # the last part of the draft's steps, in which it learns from the target too
 
