@@ -55,9 +55,7 @@ def tokenizer() -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOUNDARY], initial_alphabet=alphabet)
     bpe.train_from_iterator(read_texts(stdlib_files("train")), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOUNDARY, eos_token=BOUNDARY, pad_token=BOUNDARY
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOUNDARY, eos_token=BOUNDARY, pad_token=BOUNDARY)
     for name in SHAPES:
         fast.save_pretrained(MODELS / name)
 
