@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from patchkit.quality.environment import environment
 from patchkit.quality.stdlib_text import Split, read_texts, stdlib_files
 
 CONTEXT = 512
@@ -95,6 +96,7 @@ def evaluate(blocks: Annotated[int, typer.Option(help="held-out blocks of 512 to
         "bytes_per_token": bytes_per_token,
         "greedy_agreement": (greedy["stdlib-7m"] == greedy["stdlib-1m-draft"]).float().mean().item(),
         "tokens": batch.numel(),
+        "environment": environment(),
     }
     print(json.dumps(result, indent=2))
 

@@ -309,8 +309,8 @@ def _attention(
             cos, sin = (t.to(query.device) for t in frame.sink_turn(rotary))
             sink_query = rotary.turn(query, cos, sin, rotary.start)
     split = sink_query is not window_query and lane.sinks > 0 and runtime.plan.in_cache
-    if split:
-        kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if split and kwargs.get("scaling") is None:  # the default would be taken from the doubled key dimension
+        kwargs["scaling"] = query.shape[-1] ** -0.5
 
     outputs = []
     for block in queries.split(QUERY_BLOCK):
