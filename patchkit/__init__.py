@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from patchkit.api import with_patches as with_patches
     from patchkit.attention import attention_patch as attention_patch
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
+    from patchkit.errors import KernelError as KernelError
     from patchkit.errors import NothingMatched as NothingMatched
     from patchkit.errors import PatchConflict as PatchConflict
     from patchkit.errors import PatchError as PatchError
+    from patchkit.errors import SlowerPatch as SlowerPatch
     from patchkit.errors import SpecError as SpecError
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
@@ -42,7 +44,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
     "attention": ("attention_patch",),
-    "errors": ("IrreversiblePatch", "NothingMatched", "PatchConflict", "PatchError", "SpecError", "StreamError", "UnsupportedModel"),
+    "errors": (
+        "IrreversiblePatch",
+        "KernelError",
+        "NothingMatched",
+        "PatchConflict",
+        "PatchError",
+        "SlowerPatch",
+        "SpecError",
+        "StreamError",
+        "UnsupportedModel",
+    ),
     "handle": ("Handle",),
     "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
     "target": ("Target",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -31,14 +32,17 @@ try:
         LinearAttentionAndFullAttentionLayer,
         LinearAttentionLayer,
     )
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.pytorch_utils import Conv1D
 except ImportError as error:
     raise PatchError(f"transformers {transformers.__version__} has no name that patchkit stands on ({error}). {_REMEDY}") from error
 
 __all__ = [
     "Cache",
     "CacheLayerMixin",
+    "Conv1D",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -89,6 +93,22 @@ def attention_set_to(model: Any, names: Callable[[str], str]) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
+def register_experts(name: str, forward: Any) -> None:
+    """Make ``name`` a known experts implementation."""
+    ExpertsInterface.register(name, forward)
+
+
+def experts_forward(module: Any, implementation: str) -> Any:
+    """The forward that ``implementation`` names for an experts module: a registered function, or the module class's own."""
+    return ALL_EXPERTS_FUNCTIONS.get(implementation, type(module).forward.__wrapped__)
+
+
+def on_experts_interface(module: Any) -> bool:
+    """Whether ``module`` holds fused expert weights and lets a registered experts implementation run them."""
+    marks = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "down_proj", "config")
+    return all(hasattr(module, mark) for mark in marks) and hasattr(type(module).forward, "__wrapped__")
+
+
 def supports_dynamic_cache(model: Any) -> bool:
     """Whether ``model`` takes a `DynamicCache`, as almost all do, or has a cache class of its own."""
     return bool(type(model)._supports_default_dynamic_cache())
@@ -107,6 +127,64 @@ def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of ``module.forward`` by name."""
     return {**dict(zip(argument_names(module), args, strict=False)), **kwargs}
+
+
+def decoder_of(model: Any) -> Any:
+    """The module under the language-modelling head."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, torch.nn.Module) and found is not model else model.base_model
+
+
+def has_torchao() -> bool:
+    """Whether torchao is installed."""
+    return importlib.util.find_spec("torchao") is not None
+
+
+def torchao_int8(weight: Any) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+    """What a torchao `Int8Tensor` with one symmetric scale per row holds: values int8 [N, K], scale fp32 [N], and the activation
+    mode of `int8_linear`. None for any other tensor, and for what that op cannot express."""
+    if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    plain = weight.ndim == 2 and list(weight.block_size) == [1, weight.shape[1]]
+    shifted = weight.zero_point is not None and bool(weight.zero_point.any())
+    static = weight.act_quant_scale is not None or weight.act_pre_scale is not None
+    dynamic = weight.act_quant_kwargs
+    if not plain or shifted or static or (dynamic is not None and type(dynamic.granularity).__name__ != "PerRow"):
+        return None
+    return weight.qdata, weight.scale.reshape(-1).float(), "float" if dynamic is None else "int8"
+
+
+def to_torchao(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, dynamic: bool) -> Any:
+    """The torchao `Int8Tensor` of int8 values [N, K] and fp32 scales [N].
+
+    Raises:
+        PatchError: torchao is not installed.
+    """
+    if not has_torchao():
+        raise PatchError("saving int8 weights needs torchao: pip install torchao, or unpatch_model(model) and save the original")
+    from torchao.quantization import Int8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    column = scale.reshape(-1, 1)
+    return Int8Tensor(
+        values.contiguous(),
+        column,
+        [1, values.shape[1]],
+        dtype,
+        zero_point=torch.zeros_like(column, dtype=torch.int8),
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None,
+    )
+
+
+def torchao_quantizer(dynamic: dict[str, bool]) -> tuple[Any, Any]:
+    """transformers' quantization config and quantizer for the linear layers named; their values say which quantise activations."""
+    from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    of_mode = {False: Int8WeightOnlyConfig(version=2), True: Int8DynamicActivationInt8WeightConfig(version=2)}
+    config = TorchAoConfig(FqnToConfig({name: of_mode[mode] for name, mode in dynamic.items()}))
+    return config, AutoHfQuantizer.from_config(config, pre_quantized=True)
 
 
 # Where a name lives, and its arguments where patchkit passes or overrides them. A row of None only has to exist.
@@ -133,6 +211,7 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "transformers:PreTrainedModel.get_decoder": None,
     "transformers.generation:GenerationMixin._supports_default_dynamic_cache": None,
     "transformers:PreTrainedConfig._attn_implementation": None,
+    "transformers.integrations.moe:ExpertsInterface.register": ("key", "value"),
     "torch.compiler:reset": (),
 }
 
@@ -148,10 +227,10 @@ def wrong_versions() -> list[str]:
     ]
 
 
-def changed_names() -> list[str]:
-    """Each name of `RELIED_ON` that is missing or takes other arguments than patchkit was written for."""
+def changed_names(relied_on: dict[str, tuple[str, ...] | None] | None = None) -> list[str]:
+    """Each name of ``relied_on`` (of `RELIED_ON`) that is missing or takes other arguments than patchkit was written for."""
     problems = []
-    for path, arguments in RELIED_ON.items():
+    for path, arguments in (RELIED_ON if relied_on is None else relied_on).items():
         module, _, name = path.partition(":")
         try:
             found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
@@ -223,3 +302,85 @@ class CompiledCalls:
 def _forget_compiled_code() -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+# -- torch.compile: what only the patch `compile` needs, because dynamo takes a second to import ------------------------------
+
+COMPILER_NAMES: dict[str, tuple[str, ...] | None] = {
+    "torch.nn:Module._call_impl": None,
+    "torch.nn:Module._compiled_call_impl": None,
+    "torch.compiler:cudagraph_mark_step_begin": (),
+    "torch.compiler:list_backends": None,
+    "torch._dynamo:mark_static_address": ("t", "guard"),
+    "torch._dynamo.exc:TorchDynamoException": None,
+    "torch._dynamo.utils:counters": None,
+    "torch._inductor.runtime.cache_dir_utils:cache_dir": (),
+}
+
+# Guards of dynamo that ask whether hooks were added, attributes were set on a module, or functions were replaced.
+_DROPPED_GUARDS = {
+    "EMPTY_NN_MODULE_HOOKS_DICT",
+    "NOT_PRESENT_IN_GENERIC_DICT",
+    "HASATTR",
+    "DICT_NOT_CONTAINS",
+    "CLOSURE_MATCH",
+    "FUNCTION_MATCH",
+    "BUILTIN_MATCH",
+    "CLASS_MATCH",
+    "MODULE_MATCH",
+}
+
+
+@lru_cache(maxsize=1)
+def compiler_check() -> None:
+    """`self_check` for what the patch `compile` touches.
+
+    Raises:
+        PatchError: a name is missing or has changed.
+    """
+    changed = changed_names(COMPILER_NAMES)
+    if changed:
+        raise PatchError(f"torch {torch.__version__} differs from what patchkit's compile stands on: {'; '.join(changed)}. {_REMEDY}")
+
+
+def compiler_backends() -> list[str]:
+    """The backends of torch.compile, debugging ones included."""
+    return list(torch.compiler.list_backends(exclude_tags=()))
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises when something does not compile."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
+def graphs_compiled() -> int:
+    """How many graphs dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def inductor_cache() -> str:
+    """Where inductor keeps compiled code between runs (TORCHINDUCTOR_CACHE_DIR)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that ``tensor`` stays where it is, and may be written in place."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def kept_guards(guards: Any) -> list[bool]:
+    """Which guards of compiled code are checked at every call."""
+    return [guard.guard_type not in _DROPPED_GUARDS for guard in guards]
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary scaling that ``config`` names, for all kinds of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    every = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return {parameters["rope_type"] for parameters in every if "rope_type" in parameters}

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
@@ -37,6 +37,8 @@ class PatchReport:
         changed: how many of what was changed, {"attention layers": 12}.
         left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
         hits: run-time counters since the model was patched.
+        measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
+        modules: what was done to each module, for patches that say it, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
     """
 
     name: str
@@ -44,9 +46,13 @@ class PatchReport:
     changed: dict[str, int]
     left_alone: dict[str, str]
     hits: dict[str, int]
+    measured: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
+        if self.measured:
+            text += f"; {', '.join(f'{what} {figure}' for what, figure in self.measured.items())}"
         if self.left_alone:
             text += f"; left alone: {', '.join(f'{what} ({why})' for what, why in self.left_alone.items())}"
         if self.hits:
@@ -100,7 +106,8 @@ def unpatch_model(model: M) -> M:
 
     Raises:
         PatchConflict: patchkit has not patched this model, or it is a shallow copy of a patched one.
-        IrreversiblePatch: an undo step failed; all others ran.
+        IrreversiblePatch: a patch has discarded what undoing needs, and the model stays patched; or an undo step failed, and all
+            others ran.
     """
     _handle_of(model).undo()
     return model
@@ -232,6 +239,7 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         except PatchError as failure:
             raise failure from error
         raise
+    handle.commit()
     _announce(handle, time.perf_counter() - started, verbose, was_compiled)
     return model
 
@@ -281,7 +289,12 @@ def _handle_of(model: Any) -> Handle:
 
 def _report_of(handle: Handle) -> Report:
     return Report(
-        [PatchReport(patch.name, patch.spec, dict(view.counts), dict(view.reasons), dict(view.hits)) for patch, view in handle.views]
+        [
+            PatchReport(
+                patch.name, patch.spec, dict(view.counts), dict(view.reasons), dict(view.hits), dict(view.measured), dict(view.modules)
+            )
+            for patch, view in handle.views
+        ]
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `patchkit demo | inspect | generate | ppl | patches`.
+"""The command line: `patchkit demo | inspect | generate | ppl | patches | kernels`.
 
 Results go to stdout, progress and remarks to stderr. With `--json` stdout carries one JSON object and nothing else. What a
 user can get wrong ends in one line on stderr and exit code 1 (2 for a wrong call), never in a traceback.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
@@ -91,7 +92,9 @@ def _show_version(wanted: bool) -> None:
 def _before(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False,
 ) -> None:
-    pass
+    # transformers imports torchao where it is installed, and that says which of its CUDA libraries did not load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command()
@@ -304,6 +307,33 @@ def patches(as_json: JsonOption = False) -> None:
         for name, entry in listed.items()
     ]
     _print_table(Console(), None, ["patch", "stage", "options", "what it does"], rows)
+
+
+@app.command()
+def kernels(as_json: JsonOption = False) -> None:
+    """Show which backend of every op would run on this machine, and why the others would not."""
+    import torch
+
+    from patchkit.kernels import available_ops
+    from patchkit.kernels.op import VARIABLE
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, dict[str, Any]] = {}
+    for name, op in available_ops().items():
+        label, args = next(op.sample_inputs(device))
+        found[name] = {"sample": label, "device": device, "runs": op.choose(*args), "refusals": op.explain(*args)}
+    if as_json:
+        _emit(found)
+        return
+    rows = [
+        [name, entry["runs"], backend, "serves" if reason is None else reason]
+        for name, entry in found.items()
+        for backend, reason in [*entry["refusals"].items(), ("reference", None)]
+    ]
+    for index in range(len(rows) - 1, 0, -1):  # name an op once
+        if rows[index][0] == rows[index - 1][0]:
+            rows[index][:2] = ["", ""]
+    _print_table(Console(), f"on {device}; {VARIABLE}=auto|reference|cpu|triton|native chooses", ["op", "runs", "backend", "why"], rows)
 
 
 def _load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:

@@ -29,3 +29,11 @@ class SpecError(PatchError, ValueError):
 
 class StreamError(PatchError, RuntimeError):
     """A patched model is run in a way that its patch cannot serve: a foreign cache, packed positions and the like."""
+
+
+class KernelError(PatchError):
+    """An op was asked for what none of its backends, or not the one that was asked for, can do."""
+
+
+class SlowerPatch(PatchError):
+    """A patch that was told to be strict found that it would slow this model down on this machine."""

@@ -33,7 +33,8 @@ class Handle:
         model: the patched model.
         views: on the root handle, each patch with its view, in the order of application.
         hits: run-time counters, kept by the patch and shown by `patchkit.report`.
-        counts, reasons: what `changed` and `left_alone` were told.
+        counts, reasons, measured, modules: what `changed`, `left_alone`, `measure` and `describe` were told.
+        final: why the edits can no longer be undone; None while they can.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -42,12 +43,16 @@ class Handle:
         self.hits: Counter[str] = Counter()
         self.counts: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
+        self.measured: dict[str, str] = {}
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.final: str | None = None
         self._steps: list[Callable[[], object]] = []
+        self._last: list[tuple[str, Callable[[], object]]] = []
 
     def for_patch(self, patch: Patch) -> Handle:
         """A view for one patch: shares this handle's undo stack, has its own report and counters."""
         view = Handle(self.model)
-        view._steps = self._steps
+        view._steps, view._last = self._steps, self._last
         self.views.append((patch, view))
         return view
 
@@ -60,6 +65,11 @@ class Handle:
         """`module.register_forward_hook(fn, **kw)`; `kw` is `prepend`, `with_kwargs` and `always_call`."""
         _require_portable(fn, "hook")
         self._steps.append(functools.partial(_remove_hook, module.register_forward_hook(fn, **kw)))
+
+    def state_dict_hook(self, module: nn.Module, fn: Callable[..., Any]) -> None:
+        """`module.register_state_dict_post_hook(fn)`."""
+        _require_portable(fn, "hook")
+        self._steps.append(functools.partial(_remove_hook, module.register_state_dict_post_hook(fn)))
 
     def set_attribute(self, obj: object, name: str, value: Any) -> None:
         """Set an instance attribute; undo restores the old instance value, or deletes the attribute where there was none.
@@ -113,12 +123,36 @@ class Handle:
         """Say what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
         self.reasons[what] = why
 
+    def measure(self, what: str, figure: str) -> None:
+        """A figure taken while patching, for the report and the printed line: `measure("1 row", "31.2 -> 9.8 ms")`."""
+        self.measured[what] = figure
+
+    def describe(self, module: str, **facts: Any) -> None:
+        """What was done to one module, for the report: `describe("model.layers.0.mlp.up_proj", snr_db=44.1)`."""
+        self.modules.setdefault(module, {}).update(facts)
+
+    def make_final(self, why: str, discard: Callable[[], object]) -> None:
+        """When all patches have been applied, ``discard`` what undoing would need; `unpatch_model` then refuses, saying ``why``."""
+        self._last.append((why, discard))
+
+    def commit(self) -> None:
+        """All patches are applied: counters start, and what was to be discarded is."""
+        for _, view in self.views:
+            view.hits.clear()
+        for why, discard in self._last:
+            self.final = why
+            discard()
+        self._last.clear()
+
     def undo(self) -> None:
         """Undo every edit, last first. Every step runs, even after one has failed; a second call does nothing.
 
         Raises:
-            IrreversiblePatch: at least one step failed; the message lists the failures, the first is the cause.
+            IrreversiblePatch: the edits are final, and nothing was undone; or at least one step failed: the message lists the
+                failures, the first is the cause.
         """
+        if self.final is not None:
+            raise IrreversiblePatch(self.final)
         failures: list[BaseException] = []
         while self._steps:
             step = self._steps.pop()

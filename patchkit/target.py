@@ -7,7 +7,10 @@ What moves between the rows, and how, shows where positions enter: keys that tur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -105,6 +108,21 @@ class AttentionLayer:
     obstacle: str | None = None
 
 
+@dataclass(eq=False)
+class FeedForward:
+    """What the feed-forward blocks of a decoder are made of, by module name.
+
+    Attributes:
+        linears: `nn.Linear` and transformers' `Conv1D` modules (whose weight is [in, out]).
+        experts: modules with the weights of all experts in 3-D parameters, that go through transformers' experts interface.
+        left_alone: modules that are neither, and why.
+    """
+
+    linears: dict[str, Any]
+    experts: dict[str, nn.Module]
+    left_alone: dict[str, str]
+
+
 @dataclass
 class _Probe:
     """What one forward showed: attention calls with the cache layer each belongs to, masks built for them, biases handed to them."""
@@ -172,6 +190,30 @@ class Target:
             )
         return layers
 
+    @cached_property
+    def feed_forward(self) -> FeedForward:
+        """The feed-forward blocks of the decoder's layers.
+
+        Raises:
+            UnsupportedModel: the model cannot be probed.
+        """
+        return _find_feed_forward(self)
+
+    def forward(self, ids: torch.Tensor) -> None:
+        """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
+
+        Raises:
+            UnsupportedModel: it fails.
+        """
+        try:
+            with _evaluating(self.model), torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} failed on {tuple(ids.shape)} token ids ({type(error).__name__}: {error}). "
+                "Does model(input_ids) run unpatched?"
+            ) from error
+
     def describe(self) -> dict[str, Any]:
         """The anatomy as plain data, for ``patchkit inspect``."""
         rows = []
@@ -197,6 +239,8 @@ class Target:
             "position_limit": self.position_limit,
             "decoder": type(self.decoder).__name__,
             "attention_layers": rows,
+            "feed_forward_linears": len(self.feed_forward.linears),
+            "fused_experts": len(self.feed_forward.experts),
         }
 
 
@@ -213,11 +257,8 @@ def _run_probe(target: Target) -> _Probe:
         raise UnsupportedModel(f"{type(model).__name__} keeps its state in a cache class of its own, which cannot be replaced")
     limit = target.position_limit or 10**6
     shift = max(1, min(_PROBE_SHIFT, limit - 2 * _PROBE_TOKENS))
-    vocabulary = getattr(config, "vocab_size", 100)
-    row = torch.arange(_PROBE_TOKENS) * 7 % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
-    device = model.device if model.device.type != "meta" else torch.device("cpu")
-    ids = row.expand(2, -1).contiguous().to(device)
-    positions = (torch.arange(_PROBE_TOKENS) + torch.tensor([[0], [shift]])).to(device)
+    ids = _probe_tokens(target)
+    positions = (torch.arange(_PROBE_TOKENS) + torch.tensor([[0], [shift]])).to(ids.device)
     probe = _Probe(_compat.DynamicCache(config=config), shift)
     layer_of_call: list[int] = []
     update = probe.cache.update
@@ -249,11 +290,8 @@ def _run_probe(target: Target) -> _Probe:
     decoders = _decoders(model)
     hooks = [m.register_forward_pre_hook(notice_bias, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")]
     hooks += [m.register_forward_pre_hook(shift_positions, with_kwargs=True) for m in decoders]
-    was_training = [m for m in model.modules() if m.training]
     try:
-        for module in was_training:
-            module.training = False
-        with torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
+        with _evaluating(model), torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=probe.cache, use_cache=True)
     except PatchError:
         raise
@@ -262,8 +300,6 @@ def _run_probe(target: Target) -> _Probe:
             f"{type(model).__name__} failed on the two-row probe ({type(error).__name__}: {error}). Does model(input_ids) run unpatched?"
         ) from error
     finally:
-        for module in was_training:
-            module.training = True
         for hook in hooks:
             hook.remove()
     fitting = [decoder for decoder in decoders if takes_2d_mask.get(decoder)]
@@ -271,6 +307,27 @@ def _run_probe(target: Target) -> _Probe:
         raise UnsupportedModel(f"{type(model).__name__} builds its attention masks outside any decoder module that could be hooked")
     probe.decoder = fitting[0]
     return probe
+
+
+def _probe_tokens(target: Target) -> torch.Tensor:
+    """int64 [2, _PROBE_TOKENS], two equal rows, where the model takes its input."""
+    vocabulary = getattr(target.config, "vocab_size", 100)
+    row = torch.arange(_PROBE_TOKENS) * 7 % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
+    device = target.model.device
+    return row.expand(2, -1).contiguous().to(device if device.type != "meta" else "cpu")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No module of ``model`` is in training mode; afterwards, those are that were."""
+    was_training = [module for module in model.modules() if module.training]
+    for module in was_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
@@ -414,6 +471,126 @@ def _find_alibi(layer: AttentionLayer, cached: Any, bias: tuple[nn.Module, dict[
     if still and linear and torch.is_tensor(mask) and mask.ndim == 4:
         layer.module, layer.alibi, layer.slopes, layer.obstacle = module, name, steps[:, 0], None
         layer.mask_is_boolean = mask.dtype == torch.bool and bool(mask[0, 0, 0, -1])
+
+
+# Where no cache can be watched, a module is a token mixer when its name says so.
+_MIXER_WORDS = re.compile(r"att|mixer|mamba|time_mix|temporal|recurrent|lstm|ssm|conv", re.IGNORECASE)
+# Small linear layers beside the feed-forward block: per-layer embeddings, low-rank residuals, mixtures of residual streams.
+_AUXILIARY = re.compile(r"^(altup|laurel|ple|per_layer.*|.*hyper_connection)$")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def _find_feed_forward(target: Target) -> FeedForward:
+    """Every linear layer of a decoder layer that is outside token mixers and is no router.
+
+    A token mixer is a module that was seen to read or write the cache; a decoder layer, an item of a list of modules of which at
+    least one holds a mixer; a router, a linear layer with at most two outputs more than there are experts. Small linear layers
+    that stand beside the block (`_AUXILIARY`) are none of it.
+    """
+    model = target.model
+    names = {module: name for name, module in model.named_modules()}
+    mixers, watched = _token_mixers(target)
+    layers = [
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList) and any(module in mixers for layer in stack for module in layer.modules())
+        for layer in stack
+    ]
+    inner = {module for layer in layers for module in layer.modules() if module is not layer}
+    layers = [layer for layer in dict.fromkeys(layers) if layer not in inner]
+    experts_here = max([getattr(target.config, name, None) or 0 for name in _EXPERT_COUNTS] + [0])
+    found = FeedForward({}, {}, {})
+    for layer in layers:
+        for path, module in _outside(layer, mixers, watched):
+            name = f"{names[layer]}.{path}" if path else names[layer]
+            stacked = [key for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3 and min(weight.shape) > 1]
+            if isinstance(module, nn.Linear | _compat.Conv1D):
+                outputs = module.weight.shape[0] if isinstance(module, nn.Linear) else module.weight.shape[1]
+                if outputs > max(experts_here, 1) + 2:
+                    found.linears[name] = module
+            elif _compat.on_experts_interface(module):
+                found.experts[name] = module
+            elif stacked and not isinstance(module, nn.Conv1d):
+                found.left_alone[name] = f"its 3-D weights ({', '.join(stacked)}) do not go through transformers' experts interface"
+    return found
+
+
+def _outside(layer: nn.Module, mixers: set[nn.Module], watched: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under ``layer`` with its path, without token mixers and what is in or around them."""
+    parents = {child: (module, name) for module in layer.modules() for name, child in module.named_children()}
+    cut = set()
+    for mixer in mixers & set(layer.modules()):
+        # A wrapper such as BERT's `attention`, which holds `self` and `output`, belongs to the mixer.
+        while mixer in parents and parents[mixer][0] in parents and "att" in parents[parents[mixer][0]][1].lower():
+            mixer = parents[mixer][0]
+        cut.add(mixer)
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        own_name = path.rpartition(".")[2]
+        if module in cut or _AUXILIARY.match(own_name) or (path and _is_attention(module, own_name, watched)):
+            return
+        yield path, module
+        for name, child in module.named_children():
+            # Of a LoRA layer, only the base; adapters are trained and small.
+            if hasattr(module, "base_layer") and name != "base_layer":
+                continue
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(layer, "")
+
+
+def _is_attention(module: nn.Module, name: str, watched: bool) -> bool:
+    # Cross-attention may not touch the cache in the probe.
+    return type(module).__name__.endswith("Attention") or "attn" in name.lower() or (not watched and bool(_MIXER_WORDS.search(name)))
+
+
+def _token_mixers(target: Target) -> tuple[set[nn.Module], bool]:
+    """The innermost modules that were seen to use the cache; and whether there was a cache to watch.
+
+    Without one, every module whose name says that it mixes tokens.
+    """
+    model = target.model
+    by_name = {module for name, module in model.named_modules() if _MIXER_WORDS.search(name.rpartition(".")[2])}
+    if not _compat.supports_dynamic_cache(model):
+        return by_name, False
+    cache = _compat.DynamicCache(config=target.config)
+    running: list[nn.Module] = []
+    mixers: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    def watch(method: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                mixers.add(running[-1])
+            return method(*args, **kwargs)
+
+        return watched
+
+    for name in dir(cache):
+        if name.startswith("update") or name in ("get_conv_state", "get_recurrent_state", "has_previous_state"):
+            setattr(cache, name, watch(getattr(cache, name)))
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    try:
+        with _evaluating(model), torch.no_grad():
+            model(input_ids=_probe_tokens(target)[:1], past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} failed on a probe of {_PROBE_TOKENS} tokens ({type(error).__name__}: {error}). "
+            "Does model(input_ids) run unpatched?"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not mixers:
+        return by_name, False
+    # A layer may ask the cache something before its mixer does.
+    return {mixer for mixer in mixers if not any(module in mixers for module in mixer.modules() if module is not mixer)}, True
 
 
 def same_rotary(a: Rotary | None, b: Rotary | None) -> bool:

@@ -339,6 +339,8 @@ def test_the_report_counts_at_run_time(model: Any) -> None:
         "changed": {"decoder layers": layers},
         "left_alone": {"the embedding": "it has no hidden states"},
         "hits": {"forwards": layers},
+        "measured": {},
+        "modules": {},
     }
     report = patchkit.report(model)
     assert json.loads(json.dumps(report.to_dict()))["patches"][0] == entry

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from patchkit import available_patches, patch_model
 from patchkit.cli import app
+from patchkit.kernels import available_ops
 from patchkit.models import load_model
 from patchkit.quality import demo as show
 from patchkit.testing import TOLERANCES
@@ -47,9 +48,18 @@ def test_patches_lists_every_registered_patch() -> None:
     assert all(name in plain for name in listed)
 
 
+def test_kernels_says_what_runs_and_why_not() -> None:
+    found = run_json("kernels")
+    assert set(found) == set(available_ops())
+    for entry in found.values():
+        assert entry["runs"] == next((name for name, reason in entry["refusals"].items() if reason is None), "reference")
+    plain = run("kernels").stdout
+    assert all(name in plain for name in found) and "PATCHKIT_KERNELS" in plain
+
+
 def test_inspect(model_dir: Path) -> None:
     found = run_json("inspect", model_dir)
-    assert found["class"] == "LlamaForCausalLM" and len(found["attention_layers"]) == 2
+    assert found["class"] == "LlamaForCausalLM" and len(found["attention_layers"]) == 2 and found["feed_forward_linears"] == 6
     assert set(found["patches"]) == set(available_patches())
     # 4 + 1020 tokens do not fit the 512 positions of this model
     assert found["patches"]["streaming"]["applies"] is False and "window=508" in found["patches"]["streaming"]["reason"]

@@ -1,0 +1,172 @@
+"""int8_linear: a linear layer over int8 weights, with the scales applied in the epilogue in fp32, so that nothing overflows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from patchkit.kernels import native
+from patchkit.kernels.op import op
+
+# Largest magnitude of an activation of 8 bits, and of one that is the sum of 256 * (a byte - 128) and (a byte - 128).
+_LEVELS = {"int8": 127, "float": 256 * 127 + 127}
+# Unsigned bytes times signed bytes, summed over K in int32.
+_MOST_FEATURES = (2**31 - 1) // (255 * 128)
+# Rows times bytes per activation up to which the native kernel, which is bound by memory, beats oneDNN, which is not.
+_MOST_NATIVE_ROWS = 10
+# Five addresses, rows, n, k, planes, threads.
+_SIGNATURE = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 2
+
+
+@op
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
+) -> torch.Tensor:
+    """``y[..., n] = scale[n] * sum_k x[..., k] * weight[n, k] + bias[n]``, summed and scaled in fp32, returned in x's dtype.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16.
+        weight: [N, K] int8, contiguous.
+        scale: [N] fp32, one per output channel; or [N, K // g] fp32, one per group of g input channels.
+        bias: [N] in x's dtype, or None.
+        activation: "float" takes x as it is (weight-only quantisation). "int8" first rounds every token (row of K) to
+            ``round(x / s) * s`` with ``s = max|x| / 127``: dynamic quantisation, symmetric, per token.
+
+    A row with an inf or a NaN gives infs and NaNs. There is no gradient.
+    """
+    rows = x.float()
+    weights = weight.float()
+    step = None
+    if activation == "int8":
+        step = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        rows = (rows / step).round()
+    if scale.ndim == 2:
+        weights = weights * scale.repeat_interleave(weights.shape[1] // scale.shape[1], 1)
+        y = rows @ weights.T
+    else:
+        y = (rows @ weights.T) * scale
+    if step is not None:
+        y = y * step
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+@int8_linear.fake
+def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "float") -> Any:
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+@int8_linear.samples
+def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def make(shape: tuple[int, ...], n: int, dtype: torch.dtype, activation: str, bias: bool, group: int | None = None) -> tuple[Any, ...]:
+        k = shape[-1]
+        x = torch.randn(shape, generator=generator).to(dtype)
+        weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        scale = torch.rand((n,) if group is None else (n, k // group), generator=generator) * 1e-3 + 1e-4
+        b = torch.randn(n, generator=generator).to(dtype) if bias else None
+        return x.to(device), weight.to(device), scale.to(device), None if b is None else b.to(device), activation
+
+    for activation in ("float", "int8"):
+        yield f"one row, {activation}", make((1, 256), 512, torch.float32, activation, bias=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for activation in ("float", "int8"):
+            for shape, n in (
+                ((1, 1, 64), 64),
+                ((5, 67), 33),
+                ((2, 3, 129), 1),
+                ((1, 1), 7),
+                ((16, 1000), 48),
+                ((17, 96), 130),
+                ((0, 32), 16),
+            ):
+                yield f"{tuple(shape)} x {n}, {dtype}, {activation}", make(shape, n, dtype, activation, bias=n % 2 == 1)
+        for group in (32, 128):
+            yield f"groups of {group}, {dtype}", make((3, 256), 40, dtype, "float", bias=True, group=group)
+    # Rows of very different size, a row of zeros, and products whose integer sum is far beyond what fp16 holds.
+    x, *rest = make((4, 2560), 96, torch.float16, "float", bias=False)
+    yield "rows from 0 to 6e4", (x * torch.tensor([[1e-4], [0.0], [1.0], [1e4]], device=device), *rest)
+
+
+# -- CPU -------------------------------------------------------------------------------------------------------------------------
+#
+# Both backends multiply integers. "float" activations become 16-bit integers per token, as two rows of bytes: 256 times finer than
+# "int8", 2e-5 of a row's largest value, far below the error of int8 weights. That is twice the arithmetic, which a few rows do
+# not notice, because they wait for the weights. The two give the same bits, so a token's result does not depend on the batch.
+
+
+def _integers_refuse(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    # Without these instructions oneDNN adds pairs of products in 16 bits, which overflow.
+    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():
+        return "the processor has no int8 dot product (AVX-512 VNNI or AMX), or torch no oneDNN"
+    if scale.ndim != 1:
+        return "scales per group: only one scale per output channel is served"
+    if x.shape[-1] > _MOST_FEATURES:
+        return f"{x.shape[-1]} input features could overflow an int32 sum: at most {_MOST_FEATURES}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "x or weight is empty"
+    return None
+
+
+def _native_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
+    reason = _integers_refuse(x, weight, scale, bias, activation)
+    if reason is not None:
+        return reason
+    most = _MOST_NATIVE_ROWS // (1 if activation == "int8" else 2)
+    if x.numel() > most * x.shape[-1]:
+        return f"{x.numel() // x.shape[-1]} rows: it is the faster one up to {most}"
+    return native.load("int8_linear", _SIGNATURE)[1]
+
+
+@int8_linear.backend("native", refuses=_native_refuses, rounding=5e-5)
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
+) -> torch.Tensor:
+    """`native/int8_linear.cpp`: quantisation, VNNI product and epilogue in one pass over the weights."""
+    n, k = weight.shape
+    # Named, so that they live until the call is over.
+    rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
+    weight, scale = weight.contiguous(), scale.contiguous()
+    y = torch.empty(*x.shape[:-1], n)
+    addresses = rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
+    planes = 1 if activation == "int8" else 2
+    if native.load("int8_linear", _SIGNATURE)[0](*addresses, rows.numel() // k, n, k, planes, torch.get_num_threads()):
+        raise MemoryError("int8_linear: no memory for the quantised activations")
+    return y.to(x.dtype)
+
+
+def _cpu_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
+    if x.shape[-1] == 1:
+        return "one input feature: torch._int_mm is wrong for it (torch 2.13)"
+    return _integers_refuse(x, weight, scale, bias, activation)
+
+
+@int8_linear.backend("cpu", refuses=_cpu_refuses, rounding=5e-5)
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
+) -> torch.Tensor:
+    """oneDNN's int8 product, with the quantisation and the epilogue in torch."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    step = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_LEVELS[activation])
+    whole = (rows / step).round_()
+    if activation == "int8":
+        y = torch._int_mm(whole.to(torch.int8), weight.T) * scale
+    else:
+        high = ((whole + 128) / 256).floor_()  # so that both fit a signed byte
+        planes = torch.cat([whole.sub_(high, alpha=256), high]).to(torch.int8)
+        low, high = (torch._int_mm(planes, weight.T) * scale).chunk(2)
+        y = low.add_(high, alpha=256)
+    y = y.mul_(step)
+    if bias is not None:
+        y = y.add_(bias.float())
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+# -- Triton --------------------------------------------------------------------------------------------------------------------

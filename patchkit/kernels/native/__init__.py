@@ -1,0 +1,67 @@
+"""C++ kernels, compiled for this very processor when they are first needed, in a second or two, and kept on disk.
+
+A kernel is one file in this folder with one ``extern "C"`` function. Without a compiler nothing breaks: the backend that needs
+the kernel refuses, with the reason, and another one serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# No -ffast-math: what is exact in the source stays so. Contracted products would round differently from torch's.
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/patchkit``, by default ``~/.cache/patchkit``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkit"
+
+
+@functools.cache
+def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
+    """The function ``patchkit_<name>`` of ``<name>.cpp``, which takes ctypes ``signature`` and returns an int, and None; or None,
+    and why it cannot be had here."""
+    if platform.system() != "Linux":
+        return None, f"C++ kernels are compiled on Linux only, this is {platform.system()}"
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = next((path for path in map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"]) if path), None)
+    if compiler is None:
+        return None, "there is no C++ compiler: install g++ or set CXX"
+    try:
+        library = ctypes.CDLL(str(_compiled(source, compiler)))
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} failed on {source.name}: {error.stderr.strip().splitlines()[0] if error.stderr else error}"
+    except OSError as error:
+        return None, f"{source.name} could not be compiled or loaded: {error}"
+    function = getattr(library, f"patchkit_{name}")
+    function.argtypes = signature
+    return function, None
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    features = "".join(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    key = hashlib.sha256("\n".join([source.read_text(), version, *_FLAGS, features, torch.__version__]).encode()).hexdigest()[:16]
+    target = cache_folder() / f"{source.stem}-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            run([compiler, *_FLAGS, "-c", str(source), "-o", str(unlinked)])
+            # Without -fopenmp: its symbols are then found in the OpenMP library that torch has loaded. A second one would bring
+            # a second pool of threads, and the two would fight for the cores.
+            run([compiler, "-shared", str(unlinked), "-o", str(linked)])
+            os.replace(linked, target)  # at once, so that no other process sees half a file
+    return target

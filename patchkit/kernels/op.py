@@ -1,0 +1,177 @@
+"""Op: a reference function, which is the definition, with faster backends that each say what they serve and, when not, why.
+
+    @op
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @double.fake                                  # shapes and dtypes, for torch.compile
+    def _(x): return torch.empty_like(x)
+
+    @double.samples                               # inputs on which the contract test holds every backend to the reference
+    def _(device): yield "a vector", (torch.randn(7, device=device),)
+
+    @double.backend("triton", refuses=lambda x: None if x.is_cuda else "x is not on a CUDA device")
+    def _(x): ...
+
+An op is a `torch.library` custom op, ``torch.ops.patchkit.double``: torch.compile calls it without a graph break.
+
+Which backend runs is decided before it runs, by predicates alone, and a backend that then fails raises: nothing falls back.
+The environment variable ``PATCHKIT_KERNELS`` chooses among them, at every call:
+
+* ``auto`` (default): the first backend, in the order of definition, that serves the call; else the reference.
+* ``reference``: always the reference.
+* ``cpu``, ``triton``, ...: that backend where the op has it, and an error where it refuses; an op without it, as in ``auto``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchkit.errors import KernelError
+
+VARIABLE = "PATCHKIT_KERNELS"
+_LIBRARY = torch.library.Library("patchkit", "FRAGMENT")
+_ops: dict[str, Op] = {}
+
+Samples = Callable[[torch.device], Iterator[tuple[str, tuple[Any, ...]]]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A faster form of an op.
+
+    Attributes:
+        refuses: takes the op's arguments and returns why the backend cannot serve them, or None when it can.
+        rounding: RMSE relative to the reference that the backend's method costs, beyond that of the output's dtype.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+    rounding: float = 0.0
+
+
+class Op:
+    """A callable custom op. Made by `op`.
+
+    Attributes:
+        name: as in ``torch.ops.patchkit.<name>``.
+        reference: the definition, in plain torch.
+        backends: the faster forms by name, in order of preference.
+    """
+
+    def __init__(self, reference: Callable[..., Any]) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.backends: dict[str, Backend] = {}
+        self.__doc__ = reference.__doc__
+        self._samples: Samples | None = None
+        _LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
+        _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
+        self._call = getattr(torch.ops.patchkit, self.name).default
+        self.autograd(self._no_gradient)
+        _ops[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        # The dispatcher costs 50 microseconds of Python per call. Nobody but these can want to see the call pass through it.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            return self._call(*args)
+        return self._dispatch(*args)
+
+    def backend(
+        self, name: str, refuses: Callable[..., str | None], rounding: float = 0.0
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: attach a backend. ``refuses`` and ``rounding`` are described at `Backend`."""
+
+        def attach(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.backends[name] = Backend(name, run, refuses, rounding)
+            return run
+
+        return attach
+
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: shapes, dtypes and devices of the outputs, as `torch.library.register_fake` wants them."""
+        torch.library.register_fake(f"patchkit::{self.name}", function, lib=_LIBRARY)
+        return function
+
+    def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+        """The gradient, as `torch.library.register_autograd` wants it. An op without one raises when it is asked for."""
+        torch.library.register_autograd(f"patchkit::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def samples(self, function: Samples) -> Samples:
+        """Decorator: a generator of (label, arguments) on a device, the typical case first, then ugly shapes and every dtype."""
+        self._samples = function
+        return function
+
+    def sample_inputs(self, device: torch.device | str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """What `samples` yields.
+
+        Raises:
+            KernelError: the op has none.
+        """
+        if self._samples is None:
+            raise KernelError(
+                f"the op {self.name!r} has no samples: define them with @{self.name}.samples, no test could hold it otherwise"
+            )
+        return self._samples(torch.device(device))
+
+    def explain(self, *args: Any) -> dict[str, str | None]:
+        """Every backend with the reason why it cannot serve these arguments, or None where it can."""
+        return {name: backend.refuses(*args) for name, backend in self.backends.items()}
+
+    def choose(self, *args: Any) -> str:
+        """The name of the backend, or "reference", that runs for these arguments.
+
+        Raises:
+            KernelError: ``PATCHKIT_KERNELS`` names no backend of any op, or one that refuses these arguments.
+        """
+        wanted = os.environ.get(VARIABLE, "auto")
+        if wanted == "reference":
+            return wanted
+        if wanted in self.backends:
+            reason = self.backends[wanted].refuses(*args)
+            if reason is not None:
+                raise KernelError(f"{VARIABLE}={wanted}, but the {wanted} backend of {self.name} refuses: {reason}. Use {VARIABLE}=auto")
+            return wanted
+        if wanted != "auto" and wanted not in known_backends():
+            raise KernelError(f"{VARIABLE}={wanted} is unknown: use auto, reference, {' or '.join(known_backends())}")
+        return next((name for name, backend in self.backends.items() if backend.refuses(*args) is None), "reference")
+
+    def _dispatch(self, *args: Any) -> Any:
+        name = self.choose(*args)
+        return (self.reference if name == "reference" else self.backends[name].run)(*args)
+
+    def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
+        raise KernelError(f"patchkit's op {self.name} has no gradient: unpatch_model(model) before training it")
+
+
+def op(reference: Callable[..., Any]) -> Op:
+    """Decorator: a reference function, annotated with tensors and plain types, becomes an `Op`.
+
+    Raises:
+        KernelError: it has no docstring: a definition says shapes, dtypes and its equation.
+    """
+    if not inspect.getdoc(reference):
+        raise KernelError(f"the op {reference.__name__!r} has no docstring: say what it computes, with shapes and dtypes")
+    return Op(reference)
+
+
+def available_ops() -> dict[str, Op]:
+    """All ops by name, sorted. Imports every module of `patchkit/kernels/`; there is no list to edit."""
+    package = importlib.import_module("patchkit.kernels")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_ops.items()))
+
+
+def known_backends() -> list[str]:
+    """Every backend name that some op has."""
+    return sorted({name for found in available_ops().values() for name in found.backends})

@@ -1,0 +1,129 @@
+"""The contract of every op (docs/design.md): over the registry and its samples, with no list of ops here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from patchkit.errors import KernelError
+from patchkit.kernels import Op, available_ops, op
+from patchkit.kernels.op import VARIABLE, _ops, known_backends
+from patchkit.testing import TOLERANCES
+
+CASES = [
+    pytest.param(name, label, id=f"{name}: {label}") for name, found in available_ops().items() for label, _ in found.sample_inputs("cpu")
+]
+
+
+def arguments(name: str, label: str) -> tuple:
+    return dict(available_ops()[name].sample_inputs("cpu"))[label]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ratio(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_every_backend_agrees_with_the_reference(name, label, poisoned, monkeypatch):
+    found = available_ops()[name]
+    args = arguments(name, label)
+    expected = found.reference(*args)
+    assert expected.isfinite().all()
+    for backend, reason in found.explain(*args).items():
+        if reason is not None:
+            assert reason  # a refusal says why
+            continue
+        monkeypatch.setenv(VARIABLE, backend)
+        got = found(*args)
+        assert got.dtype == expected.dtype and got.shape == expected.shape and got.device == expected.device
+        assert ratio(got, expected) <= TOLERANCES[expected.dtype].ratio + found.backends[backend].rounding
+
+
+@pytest.mark.parametrize("name", available_ops())
+def test_an_op_is_a_custom_op_that_torch_compile_sees_around(name):
+    found = available_ops()[name]
+    args = next(found.sample_inputs("cpu"))[1]
+    assert getattr(torch.ops.patchkit, name).default is not None
+    compiled = torch.compile(lambda *given: found(*given) + 1, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*args), found(*args) + 1)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", available_ops())
+def test_the_reference_can_be_asked_for(name, monkeypatch):
+    found = available_ops()[name]
+    args = next(found.sample_inputs("cpu"))[1]
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert found.choose(*args) == "reference"
+    assert torch.equal(found(*args), found.reference(*args))
+
+
+def test_an_unknown_backend_is_refused_by_name(monkeypatch):
+    found = next(iter(available_ops().values()))
+    monkeypatch.setenv(VARIABLE, "cuad")
+    with pytest.raises(KernelError, match=f"cuad.*{known_backends()[0]}"):
+        found(*next(found.sample_inputs("cpu"))[1])
+
+
+@pytest.fixture
+def halve() -> Iterator[Op]:
+    def halve(x: torch.Tensor) -> torch.Tensor:
+        """``x / 2``, x of any shape."""
+        return x / 2
+
+    made = op(halve)
+    made.fake(torch.empty_like)
+    yield made
+    del _ops["halve"]
+
+
+_calls: list[str] = []
+
+
+def test_selection_and_no_fallback(halve, monkeypatch):
+    """One test for one op: an op cannot be defined twice in a process."""
+
+    @halve.backend("broken", refuses=lambda x: None if len(x) == 3 else "x is not of length 3")
+    def _(x):
+        raise RuntimeError("the kernel failed")
+
+    @halve.backend("second", refuses=lambda x: None)
+    def _(x):
+        _calls.append("second")
+        return x * 0.5
+
+    assert halve.choose(torch.ones(3)) == "broken" and halve.choose(torch.ones(4)) == "second"
+    with pytest.raises(RuntimeError, match="the kernel failed"):  # no fallback to the second, or to the reference
+        halve(torch.ones(3))
+    assert not _calls and torch.equal(halve(torch.ones(4)), torch.full((4,), 0.5)) and _calls == ["second"]
+    monkeypatch.setenv(VARIABLE, "broken")
+    with pytest.raises(KernelError, match="x is not of length 3"):
+        halve(torch.ones(4))
+    monkeypatch.setenv(VARIABLE, "cpu")  # a backend of other ops
+    assert halve.choose(torch.ones(4)) == "second"
+    monkeypatch.delenv(VARIABLE)
+    x = torch.ones(4, requires_grad=True)
+    with pytest.raises(KernelError, match="no gradient"):
+        halve(x).sum().backward()
+    with pytest.raises(KernelError, match="no samples"):
+        halve.sample_inputs("cpu")
+
+
+def test_a_definition_without_words_is_refused():
+    def undocumented(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    with pytest.raises(KernelError, match="docstring"):
+        op(undocumented)
