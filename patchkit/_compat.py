@@ -48,6 +48,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionLayer",
+    "PreTrainedConfig",
     "and_masks",
 ]
 

@@ -475,8 +475,9 @@ def _find_alibi(layer: AttentionLayer, cached: Any, bias: tuple[nn.Module, dict[
 
 # Where no cache can be watched, a module is a token mixer when its name says so.
 _MIXER_WORDS = re.compile(r"att|mixer|mamba|time_mix|temporal|recurrent|lstm|ssm|conv", re.IGNORECASE)
-# Small linear layers beside the feed-forward block: per-layer embeddings, low-rank residuals, mixtures of residual streams.
-_AUXILIARY = re.compile(r"^(altup|laurel|ple|per_layer.*|.*hyper_connection)$")
+# Beside the feed-forward block: routers and norms that are networks themselves, per-layer embeddings, low-rank residuals,
+# mixtures of residual streams.
+_AUXILIARY = re.compile(r"^(gate|.*router.*|.*norm|altup|laurel|ple|per_layer.*|.*hyper_connection)$")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
@@ -498,7 +499,7 @@ def _find_feed_forward(target: Target) -> FeedForward:
     ]
     inner = {module for layer in layers for module in layer.modules() if module is not layer}
     layers = [layer for layer in dict.fromkeys(layers) if layer not in inner]
-    experts_here = max([getattr(target.config, name, None) or 0 for name in _EXPERT_COUNTS] + [0])
+    experts_here = max(_expert_counts(target.config), default=0)
     found = FeedForward({}, {}, {})
     for layer in layers:
         for path, module in _outside(layer, mixers, watched):
@@ -513,6 +514,15 @@ def _find_feed_forward(target: Target) -> FeedForward:
             elif stacked and not isinstance(module, nn.Conv1d):
                 found.left_alone[name] = f"its 3-D weights ({', '.join(stacked)}) do not go through transformers' experts interface"
     return found
+
+
+def _expert_counts(config: Any) -> Iterator[int]:
+    """Every number of experts that a config, or a config inside it, gives."""
+    for name, value in vars(config).items():
+        if name in _EXPERT_COUNTS and isinstance(value, int):
+            yield value
+        elif isinstance(value, _compat.PreTrainedConfig):
+            yield from _expert_counts(value)
 
 
 def _outside(layer: nn.Module, mixers: set[nn.Module], watched: bool) -> Iterator[tuple[str, nn.Module]]:

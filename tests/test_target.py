@@ -87,3 +87,46 @@ def test_a_model_that_cannot_run_is_refused_with_its_error():
     model.model.layers[0].mlp = None
     with pytest.raises(UnsupportedModel, match="NoneType"):
         _ = Target(model).attention_layers
+
+
+# family: leaf names of the linear layers of its feed-forward blocks, and whether its experts are fused
+FEED_FORWARD = {
+    "llama": (["down_proj", "gate_proj", "up_proj"], False),
+    "gpt_neox": (["dense_4h_to_h", "dense_h_to_4h"], False),
+    "gpt2": (["c_fc", "c_proj"], False),
+    "falcon": (["dense_4h_to_h", "dense_h_to_4h"], False),
+    "bloom": (["dense_4h_to_h", "dense_h_to_4h"], False),
+    "mixtral": ([], True),
+    "qwen3_moe": ([], True),
+    "deepseek_v3": (["down_proj", "gate_proj", "up_proj"], True),
+}
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_feed_forward_blocks(family):
+    leaves, fused = FEED_FORWARD[family]
+    model = tiny_model(family)
+    before = snapshot(model)
+    found = Target(model).feed_forward
+    assert_restored(before, model)
+    assert sorted({name.rpartition(".")[2] for name in found.linears}) == leaves
+    assert bool(found.experts) == fused and not found.left_alone
+    assert not any(word in name for name in found.linears for word in ("attn", "attention.", "norm", "router"))
+
+
+def test_adapters_of_lora_layers_are_not_feed_forward_layers():
+    model = tiny_model("llama")
+
+    class Lora(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.lora_A = torch.nn.Linear(base.in_features, 8)
+            self.lora_B = torch.nn.Linear(8, base.out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    model.model.layers[0].mlp.up_proj = Lora(model.model.layers[0].mlp.up_proj)
+    names = [name for name in Target(model).feed_forward.linears if "layers.0.mlp.up_proj" in name]
+    assert names == ["model.layers.0.mlp.up_proj.base_layer"]
