@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,4 +171,34 @@ def _(
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-# -- Triton --------------------------------------------------------------------------------------------------------------------
+# -- Triton -----------------------------------------------------------------------------------------------------------------------
+
+
+def _triton_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type != "cuda" and not interpreted:
+        return f"x is on {x.device.type}, and TRITON_INTERPRET=1 is not set"
+    if interpreted and x.dtype == torch.bfloat16:
+        return "Triton's interpreter takes bfloat16 for integers"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"x is {x.dtype}: fp16, bf16 and fp32 are served"
+    if x.device.type == "cuda" and not interpreted and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "x or weight is empty"
+    group = 0 if scale.ndim == 1 else weight.shape[1] // scale.shape[1]
+    if group % (32 if activation == "int8" else 16):
+        return f"groups of {group}: a multiple of 16 is served, of 32 with int8 activations"
+    return None
+
+
+@int8_linear.backend("triton", refuses=_triton_refuses)
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
+) -> torch.Tensor:
+    """`patchkit.kernels.triton.int8_linear`: weight-only for few rows, tiles for many, int8 products for int8 activations."""
+    from patchkit.kernels.triton.int8_linear import run
+
+    return run(x, weight.contiguous(), scale, bias, activation)

@@ -1,0 +1,205 @@
+"""Triton kernels of the op `int8_linear`, for NVIDIA GPUs from compute capability 8.0.
+
+Shapes: M rows (tokens), K input and N output features. x [M, K], weight int8 [N, K], scale fp32 [N] or [N, K // group], y [M, N].
+
+* `few_rows`, M <= 16: one token, or a handful to verify. It waits for the weights, so all that matters is that 16-byte loads of
+  them are always under way. Each program owns BLOCK_N output features and all of K, which its warps share out among them: a
+  batched tl.dot, one batch entry per warp, added up once at the end. So there is one launch, no workspace and no atomics. Rows
+  are padded to 16 for the tensor cores, and M is an argument, not a constant: the same code runs for 1 and for 16 rows, each
+  output row comes from its own input row by the same operations in the same order, and a token's result does not depend on
+  which or how many others are beside it.
+* `many_rows`, M > 16: the usual tiles. The weights are the left operand, because Hopper's tensor cores take only that one
+  from registers, where the bytes have just become x's dtype.
+* `quantize_rows`: dynamic quantisation, one program per row. The integers then go through the same two kernels, in int32.
+
+Weights become x's dtype exactly, products are summed in fp32 and scaled in fp32, and only then cast: nothing overflows on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from patchkit.kernels.triton import Launch, Signature
+
+FEW = 16
+_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """The op `int8_linear` on a non-empty x and contiguous weights."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+    step = None
+    if activation == "int8":
+        rows, step = _quantized(rows)
+    (m, k), n = rows.shape, weight.shape[0]
+    group = 0 if scale.ndim == 1 else k // scale.shape[1]
+    launch = plan(m, n, k, rows.dtype, group)
+    launch.kernel[launch.grid](rows, weight, scale.contiguous(), bias, step, y, m, n, k, **launch.constants, **launch.options)
+    return y
+
+
+def _quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [M, K] and fp32 [M]: every row as integers times its step."""
+    m, k = rows.shape
+    integers, step = torch.empty_like(rows, dtype=torch.int8), torch.empty(m, dtype=torch.float32, device=rows.device)
+    launch = _plan_quantize(m, k)
+    launch.kernel[launch.grid](rows, integers, step, k, **launch.constants, **launch.options)
+    return integers, step
+
+
+def plan(m: int, n: int, k: int, dtype: torch.dtype, group: int) -> Launch:
+    """Kernel, grid and tile sizes. Up to 16 rows they depend on everything but the number of rows.
+
+    Args:
+        dtype: of the rows; int8 after dynamic quantisation.
+        group: input features per scale, a multiple of 16 (of 32 for int8 rows), or 0: one scale per output feature.
+    """
+    # The largest power of two that a block of K may have, so that it lies in one group.
+    most = group & -group if group else 1024
+    if dtype == torch.float32:
+        # No tensor core multiplies fp32 without rounding it first.
+        rows, columns, depth, options = FEW if m <= FEW else 64, 64, min(32, most), dict(num_warps=4, num_stages=3)
+    elif m <= FEW:
+        # Few output features: narrower tiles, so that no multiprocessor is idle.
+        columns = 32 if n >= 4096 else 16
+        constants = dict(GROUP=group, BLOCK_M=FEW, BLOCK_N=columns, BLOCK_K=min(64, most), PARTS=8)
+        return Launch(few_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=8, num_stages=4))
+    elif k % 16:
+        # Bytes are loaded one by one, and every address takes a register.
+        rows, columns, depth, options = 64, 64, min(32, most), dict(num_warps=4, num_stages=2)
+    else:
+        rows, columns, depth = (128 if m > 64 else 64), 128, min(128 if dtype == torch.int8 else 64, most)
+        options = dict(num_warps=8 if rows == 128 else 4, num_stages=3)
+    constants = dict(GROUP=group, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth)
+    return Launch(many_rows, (triton.cdiv(m, rows) * triton.cdiv(n, columns),), constants, _options(**options))
+
+
+def _plan_quantize(m: int, k: int) -> Launch:
+    return Launch(quantize_rows, (m,), dict(BLOCK_K=min(8192, max(32, triton.next_power_of_2(k)))), _options(num_warps=8))
+
+
+def signatures() -> Iterator[Signature]:
+    """Every kernel with the tiles that `plan` gives it, for each dtype, per channel and per group."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
+        for m, n, group, aligned in (
+            *((1, 14336, 0, True), (1, 2560, 0, True), (1, 67, 0, False), (1, 14336, 32, True), (1, 14336, 128, True)),
+            *((64, 14336, 0, True), (512, 14336, 0, True), (512, 67, 0, False), (512, 14336, 32, True), (512, 14336, 128, True)),
+        ):
+            launch = plan(m, n, 4096 if aligned else 67, dtype, group)
+            quantised = dtype == torch.int8
+            of_output = f"*{_TRITON_TYPES[torch.float16 if quantised else dtype]}"
+            types = dict(x=f"*{_TRITON_TYPES[dtype]}", weight="*i8", scale="*fp32", bias=of_output if n == 14336 else "none",
+                         step="*fp32" if quantised else "none", y=of_output, M="i32", N="i32", K="i32")  # fmt: skip
+            label = f"{m} rows of {dtype}, {n} features{f', groups of {group}' if group else ''}{'' if aligned else ', unaligned'}"
+            yield Signature(label, launch, types, aligned)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for k, aligned in ((67, False), (14336, True)):
+            types = dict(x=f"*{_TRITON_TYPES[dtype]}", integers="*i8", step="*fp32", K="i32")
+            yield Signature(f"{k} features of {dtype}{'' if aligned else ', unaligned'}", _plan_quantize(1, k), types, aligned)
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    # Whether a * b + c is rounded once: said, because Triton's default differs between versions.
+    return {**options, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _weights_as(weights, dtype: tl.constexpr):
+    """int8 in another dtype, exactly."""
+    if dtype == tl.float16:
+        # As the last bits of 1024 + (w + 128), because the plain conversion runs at a fraction of the rate of additions.
+        return ((weights ^ -128).to(tl.uint8, bitcast=True).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    return weights.to(dtype)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_rows(
+    x, weight, scale, bias, step, y, M, N, K,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] for M <= BLOCK_M. Part p of a step takes the input features [k + p * BLOCK_K, k + (p + 1) * BLOCK_K)."""
+    sum_type: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    parts = tl.arange(0, PARTS) * BLOCK_K
+    k = parts[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    x_rows = x + m[None, :, None] * K + k[:, None, :]
+    w_rows = weight + n.to(tl.int64)[None, None, :] * K + k[:, :, None]
+    sums = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32 if GROUP else sum_type)
+    for start in range(0, K, PARTS * BLOCK_K):
+        a = tl.load(x_rows + start, mask=(m[None, :, None] < M) & (start + k[:, None, :] < K), other=0)
+        w = tl.load(w_rows + start, mask=(n[None, None, :] < N) & (start + k[:, :, None] < K), other=0)
+        if GROUP:
+            at = start + parts
+            s = tl.load(
+                scale + n.to(tl.int64)[None, :] * (K // GROUP) + at[:, None] // GROUP, mask=(n[None, :] < N) & (at[:, None] < K), other=0
+            )
+            sums += tl.dot(a, _weights_as(w, a.dtype), out_dtype=sum_type).to(tl.float32) * s[:, None, :]
+        else:
+            sums = tl.dot(a, _weights_as(w, a.dtype), sums, out_dtype=sum_type)
+    _finish(tl.sum(sums, 0), scale, bias, step, y, m, n, M, N, GROUP)
+
+
+@triton.jit(do_not_specialize=["M"])
+def many_rows(
+    x, weight, scale, bias, step, y, M, N, K,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] in tiles of BLOCK_M x BLOCK_N. Neighbouring programs share their weights."""
+    sum_type: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    tiles = tl.cdiv(M, BLOCK_M)
+    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x + m.to(tl.int64)[None, :] * K + k[:, None]
+    w_rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUP else sum_type)
+    for start in range(0, K, BLOCK_K):
+        a = tl.load(x_rows + start, mask=(m[None, :] < M) & (start + k[:, None] < K), other=0)
+        w = tl.load(w_rows + start, mask=(n[:, None] < N) & (start + k[None, :] < K), other=0)
+        if GROUP:
+            s = tl.load(scale + n.to(tl.int64) * (K // GROUP) + start // GROUP, mask=n < N, other=0)
+            sums += tl.dot(_weights_as(w, a.dtype), a, input_precision="ieee", out_dtype=sum_type).to(tl.float32) * s[:, None]
+        else:
+            sums = tl.dot(_weights_as(w, a.dtype), a, sums, input_precision="ieee", out_dtype=sum_type)
+    _finish(tl.trans(sums), scale, bias, step, y, m, n, M, N, GROUP)
+
+
+@triton.jit
+def _finish(sums, scale, bias, step, y, m, n, M, N, GROUP: tl.constexpr):
+    """Scale, add the bias, cast and store sums [BLOCK_M, BLOCK_N]."""
+    out = sums.to(tl.float32)
+    if GROUP == 0:
+        out *= tl.load(scale + n, mask=n < N, other=0)[None, :]
+    if step is not None:
+        out *= tl.load(step + m, mask=m < M, other=0)[:, None]
+    if bias is not None:
+        out += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    to = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(to, out.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def quantize_rows(x, integers, step, K, BLOCK_K: tl.constexpr):
+    """One row [K] as int8 and its step: ``x ~ integers * step``. A row with an inf or a NaN gets the step NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    largest = 0.0
+    for start in range(0, K, BLOCK_K):
+        values = tl.load(x + row * K + start + k, mask=start + k < K, other=0).to(tl.float32)
+        # tl.max passes NaNs over; a sum does not, and 0 * inf is one.
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0) + tl.sum(values * 0.0, 0), propagate_nan=tl.PropagateNan.ALL)
+    # The smallest normal number keeps a row of zeros from dividing by zero.
+    one = tl.div_rn(tl.maximum(largest, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL), 127.0)
+    tl.store(step + row, one)
+    for start in range(0, K, BLOCK_K):
+        values = tl.load(x + row * K + start + k, mask=start + k < K, other=0).to(tl.float32)
+        # Adding 1.5 * 2^23 leaves no bit for a fraction: it rounds to the nearest integer, ties to even.
+        rounded = (tl.div_rn(values, one) + 12582912.0) - 12582912.0
+        tl.store(integers + row * K + start + k, tl.where(one == one, rounded, 0.0).to(tl.int8), mask=start + k < K)
