@@ -96,9 +96,8 @@ def main() -> None:
         for capability in CAPABILITIES:
             found = compiled(signature, capability)
             rows.append({"kernel": name, "capability": capability, **asdict(found)})
-            print(
-                f"{name:75} sm_{capability}  {found.registers:3} registers  {found.spilled_bytes:5} B spilled  {found.shared_bytes:6} B shared"
-            )
+            figures = f"{found.registers:4} registers {found.spilled_bytes:4} B spilled {found.shared_bytes:6} B shared"
+            print(f"{name:75} sm_{capability} {figures}")
     result = {"triton": triton.__version__, "command": "python evals/triton_resources.py", "kernels": rows}
     (ROOT / "evals" / "results" / "triton_resources.json").write_text(json.dumps(result, indent=2) + "\n")
 
