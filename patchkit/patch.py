@@ -46,6 +46,8 @@ class Patch:
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    # Whether logits stay those of the model without the patch, up to rounding. A patch that is not exact must be seen to act.
+    exact: ClassVar[bool] = False
 
     def check(self, target: Target) -> None:
         """Refuse a model that this patch cannot serve, by raising a `PatchError`. Must not touch the model."""

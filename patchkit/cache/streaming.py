@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from patchkit import _compat
+from patchkit.cache.step import Sinks, StepCache, StepLayer
 from patchkit.errors import StreamError
 from patchkit.target import Rotary
 
@@ -46,6 +47,7 @@ class Lane:
     sinks: int
     window: int
     rotary: Rotary | None
+    number: int = 0  # its place in `StepCache.masks`
 
     @property
     def capacity(self) -> int:
@@ -196,6 +198,7 @@ class Stream:
         self.broken = False
         self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
         self._steady: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
+        self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
 
     def set_pads(self, pads: torch.Tensor) -> None:
         """Take note of the left padding [B] of every row."""
@@ -280,6 +283,7 @@ class Stream:
             held = self._steady.get(id(lane))
             if held is None or held[0].device != slot.device or (cos is not None and (held[1] is None or held[1].shape != cos.shape)):
                 self._steady[id(lane)] = slot, cos, sin
+                self.step = None
                 continue
             held[0].copy_(slot)
             if cos is not None and sin is not None:
@@ -298,6 +302,39 @@ class Stream:
         if len(self.base) > 1:
             self.base = index(self.base)
         self._steady = {}
+        self.step = None
+
+    def fixed_step(self, layers: list[StreamLayer]) -> StepCache | None:
+        """This step as compiled code sees it; None where it has to run eagerly."""
+        frame, lanes = self.frame, self.lanes
+        if frame is None or frame.many or not all(layer.is_initialized for layer in layers):
+            return None
+        if any(frame.start < lane.sinks for lane in lanes):  # a step writes all sinks anew, so there must be all
+            return None
+        if frame.start < min(lane.capacity for lane in lanes):
+            self._prepare_step(frame)
+        for layer in layers:
+            layer.before_fixed_step(frame)
+        if self.step is None:
+            first = [next(layer for layer in layers if layer.lane is lane) for lane in lanes]
+            rows = 1 if self.pads is None else len(self.pads)
+            masks = [layer.keys.new_zeros(rows, 1, 1, layer.lane.capacity) for layer in first]
+            self.step = StepCache([layer.fixed() for layer in layers], torch.zeros((), dtype=torch.int64, device=frame.device), masks)
+        self.step.seen.fill_(frame.start)
+        self._write_masks(frame, lanes, self.step)
+        return self.step
+
+    def _write_masks(self, frame: Frame, lanes: list[Lane], step: StepCache) -> None:
+        """0 where a slot is visible, and the lowest number elsewhere."""
+        assert step.masks is not None
+        full = frame.steady and frame.end >= max(lane.capacity for lane in lanes)
+        if full and step.masks_open:
+            return
+        query = torch.tensor([frame.start], device=frame.device)
+        for lane, mask in zip(lanes, step.masks, strict=True):
+            keys = frame.key_tokens(lane) if frame.start >= lane.capacity else torch.arange(lane.capacity, device=frame.device)[None]
+            mask.zero_().masked_fill_(~frame.visible(lane, query, keys), torch.finfo(mask.dtype).min)
+        step.masks_open = full
 
 
 class StreamLayer(_compat.CacheLayerMixin):
@@ -335,6 +372,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         self.keys = key_states.new_zeros(*size, key_states.shape[-1])
         self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
+        self.stream.step = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store T new keys [B, G, T, K] and values [B, G, T, V]; return those that the new tokens attend to."""
@@ -348,6 +386,8 @@ class StreamLayer(_compat.CacheLayerMixin):
         if frame.many:
             return self._extend(frame, key_states, value_states)
         if frame.start < self.lane.capacity:
+            if frame.start < self.lane.sinks:
+                self.raw = None
             self.keys[:, :, frame.start] = key_states[:, :, 0]
             self.values[:, :, frame.start] = value_states[:, :, 0]
             return self.keys[:, :, : frame.end], self.values[:, :, : frame.end]
@@ -391,15 +431,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     def _step(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slot, cos, sin = self.stream.steady(self.lane)
         slot = slot.to(k.device)
-        if self.lane.sinks and self.raw is None:
-            self._capture_sinks()
-        if self.stream.recording:
-            token = torch.tensor([frame.start - self.lane.window], device=k.device)
-            self._write_log(token, self.keys.index_select(2, slot), self.values.index_select(2, slot))
-        if self.stream.pads is not None:
-            dropped = frame.start - self.lane.window
-            if self.lane.sinks and self.lane.sinks <= dropped < self.stream.most_pads + self.lane.sinks:
-                self._keep_sinks(frame, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+        self._before_overwriting(frame, slot)
         self.keys.index_copy_(2, slot, k)
         self.values.index_copy_(2, slot, v)
         if self.raw is not None and cos is not None and sin is not None:
@@ -407,6 +439,35 @@ class StreamLayer(_compat.CacheLayerMixin):
             turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))
             self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].copy_(turned)
         return self.keys, self.values
+
+    def _before_overwriting(self, frame: Frame, slot: torch.Tensor) -> None:
+        """Keep what the token's slot [1] holds, and still is needed."""
+        if self.lane.sinks and self.raw is None:
+            self._capture_sinks()
+        if self.stream.recording:
+            token = torch.tensor([frame.start - self.lane.window], device=self.keys.device)
+            self._write_log(token, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+        if self.stream.pads is not None:
+            dropped = frame.start - self.lane.window
+            if self.lane.sinks and self.lane.sinks <= dropped < self.stream.most_pads + self.lane.sinks:
+                self._keep_sinks(frame, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+
+    def before_fixed_step(self, frame: Frame) -> None:
+        """What `_step` does before it writes."""
+        if frame.start >= self.lane.capacity:
+            self._before_overwriting(frame, self.stream.steady(self.lane)[0])
+        elif self.lane.sinks and self.raw is None:
+            self._capture_sinks()
+
+    def fixed(self) -> StepLayer:
+        """This layer as compiled code sees it."""
+        slot, cos, sin = self.stream.steady(self.lane)
+        if self.raw is None or self.raw_quarter is None or cos is None or sin is None:
+            return StepLayer(self.keys, self.values, slot)
+        rotary = self.lane.rotary
+        assert rotary is not None
+        sinks = Sinks(rotary.slot == "values", rotary.cached_start, self.raw, self.raw_quarter, cos, sin)
+        return StepLayer(self.keys, self.values, slot, sinks)
 
     # -- several tokens ----------------------------------------------------------------------------------------------------
 
@@ -435,6 +496,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         slots = lane.slot(torch.arange(start + kept, end, device=k.device))
         first_sinks = min(lane.sinks, end) - start
         if first_sinks > 0:
+            self.raw = None
             self.keys[:, :, start : start + first_sinks] = k[:, :, :first_sinks]
             self.values[:, :, start : start + first_sinks] = v[:, :, :first_sinks]
         self.keys.index_copy_(2, slots, k[:, :, kept:])
@@ -492,6 +554,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     def _capture_sinks(self) -> None:
         """Keep the sinks as they are, unturned, before the first eviction."""
         if self.lane.rotary is not None:
+            self.stream.step = None
             self.raw = self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].float().clone()
             self.raw_quarter = self.lane.rotary.quarter_turn(self.raw)
 
@@ -504,7 +567,8 @@ class StreamLayer(_compat.CacheLayerMixin):
         if self.raw is not None:
             assert self.lane.rotary is not None
             self.raw[:, :, slot] = torch.where(mine, self._rotated(k, v)[:, :, 0].float(), self.raw[:, :, slot])
-            self.raw_quarter = self.lane.rotary.quarter_turn(self.raw)
+            assert self.raw_quarter is not None
+            self.raw_quarter.copy_(self.lane.rotary.quarter_turn(self.raw))
         self.keys[:, :, slot] = torch.where(mine, k[:, :, 0], self.keys[:, :, slot])
         self.values[:, :, slot] = torch.where(mine, v[:, :, 0], self.values[:, :, slot])
 
@@ -614,6 +678,10 @@ class StreamingCache(_compat.Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.stream.seen
+
+    def step(self) -> StepCache | None:
+        """The forward under way, if it is of one token, as compiled code sees it; None where it has to run eagerly."""
+        return self.stream.fixed_step(self.own_layers)
 
     def n_bytes(self) -> int:
         """Bytes kept by the layers that patchkit keeps."""

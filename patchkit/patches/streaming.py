@@ -140,7 +140,7 @@ class StreamingLLM(Patch):
             sinks, window = (self.sinks, self.window) if layer in chosen else (0, layer.window or 1)
             lane = next((x for x in made if (x.sinks, x.window) == (sinks, window) and same_rotary(x.rotary, layer.rotary)), None)
             if lane is None:
-                lane = Lane(sinks, window, layer.rotary)
+                lane = Lane(sinks, window, layer.rotary, number=len(made))
                 made.append(lane)
             lanes[layer.index] = lane
         for layer in owned:
@@ -184,6 +184,7 @@ class Runtime:
     frame: Frame | None = None
     cache: StreamingCache | None = None
     outer_mask_builder: Any = None
+    masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
@@ -283,6 +284,8 @@ def _attention(
     Returns:
         [B, T, H, V] and no attention weights.
     """
+    if runtime.masks is not None:
+        return original_function(masked, module)(module, query, key, value, runtime.masks[lane.number], **kwargs)
     frame = runtime.frame
     if frame is None:
         return original(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,248 @@
+"""What compiled code sees of a cache: tensors of fixed shape at fixed addresses, and nothing that changes from step to step.
+
+Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim, C capacity of the layer's buffers.
+
+`FixedCache` is the cache of an unpatched model whose steps are compiled; a `StreamingCache` makes `StepCache` objects too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchkit import _compat
+from patchkit.errors import StreamError
+
+# The least room of a `FixedCache`, in tokens; every room is a power of two, so that there are few.
+LEAST_ROOM = 512
+
+
+@dataclass(eq=False)
+class Sinks:
+    """The first S slots of a ring, which every step writes anew.
+
+    Attributes:
+        in_values, start: where the n rotated dimensions are: in the values or the keys, and from which dimension on.
+        raw, quarter: [B, G, S, n] float32, the sinks unturned, and a quarter turn on.
+        cos, sin: [B or 1, 1, 1, n] the turn.
+    """
+
+    in_values: bool
+    start: int
+    raw: torch.Tensor
+    quarter: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def _room(tokens: int) -> int:
+    return max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
+
+
+class StepLayer(_compat.CacheLayerMixin):
+    """One layer's buffers [B, G, C, K] and [B, G, C, V], and the slots [T] that the new tokens take."""
+
+    is_compileable = True
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, sinks: Sinks | None = None) -> None:
+        super().__init__()
+        self.keys, self.values, self.slots, self.sinks = keys, values, slots, sinks
+        self.is_initialized = True
+        for tensor in [keys, values, slots, *((sinks.raw, sinks.quarter, sinks.cos, sinks.sin) if sinks else ())]:
+            _compat.mark_static_address(tensor)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: a step is made of buffers that exist."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new keys [B, G, T, K] and values [B, G, T, V]; return the whole buffers."""
+        assert self.keys is not None and self.values is not None
+        self._write(self.keys, key_states, self.sinks if self.sinks is not None and not self.sinks.in_values else None)
+        self._write(self.values, value_states, self.sinks if self.sinks is not None and self.sinks.in_values else None)
+        return self.keys, self.values
+
+    def _write(self, ring: torch.Tensor, new: torch.Tensor, sinks: Sinks | None) -> None:
+        # One write by index: inductor does that in place, where it would copy the ring to write to a slice of it.
+        slots = self.slots
+        if sinks is not None:
+            turned = torch.addcmul(sinks.raw * sinks.cos, sinks.quarter, sinks.sin).to(new.dtype)
+            count, end = turned.shape[2], sinks.start + turned.shape[3]
+            held = ring[:, :, :count]
+            new = torch.cat([torch.cat([held[..., : sinks.start], turned, held[..., end:]], -1), new], 2)
+            slots = torch.cat([torch.arange(count, device=slots.device), slots])
+        ring.index_copy_(2, slots, new)
+
+    def get_seq_length(self) -> int:
+        raise StreamError("a layer of a step does not know how many tokens were seen: ask its StepCache")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.keys is not None
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StepCache(_compat.Cache):
+    """One forward of T tokens as compiled code sees it.
+
+    Attributes:
+        layers: a `StepLayer` for every layer of the model.
+        seen: [] int64, tokens before this forward.
+        masks: what to add to the scores [B or 1, 1, T, C], for each lane of a stream; None where the model makes its own.
+        masks_open: the masks hide nothing, now and in all steps to come.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, layers: list[Any], seen: torch.Tensor, masks: list[torch.Tensor] | None = None) -> None:
+        super().__init__(layers=layers)
+        self.seen = seen
+        self.masks = masks
+        self.masks_open = False
+        for tensor in [seen, *(masks or [])]:
+            _compat.mark_static_address(tensor)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.seen
+
+
+class LayerOfStep(StepCache):
+    """A step of which only one layer is seen, so that no layer's code depends on its number."""
+
+    def __init__(self, step: StepCache, index: int) -> None:
+        self.layers = [step.layers[index]]
+        self.seen = step.seen
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[0].update(key_states, value_states)
+
+
+class FixedLayer(_compat.CacheLayerMixin):
+    """All keys and values so far, at the front of a buffer with room for more."""
+
+    is_compileable = False
+    is_croppable = True
+    keys: Any
+    values: Any
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        size = (*key_states.shape[:2], self.room)
+        self.keys = key_states.new_zeros(*size, key_states.shape[-1])
+        self.values = value_states.new_zeros(*size, value_states.shape[-1])
+        self.is_initialized = True
+
+    def reserve(self, tokens: int) -> bool:
+        """Make room for ``tokens`` in all, at new addresses if there is none. Returns whether the buffers have moved."""
+        if tokens <= self.room:
+            return False
+        self.room = _room(tokens)
+        if self.is_initialized:
+            keys, values = self.keys, self.values
+            self.lazy_initialization(keys, values)
+            self.keys[:, :, : self.seen] = keys[:, :, : self.seen]
+            self.values[:, :, : self.seen] = values[:, :, : self.seen]
+        return True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new keys [B, G, T, K] and values [B, G, T, V]; return all so far."""
+        end = self.seen + key_states.shape[2]
+        self.reserve(end)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys[:, :, self.seen : end] = key_states
+        self.values[:, :, self.seen : end] = value_states
+        self.seen = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0 or -tokens_to_remove > self.seen:
+            raise ValueError(f"crop({tokens_to_remove}) of {self.seen} tokens: pass minus the number of tokens to remove")
+        self.seen += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every token is kept."""
+
+    def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a selection of batch rows."""
+        if self.is_initialized:
+            self.keys, self.values = index(self.keys), index(self.values)
+
+
+class FixedCache(_compat.Cache):
+    """The cache of a model whose steps are compiled: all keys and values, in buffers that rarely move."""
+
+    layers: list[Any]
+
+    def __init__(self, layers: int, tokens: int = 1) -> None:
+        """Room for ``tokens`` in ``layers`` layers; more is made when it is needed."""
+        super().__init__(layers=[FixedLayer(_room(tokens)) for _ in range(layers)])
+        self._step: StepCache | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the buffers can hold."""
+        return self.layers[0].room
+
+    def step(self, tokens: int) -> StepCache:
+        """The next forward, of ``tokens`` tokens, as compiled code sees it; `advance` afterwards."""
+        layers = self.layers
+        seen, device = layers[0].seen, layers[0].keys.device
+        for layer in layers:
+            layer.reserve(seen + tokens)
+        made: Any = self._step and self._step.layers[0]
+        if made is None or made.keys is not layers[0].keys or len(made.slots) != tokens:
+            slots = torch.empty(tokens, dtype=torch.int64, device=device)
+            at = torch.zeros((), dtype=torch.int64, device=device)
+            self._step = StepCache([StepLayer(layer.keys, layer.values, slots) for layer in layers], at)
+            made = self._step.layers[0]
+        assert self._step is not None
+        self._step.seen.fill_(seen)
+        torch.arange(seen, seen + tokens, out=made.slots)
+        return self._step
+
+    def advance(self, tokens: int) -> None:
+        """Compiled code has stored ``tokens`` tokens."""
+        for layer in self.layers:
+            layer.seen += tokens
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _select(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.select_rows(index)
