@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -17,10 +18,10 @@ from patchkit.kernels.op import op
 _LEVELS = {"int8": 127, "float": 256 * 127 + 127}
 # Unsigned bytes times signed bytes, summed over K in int32.
 _MOST_FEATURES = (2**31 - 1) // (255 * 128)
+# The same of signed bytes: tensor cores sum them as they are.
+_MOST_SIGNED = (2**31 - 1) // (127 * 128)
 # Rows times bytes per activation up to which the native kernel, which is bound by memory, beats oneDNN, which is not.
 _MOST_NATIVE_ROWS = 10
-# Five addresses, rows, n, k, planes, threads.
-_SIGNATURE = (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 2
 
 
 @op
@@ -102,11 +103,22 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
 # not notice, because they wait for the weights. The two give the same bits, so a token's result does not depend on the batch.
 
 
+@functools.cache
+def _multiplies_bytes() -> bool:
+    # Without these instructions oneDNN adds pairs of products in 16 bits, which overflow.
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+@functools.cache
+def _kernel() -> tuple[Any, str | None]:
+    # Five addresses, rows, n, k, planes, threads.
+    return native.load("int8_linear", (ctypes.c_void_p,) * 5 + (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 2)
+
+
 def _integers_refuse(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device.type}"
-    # Without these instructions oneDNN adds pairs of products in 16 bits, which overflow.
-    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():
+    if not _multiplies_bytes():
         return "the processor has no int8 dot product (AVX-512 VNNI or AMX), or torch no oneDNN"
     if scale.ndim != 1:
         return "scales per group: only one scale per output channel is served"
@@ -124,7 +136,7 @@ def _native_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
     most = _MOST_NATIVE_ROWS // (1 if activation == "int8" else 2)
     if x.numel() > most * x.shape[-1]:
         return f"{x.numel() // x.shape[-1]} rows: it is the faster one up to {most}"
-    return native.load("int8_linear", _SIGNATURE)[1]
+    return _kernel()[1]
 
 
 @int8_linear.backend("native", refuses=_native_refuses, rounding=5e-5)
@@ -139,7 +151,7 @@ def _(
     y = torch.empty(*x.shape[:-1], n)
     addresses = rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
     planes = 1 if activation == "int8" else 2
-    if native.load("int8_linear", _SIGNATURE)[0](*addresses, rows.numel() // k, n, k, planes, torch.get_num_threads()):
+    if _kernel()[0](*addresses, rows.numel() // k, n, k, planes, torch.get_num_threads()):
         raise MemoryError("int8_linear: no memory for the quantised activations")
     return y.to(x.dtype)
 
@@ -188,6 +200,8 @@ def _triton_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
         return "the GPU is older than compute capability 8.0"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
+    if activation == "int8" and x.shape[-1] > _MOST_SIGNED:
+        return f"{x.shape[-1]} input features could overflow an int32 sum: at most {_MOST_SIGNED}"
     group = 0 if scale.ndim == 1 else weight.shape[1] // scale.shape[1]
     if group % (32 if activation == "int8" else 16):
         return f"groups of {group}: a multiple of 16 is served, of 32 with int8 activations"

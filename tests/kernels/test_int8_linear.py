@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchkit.kernels import native
-from patchkit.kernels.int8_linear import int8_linear
+from patchkit.kernels.int8_linear import _kernel, int8_linear
 from patchkit.kernels.op import VARIABLE
 
 
@@ -138,8 +137,8 @@ def test_without_a_compiler_the_native_backend_refuses_and_another_serves(monkey
         with monkeypatch.context() as patch:
             for name, value in {"CXX": "", "XDG_CACHE_HOME": str(tmp_path), **variables}.items():
                 patch.setenv(name, value)
-            native.load.cache_clear()
+            _kernel.cache_clear()
             reason = int8_linear.explain(x, values, scale)["native"]
             assert reason is not None and any(part in reason for part in word.split("|"))
             assert int8_linear.choose(x, values, scale) == "cpu" and torch.equal(int8_linear(x, values, scale), expected)
-    native.load.cache_clear()
+    _kernel.cache_clear()

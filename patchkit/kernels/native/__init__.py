@@ -28,7 +28,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkit"
 
 
-@functools.cache
 def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
     """The function ``patchkit_<name>`` of ``<name>.cpp``, which takes ctypes ``signature`` and returns an int, and None; or None,
     and why it cannot be had here."""
