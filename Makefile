@@ -8,7 +8,7 @@ FLOOR_PINS := transformers==5.15.*
 # Two workers of one thread each: more threads would only fight for the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-floor check format bench coverage clean help
+.PHONY: demo test test-floor check format bench gpu coverage clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ format: $(VENV)/.installed  ## mend what ruff can mend
 
 bench: $(VENV)/.installed  ## the timed bars; figures go to evals/results/
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-only -s $(ARGS)
+
+gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
+	$(PYTHON) evals/gpu.py $(ARGS)
 
 coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tiny: writes docs/coverage.md
 	$(BIN)/python evals/coverage.py $(ARGS)
