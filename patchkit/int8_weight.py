@@ -81,6 +81,10 @@ class Int8Weight(torch.Tensor):
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any) -> Int8Weight:
         return Int8Weight(inner["qdata"], inner["scale"], *context)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code may depend on, for torch's cache of it on disk."""
+        return str((type(self).__name__, tuple(self.shape), self.dtype, self.device, self.activation, self.transposed))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, activation={self.activation!r})"
 
