@@ -35,12 +35,14 @@ def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
     step = None
-    if activation == "int8":
-        rows, step = _quantized(rows)
-    (m, k), n = rows.shape, weight.shape[0]
-    group = 0 if scale.ndim == 1 else k // scale.shape[1]
-    launch = plan(m, n, k, rows.dtype, group)
-    launch.kernel[launch.grid](rows, weight, scale.contiguous(), bias, step, y, m, n, k, **launch.constants, **launch.options)
+    # Triton launches on the current device, which is not x's where a model is spread over several.
+    with torch.cuda.device_of(x):
+        if activation == "int8":
+            rows, step = _quantized(rows)
+        (m, k), n = rows.shape, weight.shape[0]
+        group = 0 if scale.ndim == 1 else k // scale.shape[1]
+        launch = plan(m, n, k, rows.dtype, group)
+        launch.kernel[launch.grid](rows, weight, scale.contiguous(), bias, step, y, m, n, k, **launch.constants, **launch.options)
     return y
 
 
@@ -62,22 +64,18 @@ def plan(m: int, n: int, k: int, dtype: torch.dtype, group: int) -> Launch:
     """
     # The largest power of two that a block of K may have, so that it lies in one group.
     most = group & -group if group else 1024
-    if dtype == torch.float32:
-        # No tensor core multiplies fp32 without rounding it first.
-        rows, columns, depth, options = FEW if m <= FEW else 64, 64, min(32, most), dict(num_warps=4, num_stages=3)
-    elif m <= FEW:
+    if m <= FEW:
         # Few output features: narrower tiles, so that no multiprocessor is idle.
-        columns = 32 if n >= 4096 else 16
-        constants = dict(GROUP=group, BLOCK_M=FEW, BLOCK_N=columns, BLOCK_K=min(64, most), PARTS=8)
-        return Launch(few_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=8, num_stages=4))
-    elif k % 16:
-        # Bytes are loaded one by one, and every address takes a register.
-        rows, columns, depth, options = 64, 64, min(32, most), dict(num_warps=4, num_stages=2)
+        columns, depth, parts = 32 if n >= 4096 else 16, min(32 if dtype == torch.float32 else 64, most), 8
+        constants = dict(GROUP=group, BLOCK_M=FEW, BLOCK_N=columns, BLOCK_K=depth, PARTS=parts, EVEN_K=k % (parts * depth) == 0)
+        return Launch(few_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=parts, num_stages=4))
+    # Without tensor cores (fp32), and where rows start anywhere, larger tiles would not fit into the registers.
+    if dtype == torch.float32 or k % 16:
+        rows, columns, depth, warps = 64, 64, 32, 4
     else:
-        rows, columns, depth = (128 if m > 64 else 64), 128, min(128 if dtype == torch.int8 else 64, most)
-        options = dict(num_warps=8 if rows == 128 else 4, num_stages=3)
-    constants = dict(GROUP=group, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth)
-    return Launch(many_rows, (triton.cdiv(m, rows) * triton.cdiv(n, columns),), constants, _options(**options))
+        rows, columns, depth, warps = 128 if m > 64 else 64, 128, 128 if dtype == torch.int8 else 64, 8
+    constants = dict(GROUP=group, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=min(depth, most))
+    return Launch(many_rows, (triton.cdiv(m, rows) * triton.cdiv(n, columns),), constants, _options(num_warps=warps, num_stages=3))
 
 
 def _plan_quantize(m: int, k: int) -> Launch:
@@ -121,9 +119,9 @@ def _weights_as(weights, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def few_rows(
     x, weight, scale, bias, step, y, M, N, K,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] for M <= BLOCK_M. Part p of a step takes the input features [k + p * BLOCK_K, k + (p + 1) * BLOCK_K)."""
+    """y [M, N] for M <= BLOCK_M. Part p of a step takes the input features [start + p * BLOCK_K, start + (p + 1) * BLOCK_K)."""
     sum_type: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,16 +131,17 @@ def few_rows(
     w_rows = weight + n.to(tl.int64)[None, None, :] * K + k[:, :, None]
     sums = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32 if GROUP else sum_type)
     for start in range(0, K, PARTS * BLOCK_K):
-        a = tl.load(x_rows + start, mask=(m[None, :, None] < M) & (start + k[:, None, :] < K), other=0)
-        w = tl.load(w_rows + start, mask=(n[None, None, :] < N) & (start + k[:, :, None] < K), other=0)
+        a = tl.load(x_rows + start, mask=(m[None, :, None] < M) & (EVEN_K | (start + k[:, None, :] < K)), other=0)
+        w = tl.load(w_rows + start, mask=(n[None, None, :] < N) & (EVEN_K | (start + k[:, :, None] < K)), other=0)
+        # Three passes of tf32 keep fp32's precision: a byte needs no more than one, x splits into two.
         if GROUP:
-            at = start + parts
-            s = tl.load(
-                scale + n.to(tl.int64)[None, :] * (K // GROUP) + at[:, None] // GROUP, mask=(n[None, :] < N) & (at[:, None] < K), other=0
-            )
-            sums += tl.dot(a, _weights_as(w, a.dtype), out_dtype=sum_type).to(tl.float32) * s[:, None, :]
+            groups = (start + parts) // GROUP
+            at = scale + n.to(tl.int64)[None, :] * (K // GROUP) + groups[:, None]
+            s = tl.load(at, mask=(n[None, :] < N) & (groups[:, None] < K // GROUP), other=0)
+            product = tl.dot(a, _weights_as(w, a.dtype), input_precision="tf32x3", out_dtype=sum_type)
+            sums += product.to(tl.float32) * s[:, None, :]
         else:
-            sums = tl.dot(a, _weights_as(w, a.dtype), sums, out_dtype=sum_type)
+            sums = tl.dot(a, _weights_as(w, a.dtype), sums, input_precision="tf32x3", out_dtype=sum_type)
     _finish(tl.sum(sums, 0), scale, bias, step, y, m, n, M, N, GROUP)
 
 
