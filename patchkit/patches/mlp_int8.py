@@ -375,7 +375,7 @@ def _run_experts(
             y = module._apply_gate(y)
         elif key == "up_proj":
             y = module.act_fn(y)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # not in every supported transformers
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1, 1)
     return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
@@ -473,7 +473,7 @@ def _obstacle(weight: torch.Tensor) -> str | None:
 
 def _left_experts(path: str, module: Any, left: dict[str, str]) -> bool:
     parameter = module.down_proj
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):
         left[path] = "its experts are spread over several processes"
     elif not torch.is_tensor(parameter) or not parameter.is_floating_point() or parameter.ndim != 3:
         left[path] = "its experts are already quantised"
