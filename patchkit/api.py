@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
+from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, available_patches, parse_spec
 
@@ -115,7 +115,14 @@ def unpatch_model(model: M) -> M:
 
 @contextlib.contextmanager
 def patched(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> Iterator[M]:
-    """`patch_model` for the length of a with block. The model is unpatched at the end, also after an exception."""
+    """`patch_model` for the length of a with block. The model is unpatched at the end, also after an exception.
+
+    Raises:
+        IrreversiblePatch: a patch could not be undone at the end; the model is untouched.
+    """
+    for patch in _resolve(patches):
+        if patch.irreversible:
+            raise IrreversiblePatch(f"{patch.spec} cannot be undone at the end of the block: use patch_model, or other options")
     patch_model(model, *patches, verbose=verbose)
     try:
         yield model
@@ -211,7 +218,8 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
     base = _causal_lm(model)
     if _ATTRIBUTE in vars(base):
         present = " + ".join(patch.spec for patch in _report_of(vars(base)[_ATTRIBUTE]).patches)
-        raise PatchConflict(f"this model is already patched with {present}: unpatch_model first, or give all patches in one call")
+        remedy = "load it again" if vars(base)[_ATTRIBUTE].final else "unpatch_model first"
+        raise PatchConflict(f"this model is already patched with {present}: {remedy}, or give all patches in one call")
     # Imported here, so that `import patchkit` loads neither torch nor transformers.
     from patchkit import _compat
     from patchkit.target import Target

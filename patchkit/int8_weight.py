@@ -54,7 +54,7 @@ class Int8Weight(torch.Tensor):
         """Round ``weight`` [N, K] (transposed: [K, N]) to int8: symmetric, ``scale = max|row| / 127``, ties to even."""
         rows = (weight.detach().T if transposed else weight.detach()).float()
         scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        qdata = (rows / scale[:, None]).round_().to(torch.int8)
+        qdata = (rows / scale[:, None]).round_().to(torch.int8).contiguous()
         return cls(qdata, scale, weight.dtype, activation, transposed)
 
     def dequantize(self) -> torch.Tensor:
@@ -136,3 +136,32 @@ def _unpickled(
 ) -> Int8Weight:
     made = Int8Weight(qdata, scale, dtype, activation, transposed)
     return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
+
+
+class FreedWeight(torch.Tensor):
+    """What is left of a weight whose values are kept elsewhere: shape, dtype and device, and no memory. Any use raises."""
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> FreedWeight:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"FreedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreedWeight:
+        memo[id(self)] = copied = _freed_again(self.shape, self.dtype, self.device)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _freed_again, (self.shape, self.dtype, self.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten._to_copy.default):
+            return cls(args[0].shape, kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or args[0].device)
+        raise KernelError(f"{func} is not available on a weight that runs as int8 elsewhere: unpatch_model(model) first")
+
+
+def _freed_again(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> FreedWeight:
+    return torch.nn.Parameter(FreedWeight(shape, dtype, device), requires_grad=False)  # type: ignore[return-value]

@@ -57,6 +57,11 @@ class Patch:
         raise NotImplementedError(f"{type(self).__name__} has no apply(target, handle): define it")
 
     @property
+    def irreversible(self) -> bool:
+        """Whether, with these options, the patch cannot be undone."""
+        return False
+
+    @property
     def spec(self) -> str:
         """The spec string of this patch, with every option that differs from its default: `streaming(window=508)`.
 

@@ -150,9 +150,11 @@ class FixedLayer(_compat.CacheLayerMixin):
 
     def reserve(self, tokens: int) -> bool:
         """Make room for ``tokens`` in all, at new addresses if there is none. Returns whether the buffers have moved."""
-        if tokens <= self.room:
+        # What inference mode has made can be written to in inference mode only.
+        unwritable = self.is_initialized and self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if tokens <= self.room and not unwritable:
             return False
-        self.room = _room(tokens)
+        self.room = max(self.room, _room(tokens))
         if self.is_initialized:
             keys, values = self.keys, self.values
             self.lazy_initialization(keys, values)

@@ -51,6 +51,9 @@ _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _PLAIN = {*_TENSORS, "past_key_values", "use_cache", "return_dict"}
 _ASKING = ("output_attentions", "output_hidden_states", "output_router_logits")
 
+# The room that `generate` is given at first, in tokens, however many it may make.
+_MOST_ROOM = 4096
+
 _logger = logging.getLogger("patchkit")
 
 
@@ -230,6 +233,11 @@ class Steps:
 def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     """The decoder's call: its hooks as ever, and beneath them `_forward`."""
     attributes = vars(steps.decoder)
+    if "forward" in attributes and getattr(attributes["forward"], "func", None) is not _forward:
+        raise UnsupportedModel(
+            f"{type(steps.decoder).__name__} was given a forward of its own after it was patched (accelerate's hooks, say): "
+            "unpatch_model first, then wrap it"
+        )
     attributes["forward"] = functools.partial(_forward, steps)
     try:
         return steps.decoder._call_impl(*args, **kwargs)
@@ -402,5 +410,6 @@ def _prepare_cache(
     result = prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     generation_config.cache_implementation = kind
     if model_kwargs.get("past_key_values") is not None:
-        model_kwargs["past_key_values"] = FixedCache(cache_layers, max_cache_length)
+        # A limit far beyond what will be generated must not cost memory, nor make every step read it.
+        model_kwargs["past_key_values"] = FixedCache(cache_layers, min(max_cache_length, _MOST_ROOM))
     return result

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import logging
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch import nn
 from patchkit import _compat
 from patchkit.errors import NothingMatched, SlowerPatch, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.int8_weight import Int8Weight
+from patchkit.int8_weight import FreedWeight, Int8Weight
 from patchkit.kernels.int8_experts_linear import int8_experts_linear
 from patchkit.patch import Patch, Stage, register_patch
 from patchkit.target import Target
@@ -89,6 +88,10 @@ class MLPInt8(Patch):
             if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
                 raise ValueError(f"calibration of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids [T] or [B, T]")
 
+    @property
+    def irreversible(self) -> bool:
+        return not self.keep_original
+
     def check(self, target: Target) -> None:
         self._blocks(target)
 
@@ -136,7 +139,7 @@ class MLPInt8(Patch):
         wanted = _selected(self.modules, [*found.linears, *found.experts], name)
         linears = []
         for path in [path for path in found.linears if path in wanted]:
-            obstacle = _obstacle(found.linears[path].weight)
+            obstacle = _obstacle(found.linears[path])
             if obstacle is None:
                 linears.append(_Linear(path, found.linears[path]))
             else:
@@ -231,7 +234,9 @@ class _Linear:
         handle.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
         self.module._parameters["weight"] = nn.Parameter(self.weight, requires_grad=False)
-        saved = functools.partial(_save_plain, "weight", self.original if keep_original else None) if self.transposed else _save_torchao
+        saved: Any = _save_torchao
+        if self.transposed:
+            saved = functools.partial(_save_plain, "weight", self.original if keep_original else None, self.weight)
         handle.state_dict_hook(self.module, saved)
 
 
@@ -296,11 +301,10 @@ class _Experts:
             original = getattr(self.module, key)
             weights.implementation = implementation
             handle.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
-            if not keep_original:
-                originals.append((self.module, key, original))
-                self.module._parameters[key] = nn.Parameter(_freed(original), requires_grad=False)
-                saved = functools.partial(_save_experts, key, weights)
-                handle.state_dict_hook(self.module, saved)
+            originals.append((self.module, key, original))
+            freed = FreedWeight(original.shape, original.dtype, original.device)
+            self.module._parameters[key] = nn.Parameter(freed, requires_grad=False)
+            handle.state_dict_hook(self.module, functools.partial(_save_plain, key, original if keep_original else None, weights))
 
 
 class ExpertWeights:
@@ -387,14 +391,9 @@ def _run_experts(
 def _put_back(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
     for module, key, original in reversed(originals):
         now = module._parameters[key]
-        if now is not None and now.device != original.device:  # the patched model was moved
-            original.data = original.data.to(now.device)
+        if now is not None:  # the patched model may have been moved, or cast
+            original.data = original.data.to(now.device, now.dtype)
         module._parameters[key] = original
-
-
-def _freed(original: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape that takes one element's memory, NaN, so that nothing could use it unnoticed."""
-    return original.new_full((1,), float("nan")).expand(original.shape)
 
 
 def _save_torchao(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -403,15 +402,12 @@ def _save_torchao(module: nn.Module, state: dict[str, Any], prefix: str, metadat
     state[f"{prefix}weight"] = _compat.to_torchao(weight.qdata, weight.scale, weight.dtype, weight.activation == "int8")
 
 
-def _save_plain(key: str, original: torch.Tensor | None, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """torchao knows no `Conv1D`: its weight is saved in floating point."""
-    weight: Any = getattr(module, key)
-    state[prefix + key] = weight.dequantize() if original is None else original.detach()
-
-
-def _save_experts(key: str, weights: ExpertWeights, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """transformers runs no torchao tensor as fused experts: they are saved in floating point."""
-    state[prefix + key] = weights.dequantize()
+def _save_plain(
+    key: str, original: torch.Tensor | None, int8: Any, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """torchao knows no `Conv1D`, and transformers runs no torchao tensor as fused experts: these are saved in floating point."""
+    now = getattr(module, key)
+    state[prefix + key] = (int8.dequantize() if original is None else original.detach()).to(now.device, now.dtype)
 
 
 def _make_saveable(model: Any, handle: Handle, linears: list[_Linear]) -> None:
@@ -461,10 +457,13 @@ def _selected(patterns: tuple[str, ...] | None, names: list[str], model: str) ->
     return chosen
 
 
-def _obstacle(weight: torch.Tensor) -> str | None:
+def _obstacle(module: Any) -> str | None:
+    weight = module.weight
+    if module._parameters.get("weight") is not weight:
+        return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
     if _compat.torchao_int8(weight) is not None:
         return None
-    if type(weight) not in (nn.Parameter, torch.Tensor) and not _is_sharded(weight):
+    if type(weight) is not nn.Parameter and not _is_sharded(weight):
         return f"its weight is already a {type(weight).__name__}"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"its weight is already quantised ({weight.dtype})"
@@ -540,7 +539,7 @@ def _faster(alike: list[_Linear | _Experts]) -> str:
 
 @torch.no_grad()
 def _milliseconds(blocks: list[_Linear | _Experts], rows: int) -> tuple[float, float]:
-    """Time in all blocks for ``rows`` tokens, before and after: medians of interleaved passes over a few blocks of every shape.
+    """Time in all blocks for ``rows`` tokens, before and after: the least of interleaved passes over a few blocks of every shape.
 
     One pass goes over different weights, as a token does, so that they come from memory and not from a cache.
     """
@@ -559,8 +558,9 @@ def _milliseconds(blocks: list[_Linear | _Experts], rows: int) -> tuple[float, f
                 _synchronize(inputs[0])
                 if repetition:
                     times.append(time.perf_counter() - started)
-        before += statistics.median(passes[0]) / len(timed) * len(alike) * 1e3
-        after += statistics.median(passes[1]) / len(timed) * len(alike) * 1e3
+        # The least of several passes: other work on the machine only ever adds.
+        before += min(passes[0]) / len(timed) * len(alike) * 1e3
+        after += min(passes[1]) / len(timed) * len(alike) * 1e3
     return before, after
 
 

@@ -368,6 +368,29 @@ def test_a_forward_of_its_own_is_refused():
         patch_model(model, EAGER_BACKEND)
 
 
+def test_a_forward_that_comes_later_is_refused_and_kept():
+    model = patch_model(tiny_model("llama"), EAGER_BACKEND)
+    own = functools.partial(type(model.model).forward, model.model)
+    model.model.forward = own
+    with pytest.raises(UnsupportedModel, match="after it was patched"):
+        model(tokens())
+    assert vars(model.model)["forward"] is own
+
+
+def test_a_generous_limit_costs_no_memory():
+    model = patch_model(tiny_model("llama"), EAGER_BACKEND)
+    out = model.generate(tokens(length=9), max_length=200_000, stop_strings=None, max_time=1e-9, return_dict_in_generate=True)
+    assert out.past_key_values.room == 4096
+
+
+def test_a_cache_of_inference_mode_goes_on_without_it():
+    plain, model = pair("llama", EAGER_BACKEND)
+    ids = tokens(length=12)
+    with torch.inference_mode():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+    assert logit_error(decoded(model, ids[:, 8:], prompt=1, cache=cache), decoded(plain, ids)[:, 8:]) <= CLOSE
+
+
 def test_modes_choose_inductors_options(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: (seen.append(options), function)[1])

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from patchkit import IrreversiblePatch, MLPInt8, NothingMatched, PatchError, SlowerPatch, patch_model, report, unpatch_model
+from patchkit import (
+    IrreversiblePatch,
+    MLPInt8,
+    NothingMatched,
+    PatchConflict,
+    PatchError,
+    SlowerPatch,
+    patch_model,
+    patched,
+    report,
+    unpatch_model,
+)
 from patchkit.int8_weight import Int8Weight
 from patchkit.patches import mlp_int8
 from patchkit.testing import assert_restored, snapshot, tiny_model
@@ -281,11 +292,65 @@ def test_freed_originals_are_gone_and_unpatching_says_so():
     assert torch.equal(logits(model), expected)
 
 
-def test_freed_experts_cannot_be_used_unnoticed():
-    model = patch_model(tiny_model("qwen3_moe"), MLPInt8(keep_original=False))
-    experts = model.model.layers[0].mlp.experts
-    assert experts.down_proj.untyped_storage().nbytes() == 4 and experts.down_proj.isnan().all()
-    assert logits(model).isfinite().all()
+@pytest.mark.parametrize("keep_original", [True, False])
+def test_the_weights_of_fused_experts_cannot_be_used_unnoticed(keep_original):
+    model = patch_model(tiny_model("qwen3_moe"), MLPInt8(keep_original=keep_original))
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = logits(model)
+    for moved in (model, copy.deepcopy(model)):
+        experts = moved.model.layers[0].mlp.experts
+        with pytest.raises(PatchError, match="unpatch_model"):
+            experts.down_proj * 2
+        with pytest.raises((PatchError, RuntimeError), match="unpatch_model"):
+            moved.load_state_dict(state)
+        assert torch.equal(logits(moved), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_patched_model_can_be_cast(family):
+    model = patch_model(tiny_model(family), MLPInt8(mode="weight_only")).to(torch.bfloat16)
+    ids = IDS[:, :8]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.dtype == torch.bfloat16
+        assert all(weight.dtype == torch.bfloat16 for weight in model.state_dict().values() if weight.is_floating_point())
+        unpatch_model(model)
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        expected = tiny_model(family).to(torch.bfloat16)(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
+def test_transposed_weights_are_stored_as_the_kernel_reads_them(family):
+    model = patch_model(tiny_model(family), "mlp_int8")
+    stored = [weight.qdata for weight in model.parameters() if isinstance(weight, Int8Weight)]
+    for module in model.modules():
+        for weights in getattr(module, "_patchkit_experts", {}).values():
+            stored += weights.values
+    assert stored and all(qdata.is_contiguous() for qdata in stored)
+
+
+def test_weights_that_are_computed_are_left_alone():
+    from torch.nn.utils import parametrizations, prune
+
+    model = tiny_model("llama")
+    prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+    before = set(model.state_dict())
+    patch_model(model, "mlp_int8")
+    assert len(converted(model)) == 4 and len(report(model).patches[0].left_alone) == 2
+    unpatch_model(model)
+    assert set(model.state_dict()) == before
+
+
+def test_a_block_that_could_not_be_left_is_refused():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(IrreversiblePatch, match="end of the block"), patched(model, MLPInt8(keep_original=False)):
+        pass
+    assert_restored(before, model)
+    patch_model(model, MLPInt8(keep_original=False))
+    with pytest.raises(PatchConflict, match="load it again"):
+        patch_model(model, "streaming(window=8)")
 
 
 def test_an_error_in_a_later_patch_keeps_the_originals(monkeypatch):

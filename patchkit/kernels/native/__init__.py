@@ -41,7 +41,7 @@ def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
         library = ctypes.CDLL(str(_compiled(source, compiler)))
     except subprocess.CalledProcessError as error:
         return None, f"{compiler} failed on {source.name}: {error.stderr.strip().splitlines()[0] if error.stderr else error}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         return None, f"{source.name} could not be compiled or loaded: {error}"
     function = getattr(library, f"patchkit_{name}")
     function.argtypes = signature
