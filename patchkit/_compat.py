@@ -213,6 +213,10 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "transformers.generation:GenerationMixin._supports_default_dynamic_cache": None,
     "transformers:PreTrainedConfig._attn_implementation": None,
     "transformers.integrations.moe:ExpertsInterface.register": ("key", "value"),
+    # Used by patchkit/kernels/, which does without transformers.
+    "torch:_int_mm": None,
+    "torch.cpu:_is_vnni_supported": (),
+    "torch._C:_len_torch_dispatch_stack": None,
     "torch.compiler:reset": (),
 }
 
