@@ -13,6 +13,8 @@ correctness    every backend of every op against float64 arithmetic on the devic
 bandwidth      int8_linear on those shapes, weight-only, and F.linear beside it. Each pass goes over a gigabyte of different weights,
                so that they come from memory. "graph" times the kernels alone, "launched" the calls as Python makes them.
                A share is (bytes of the int8 weights / time) / (bytes read + bytes written / time of a copy on the device)
+verification   verify_prefix, verify_prefix_sampled and kv_append on the shapes of Llama-3-8B and of a vocabulary of 50304, and torch's own
+               operators beside them, which must agree
 decode         one token after another through the shape of Pythia-2.8b with random fp16 weights at context 1024, in turns. The share is
                (bytes of weights and of keys and values / that copy bandwidth) / time
 
@@ -49,12 +51,14 @@ from patchkit import patch_model, report
 from patchkit.int8_weight import Int8Weight
 from patchkit.kernels import Op, available_ops
 from patchkit.kernels.int8_linear import int8_linear
+from patchkit.kernels.kv_append import kv_append
+from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
 from patchkit.quality.environment import environment, version_of
 from patchkit.quality.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
 from patchkit.testing import TOLERANCES, logit_error
 
 # Seconds; what a section leaves unused goes to the next.
-LIMITS = {"correctness": 180, "bandwidth": 90, "decode": 250}
+LIMITS = {"correctness": 180, "bandwidth": 90, "verification": 30, "decode": 240}
 PASSED, FAILED, NOT_MEASURED, NO_TIME = "passed", "failed", "not measured", "no time"
 LEAST_SHARE, MOST_MS = 0.75, 2.2
 DTYPES = (torch.float16, torch.bfloat16)
@@ -70,6 +74,8 @@ class Sizes:
 
     Attributes:
         shapes: (N, K) of int8_linear.
+        verified: (R, T, V) of verify_prefix.
+        appended: (B, G, T, C, K) of kv_append, V = K.
         model: of the decoded model's config.
         compiler: further options of the patch `compile`.
     """
@@ -80,6 +86,8 @@ class Sizes:
     group: int = 128
     bytes_copied: int = 2**30
     bytes_of_weights: int = 2**30
+    verified: tuple[tuple[int, int, int], ...] = ((1, 5, 50304), (1, 5, 128256), (8, 5, 128256), (8, 17, 128256))
+    appended: tuple[tuple[int, int, int, int, int], ...] = ((1, 8, 5, 4096, 128), (8, 8, 5, 4096, 128), (8, 8, 17, 4096, 128))
     warmup_seconds: float = 0.1
     repeats: int = 20
     model: dict[str, Any] = field(
@@ -105,6 +113,8 @@ TINY = Sizes(
     group=32,
     bytes_copied=2**20,
     bytes_of_weights=2**14,
+    verified=((1, 5, 33), (3, 2, 64)),
+    appended=((1, 2, 3, 16, 8), (3, 2, 5, 16, 8)),
     warmup_seconds=0.0,
     repeats=2,
     model=dict(
@@ -149,10 +159,61 @@ def exact_int8_experts_linear(x: Any, experts: Any, weights: Any, scale: Any, bi
     return y
 
 
+def exact_verify_prefix(logits: Any, draft: Any, counts: Any) -> tuple[torch.Tensor, ...]:
+    """The definition of the op verify_prefix, position by position."""
+    indices = torch.arange(logits.shape[2], device=logits.device)
+    choice = torch.where(logits == logits.amax(-1, keepdim=True), indices, len(indices)).amin(-1)
+    accepted, stands = torch.zeros_like(counts), torch.ones_like(counts, dtype=torch.bool)
+    for i in range(draft.shape[1]):
+        stands &= (i < counts) & (draft[:, i] == choice[:, i])
+        accepted += stands
+    return choice, accepted
+
+
+def exact_verify_prefix_sampled(
+    target: Any, draft_probabilities: Any, draft: Any, counts: Any, accept_draws: Any, next_draws: Any
+) -> tuple[torch.Tensor, ...]:
+    """The definition of the op verify_prefix_sampled in float64, row by row. The products are fp32 by definition."""
+    accepted, next_token = torch.zeros_like(counts), torch.zeros_like(counts)
+    for row, count in enumerate(counts.tolist()):
+        p, q, stand = target[row].double(), draft_probabilities[row].double(), 0
+        while stand < count:
+            token = int(draft[row, stand])
+            if not (0 <= token < p.shape[1] and (accept_draws[row, stand].double() * q[stand, token]).float() < p[stand, token]):
+                break
+            stand += 1
+        weights = (p[stand] - q[stand]).float().double() if stand < count else p[stand]
+        weights = weights.clamp(min=0) if (weights > 0).any() else p[stand]
+        share = float(next_draws[row]) * float(weights.sum())
+        cumulative = weights.cpu().cumsum(0)  # one by one, so that it never falls
+        positive = weights.cpu().nonzero()[:, 0].tolist()
+        accepted[row] = stand
+        next_token[row] = next((index for index in positive if cumulative[index] > share), positive[-1])
+    return accepted, next_token
+
+
+def exact_kv_append(
+    keys: Any, values: Any, new_keys: Any, new_values: Any, offsets: Any, cos: Any = None, sin: Any = None
+) -> tuple[torch.Tensor, ...]:
+    """The definition of the op kv_append in float64, row by row: the cache that it leaves."""
+    keys, values, new_keys = keys.double(), values.double(), new_keys.double()  # copies: no sample is float64
+    if cos is not None:
+        (low, high), rest = new_keys[..., : cos.shape[-1]].chunk(2, -1), new_keys[..., cos.shape[-1] :]
+        (cos_low, cos_high), (sin_low, sin_high) = (x.double().unsqueeze(1).chunk(2, -1) for x in (cos, sin))
+        new_keys = torch.cat((low * cos_low - high * sin_low, high * cos_high + low * sin_high, rest), -1)
+    for row, first in enumerate(offsets.tolist()):
+        for t in range(new_keys.shape[2]):
+            keys[row, :, first + t], values[row, :, first + t] = new_keys[row, :, t], new_values[row, :, t].double()
+    return keys, values
+
+
 # Forms that share no code with the op. Another op is held to its own reference on float64 arguments, and its rows say so.
-EXACT: dict[str, Callable[..., torch.Tensor]] = {
+EXACT: dict[str, Callable[..., Any]] = {
     "int8_linear": exact_int8_linear,
     "int8_experts_linear": exact_int8_experts_linear,
+    "verify_prefix": exact_verify_prefix,
+    "verify_prefix_sampled": exact_verify_prefix_sampled,
+    "kv_append": exact_kv_append,
 }
 
 
@@ -197,21 +258,35 @@ def random_int8_linear(sizes: Sizes, device: torch.device, row_counts: tuple[int
 
 @torch.no_grad()
 def check(found: Op, backend: str, *args: Any) -> Row:
-    """A backend against float64: the RMSE relative to the RMS of the exact output."""
-    against = "float64" if found.name in EXACT else "the op's reference on float64 arguments"
-    exact = EXACT.get(found.name, found.reference)(*(args if found.name in EXACT else map(widened, args)))
+    """A backend against float64: the RMSE relative to the RMS of the exact output; of integers the share that are others."""
+    if found.name in EXACT:
+        exact, against = EXACT[found.name](*args), "float64"
+        exact = exact if isinstance(exact, tuple) else (exact,)
+    else:
+        exact, against = found.results(found.reference, *map(widened, args)), "the op's reference on float64 arguments"
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
     try:
-        got = found.backends[backend].run(*args)
+        got = found.results(found.backends[backend].run, *args)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    bound = TOLERANCES[got.dtype].ratio + found.backends[backend].rounding
-    error = float((got.double() - exact).norm() / exact.norm().clamp(min=1e-300))
-    row: Row = {"op": found.name, "backend": backend, "error": error, "bound": bound, "against": against}
-    if got.shape != exact.shape or not error <= bound:
-        row["message"] = f"relative RMSE {error:.3g}, allowed {bound:.3g}; shape {list(got.shape)}, {list(exact.shape)} is right"
-    return row
+    return {"op": found.name, "backend": backend, "against": against, **compared(got, exact, found.backends[backend].rounding)}
+
+
+def compared(got: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...], rounding: float = 0.0) -> Row:
+    """The worst of several outputs: error, bound, and a message if the one is above the other."""
+    rows = []
+    for tensor, exact in zip(got, right, strict=True):
+        if tensor.shape != exact.shape:
+            return {"error": None, "bound": None, "message": f"shape {list(tensor.shape)}, {list(exact.shape)} is right"}
+        if tensor.is_floating_point():
+            error = float((tensor.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-300))
+            rows.append((error, TOLERANCES[tensor.dtype].ratio + rounding, "relative RMSE"))
+        else:
+            rows.append((float((tensor != exact).double().mean()), 0.0, "share of other integers"))
+    error, bound, measure = max(rows, key=lambda row: (not row[0] <= row[1], row[0]))
+    row: Row = {"error": error, "bound": bound}
+    return row if error <= bound else {**row, "message": f"{measure} {error:.3g}, allowed {bound:.3g}"}
 
 
 def widened(value: Any) -> Any:
@@ -324,6 +399,67 @@ def milliseconds(run: Callable[[], object], sizes: Sizes, device: torch.device) 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# -- verification ----------------------------------------------------------------------------------------------------------------
+
+
+def verification(sizes: Sizes, device: torch.device) -> Cases:
+    torch.manual_seed(0)
+    for r, t, v in sizes.verified:
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.randn(r, t, v, device=device).to(dtype)
+            given = logits, logits[:, :-1].argmax(-1), torch.arange(r, device=device) % t
+            yield f"verify_prefix, {r} x {t} x {v}, {dtype}", functools.partial(against_torch, verify_prefix, argmax_prefix, sizes, given)
+        p, q = (torch.randn(r, positions, v, device=device).mul(2).softmax(-1) for positions in (t, t - 1))
+        draft = q.flatten(0, 1).multinomial(1).view(r, t - 1)
+        draws = torch.rand(r, t - 1, device=device), torch.rand(r, device=device)
+        given = p, q, draft, torch.full((r,), t - 1, device=device), *draws
+        case = functools.partial(against_torch, verify_prefix_sampled, verify_prefix_sampled.reference, sizes, given)
+        yield f"verify_prefix_sampled, {r} x {t} x {v}", case
+    for b, g, t, c, k in sizes.appended:
+        for rotation in (False, True):
+            cache = [torch.randn(b, g, slots, k, device=device).to(torch.bfloat16) for slots in (c, c, t, t)]
+            offsets = torch.arange(b, device=device) * ((c - t) // b)
+            angles = torch.rand(b, t, k // 2, device=device).mul(6).repeat(1, 1, 2) if rotation else None
+            given = *cache, offsets, *((None, None) if angles is None else (angles.cos(), angles.sin()))
+            label = f"kv_append, {b} x {g} heads, {t} tokens into {c} slots of {k}{', rotated' if rotation else ''}"
+            yield label, functools.partial(against_torch, kv_append, index_put, sizes, given)
+
+
+def argmax_prefix(logits: Any, draft: Any, counts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """verify_prefix as one writes it with torch's operators."""
+    choice = logits.argmax(-1)
+    drafted = torch.arange(draft.shape[1], device=draft.device) < counts[:, None]
+    return choice, ((choice[:, :-1] == draft) & drafted).cumprod(1).sum(1)
+
+
+def index_put(keys: Any, values: Any, new_keys: Any, new_values: Any, offsets: Any, cos: Any = None, sin: Any = None) -> None:
+    """kv_append as one writes it with torch's operators."""
+    if cos is not None:
+        low, high = new_keys.chunk(2, -1)
+        new_keys = (new_keys * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]).to(keys.dtype)
+    rows = torch.arange(len(offsets), device=offsets.device)[:, None]
+    slots = offsets[:, None] + torch.arange(new_keys.shape[2], device=offsets.device)
+    keys[rows, :, slots], values[rows, :, slots] = new_keys.transpose(1, 2), new_values.transpose(1, 2)
+
+
+@torch.no_grad()
+def against_torch(found: Op, plain: Callable[..., Any], sizes: Sizes, args: tuple[Any, ...]) -> Row:
+    """Milliseconds per call of an op and of torch's operators, which must agree."""
+    device, calls = args[0].device, 4
+    row: Row = {"op": found.name, "backend": found.choose(*args), **compared(found.results(found, *args), found.results(plain, *args))}
+    for name, function in (("op", found), ("torch", plain)):
+
+        def run(function: Callable[..., Any] = function) -> None:
+            for _ in range(calls):
+                function(*args)
+
+        row[f"{name}_launched_ms"] = milliseconds(run, sizes, device) / calls
+        row[f"{name}_graph_ms"] = milliseconds(captured(run), sizes, device) / calls if device.type == "cuda" else None
+    timed = "graph" if device.type == "cuda" else "launched"
+    row["torch_over_op"] = row[f"torch_{timed}_ms"] / row[f"op_{timed}_ms"]
+    return row
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------------------
@@ -447,7 +583,12 @@ class Decode:
 
 # -- the report ------------------------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {"correctness": correctness, "bandwidth": bandwidth, "decode": decode}
+SECTIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
+    "correctness": correctness,
+    "bandwidth": bandwidth,
+    "verification": verification,
+    "decode": decode,
+}
 
 
 def run_section(cases: Cases, until: float) -> list[Row]:
@@ -518,7 +659,7 @@ def print_table(result: Row) -> None:
         if name == "correctness":
             for op, backend in sorted({(row["op"], row["backend"]) for row in passed}):
                 mine = [row for row in passed if (row["op"], row["backend"]) == (op, backend)]
-                worst = max((row["error"] / row["bound"] for row in mine if "error" in row), default=0.0)
+                worst = max((row["error"] / row["bound"] for row in mine if row.get("bound")), default=0.0)
                 print(f"  {op} {backend}: {len(mine)} passed, largest error {worst:.2g} of what is allowed")
         else:
             for row in passed:
@@ -536,6 +677,7 @@ def print_table(result: Row) -> None:
 
 SHOWN = (
     "gb_per_second", "int8_graph_ms", "int8_launched_ms", "linear_graph_ms", "linear_launched_ms", "linear_over_int8", "share",
+    "op_graph_ms", "op_launched_ms", "torch_graph_ms", "torch_launched_ms", "torch_over_op",
     "ms", "limit_ms", "back_to_back_ms", "other_over_this", "compile_milliseconds", "tokens", "near_ties", "largest_logit_error",
 )  # fmt: skip
 

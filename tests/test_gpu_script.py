@@ -17,7 +17,9 @@ import torch
 
 from patchkit import patch_model
 from patchkit.kernels.int8_linear import int8_linear
+from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.op import Backend, available_ops
+from patchkit.kernels.verify_prefix import verify_prefix
 from patchkit.quality.latency import Stream
 from patchkit.testing import TOLERANCES
 
@@ -56,12 +58,12 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     assert status == 0
     assert result["device"] == "cpu" and result["command"] == "python3 evals/gpu.py --device cpu --tiny"
     assert {"torch", "transformers", "triton", "python", "gpu"} <= result["environment"].keys()
-    assert list(result["sections"]) == list(result["seconds"]) == ["correctness", "bandwidth", "decode"]
+    assert list(result["sections"]) == list(result["seconds"]) == ["correctness", "bandwidth", "verification", "decode"]
     for rows in result["sections"].values():
         assert rows and {row["status"] for row in rows} <= {"passed", "not measured"}
         assert all(row["message"] for row in rows if row["status"] == "not measured")
 
-    correctness, bandwidth, decode = ({row["name"]: row for row in rows} for rows in result["sections"].values())
+    correctness, bandwidth, verification, decode = ({row["name"]: row for row in rows} for rows in result["sections"].values())
     checked = {(row["op"], row["backend"]) for row in correctness.values() if row["status"] == "passed"}
     assert {(name, "cpu") for name in OPS} <= checked
     assert all(row["error"] <= row["bound"] for row in correctness.values() if "error" in row)
@@ -70,6 +72,8 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     timed = bandwidth["int8_linear, 1 x 64 -> 96, torch.float16"]
     assert timed["int8_launched_ms"] > 0 and timed["linear_launched_ms"] > 0
     assert timed["int8_graph_ms"] is None and "share" not in timed
+    assert {row["op"] for row in verification.values()} == {"verify_prefix", "verify_prefix_sampled", "kv_append"}
+    assert all(row["op_launched_ms"] > 0 and row["torch_launched_ms"] > 0 and row["error"] <= row["bound"] for row in verification.values())
     assert "need a GPU" in decode[f"{gpu.COMPILED}: ms per token"]["message"]
     assert decode["unpatched: ms per token"]["share"] > 0
     assert decode["streaming + compile: ms per token"]["other_over_this"].keys() == {"unpatched", "streaming", "streaming + int8"}
@@ -137,6 +141,43 @@ def test_the_float64_form_against_plain_python():
     groups = torch.tensor([[1.0, 10.0], [1.0, 1.0]])
     y = gpu.exact_int8_linear(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]], dtype=torch.int8), groups)
     assert y.tolist() == [[73.0, 10.0]]
+
+
+def test_the_exact_forms_of_verification_by_hand():
+    logits = torch.tensor([[[1.0, 3.0, 3.0], [2.0, 0.0, 1.0], [0.0, 0.0, 5.0]]] * 2)
+    choice, accepted = gpu.exact_verify_prefix(logits, torch.tensor([[1, 0], [2, 0]]), torch.tensor([2, 2]))
+    assert choice.tolist() == [[1, 0, 2]] * 2 and accepted.tolist() == [2, 0]
+
+    p, q = torch.tensor([[[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]] * 3), torch.tensor([[[1.0, 0.0, 0.0]]] * 3)
+    given = p, q, torch.zeros(3, 1, dtype=torch.int64), torch.tensor([1, 1, 0]), torch.tensor([[0.4], [0.5], [0.0]])
+    accepted, token = gpu.exact_verify_prefix_sampled(*given, torch.tensor([0.4, 0.6, 0.6]))
+    # after a rejection from (0, 1/4, 1/4), after an acceptance from the second position, without a draft from the first
+    assert accepted.tolist() == [1, 0, 0] and token.tolist() == [1, 2, 1]
+
+    cache, new, quarter = torch.zeros(1, 1, 3, 3), torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.tensor([[[1.0, 1.0]]])
+    keys, values = gpu.exact_kv_append(cache, cache, new, new, torch.tensor([1]), quarter * 0, quarter)
+    assert keys.tolist() == [[[[0.0] * 3, [-2.0, 1.0, 3.0], [0.0] * 3]]] and values.tolist() == [[[[0.0] * 3, [1.0, 2.0, 3.0], [0.0] * 3]]]
+    assert not cache.any()
+
+
+def too_long(logits: torch.Tensor, draft: torch.Tensor, counts: torch.Tensor) -> Any:
+    choice, accepted = verify_prefix.reference(logits, draft, counts)
+    return choice, (accepted + 1).clamp(max=counts)
+
+
+def one_slot_before(
+    keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, offsets: Any, *rest: Any
+) -> None:
+    kv_append.reference(keys, values, new_keys, new_values, (offsets - 1).clamp(min=0), *rest)
+
+
+@pytest.mark.parametrize(("op", "broken", "message"), [(verify_prefix, too_long, "other integers"), (kv_append, one_slot_before, "RMSE")])
+def test_another_prefix_or_another_slot_fails(op, broken, message, monkeypatch):
+    args = next(op.sample_inputs(CPU))[1]
+    assert "message" not in gpu.check(op, "cpu", *args)
+    monkeypatch.setitem(op.backends, "broken", Backend("broken", broken, lambda *args: None))
+    assert message in gpu.check(op, "broken", *args)["message"]
+    assert message in gpu.against_torch(op, broken, gpu.TINY, args)["message"]
 
 
 def test_other_tokens_than_the_eager_ones_fail(monkeypatch):

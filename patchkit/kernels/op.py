@@ -13,7 +13,8 @@
     @double.backend("triton", refuses=lambda x: None if x.is_cuda else "x is not on a CUDA device")
     def _(x): ...
 
-An op is a `torch.library` custom op, ``torch.ops.patchkit.double``: torch.compile calls it without a graph break.
+An op is a `torch.library` custom op, ``torch.ops.patchkit.double``: torch.compile calls it without a graph break. One that writes into
+its arguments names them, ``@op(mutates=("x",))``, and returns nothing.
 
 Which backend runs is decided before it runs, by predicates alone, and a backend that then fails raises: nothing falls back.
 The environment variable ``PATCHKIT_KERNELS`` chooses among them, at every call:
@@ -25,13 +26,14 @@ The environment variable ``PATCHKIT_KERNELS`` chooses among them, at every call:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -65,22 +67,28 @@ class Op:
     Attributes:
         name: as in ``torch.ops.patchkit.<name>``.
         reference: the definition, in plain torch.
+        mutates: the names of the arguments that it writes into.
         backends: the faster forms by name, in order of preference.
     """
 
-    def __init__(self, reference: Callable[..., Any]) -> None:
+    def __init__(self, reference: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
         self.name = reference.__name__
         self.reference = reference
+        self.mutates = mutates
         self.backends: dict[str, Backend] = {}
         self.__doc__ = reference.__doc__
+        self._arguments = list(inspect.signature(reference).parameters)
         self._samples: Samples | None = None
-        _LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
+        _LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         self._call = getattr(torch.ops.patchkit, self.name).default
-        self.autograd(self._no_gradient)
+        if not mutates:  # torch takes no gradient for an op that mutates; `__call__` refuses it instead
+            self.autograd(self._no_gradient)
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
+        if self.mutates and torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args):
+            self._no_gradient(None)
         # The dispatcher costs 50 microseconds of Python per call. Nobody but these can want to see the call pass through it.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
             return self._call(*args)
@@ -127,6 +135,14 @@ class Op:
         """Every backend with the reason why it cannot serve these arguments, or None where it can."""
         return {name: backend.refuses(*args) for name, backend in self.backends.items()}
 
+    def results(self, run: Callable[..., Any], *args: Any) -> tuple[torch.Tensor, ...]:
+        """What ``run``, this op or a form of it, gives for these arguments: what it returns, then what it wrote into, which are clones."""
+        own = [arg.clone() if name in self.mutates else arg for name, arg in zip(self._arguments, args, strict=False)]
+        returned = run(*own)
+        if not isinstance(returned, tuple):
+            returned = () if returned is None else (returned,)
+        return *returned, *(arg for name, arg in zip(self._arguments, own, strict=False) if name in self.mutates)
+
     def choose(self, *args: Any) -> str:
         """The name of the backend, or "reference", that runs for these arguments.
 
@@ -150,18 +166,27 @@ class Op:
         return (self.reference if name == "reference" else self.backends[name].run)(*args)
 
     def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
-        raise KernelError(f"patchkit's op {self.name} has no gradient: unpatch_model(model) before training it")
+        raise KernelError(f"patchkit's op {self.name} has no gradient: run it under torch.no_grad(), unpatch_model(model) before training")
 
 
-def op(reference: Callable[..., Any]) -> Op:
+@overload
+def op(reference: Callable[..., Any]) -> Op: ...
+@overload
+def op(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]: ...
+def op(reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
     """Decorator: a reference function, annotated with tensors and plain types, becomes an `Op`.
+
+    Args:
+        mutates: the names of the tensors that it writes into; it then returns None.
 
     Raises:
         KernelError: it has no docstring: a definition says shapes, dtypes and its equation.
     """
+    if reference is None:
+        return functools.partial(op, mutates=mutates)
     if not inspect.getdoc(reference):
         raise KernelError(f"the op {reference.__name__!r} has no docstring: say what it computes, with shapes and dtypes")
-    return Op(reference)
+    return Op(reference, mutates)
 
 
 def available_ops() -> dict[str, Op]:

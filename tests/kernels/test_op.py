@@ -38,16 +38,21 @@ def ratio(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_every_backend_agrees_with_the_reference(name, label, poisoned, monkeypatch):
     found = available_ops()[name]
     args = arguments(name, label)
-    expected = found.reference(*args)
-    assert expected.isfinite().all()
+    expected = found.results(found.reference, *args)
+    assert expected and all(tensor.isfinite().all() for tensor in expected)
     for backend, reason in found.explain(*args).items():
         if reason is not None:
             assert reason  # a refusal says why
             continue
         monkeypatch.setenv(VARIABLE, backend)
-        got = found(*args)
-        assert got.dtype == expected.dtype and got.shape == expected.shape and got.device == expected.device
-        assert ratio(got, expected) <= TOLERANCES[expected.dtype].ratio + found.backends[backend].rounding
+        got = found.results(found, *args)
+        assert len(got) == len(expected)
+        for tensor, right in zip(got, expected, strict=True):
+            assert tensor.dtype == right.dtype and tensor.shape == right.shape and tensor.device == right.device
+            if right.is_floating_point():
+                assert ratio(tensor, right) <= TOLERANCES[right.dtype].ratio + found.backends[backend].rounding
+            else:
+                assert torch.equal(tensor, right)
 
 
 @pytest.mark.parametrize("name", available_ops())
@@ -55,10 +60,21 @@ def test_an_op_is_a_custom_op_that_torch_compile_sees_around(name):
     found = available_ops()[name]
     args = next(found.sample_inputs("cpu"))[1]
     assert getattr(torch.ops.patchkit, name).default is not None
-    compiled = torch.compile(lambda *given: found(*given) + 1, fullgraph=True, backend="aot_eager")
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor + 1 for tensor in found.results(found, *given))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.equal(compiled(*args), found(*args) + 1)
+        assert all(map(torch.equal, compiled(*args), run(*args)))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", available_ops())
+def test_what_an_op_says_of_itself_is_so(name):
+    """Which arguments it writes into, that nothing it returns shares their memory, and the shapes it is traced with."""
+    args = next(available_ops()[name].sample_inputs("cpu"))[1]
+    torch.library.opcheck(getattr(torch.ops.patchkit, name).default, args)
 
 
 @pytest.mark.parametrize("name", available_ops())
@@ -67,7 +83,7 @@ def test_the_reference_can_be_asked_for(name, monkeypatch):
     args = next(found.sample_inputs("cpu"))[1]
     monkeypatch.setenv(VARIABLE, "reference")
     assert found.choose(*args) == "reference"
-    assert torch.equal(found(*args), found.reference(*args))
+    assert all(map(torch.equal, found.results(found, *args), found.results(found.reference, *args)))
 
 
 def test_an_unknown_backend_is_refused_by_name(monkeypatch):
@@ -119,6 +135,27 @@ def test_selection_and_no_fallback(halve, monkeypatch):
         halve(x).sum().backward()
     with pytest.raises(KernelError, match="no samples"):
         halve.sample_inputs("cpu")
+
+
+def test_an_op_that_mutates():
+    @op(mutates=("x",))
+    def double_in_place(x: torch.Tensor, times: int = 1) -> None:
+        """``x = x * 2 ** times``, x of any shape."""
+        x.mul_(2**times)
+
+    double_in_place.fake(lambda x, times=1: None)
+    try:
+        x = torch.ones(3)
+        assert double_in_place(x) is None and x.tolist() == [2.0] * 3
+        # A clone is written into, wherever the call comes from.
+        assert [given.tolist() for given in double_in_place.results(double_in_place, x, 2)] == [[8.0] * 3]
+        assert x.tolist() == [2.0] * 3
+        with pytest.raises(KernelError, match="no gradient"):
+            double_in_place(torch.ones(3, requires_grad=True))
+        with torch.no_grad():
+            assert double_in_place(torch.ones(3, requires_grad=True)) is None
+    finally:
+        del _ops["double_in_place"]
 
 
 def test_a_definition_without_words_is_refused():

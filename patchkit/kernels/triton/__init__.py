@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op. Nothing here is imported unless a backend "triton" runs: Triton is optional.
+"""Triton kernels, one file per op. No file here is imported unless a backend "triton" runs: Triton is optional.
 
 A file declares what its kernels are compiled for in a function ``signatures() -> Iterator[Signature]``. A test finds it by folder and
 compiles every one for compute capability 8.0 and 9.0, which needs no GPU, so a new kernel touches no list.
@@ -6,7 +6,27 @@ compiles every one for compute capability 8.0 and 9.0, which needs no GPU, so a 
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from typing import Any, NamedTuple
+
+import torch
+
+
+def refusal(x: torch.Tensor) -> str | None:
+    """Why Triton cannot run here on floating-point tensors like x, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type != "cuda" and not interpreted:
+        return f"{x.device.type} tensors, and TRITON_INTERPRET=1 is not set"
+    # To find a module takes longer than to launch a kernel.
+    if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted and x.dtype == torch.bfloat16:
+        return "Triton's interpreter takes bfloat16 for integers"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{x.dtype}: fp16, bf16 and fp32 are served"
+    return None
 
 
 class Launch(NamedTuple):
