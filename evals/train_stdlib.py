@@ -3,7 +3,11 @@
     python evals/train_stdlib.py tokenizer
     python evals/train_stdlib.py target          # about an hour on 2 cores; stop it and call it again to resume
     python evals/train_stdlib.py draft           # learns from the target's predictions too; about 15 minutes
+    python evals/train_stdlib.py continuations   # what the target writes after training prompts; about 15 minutes
+    python evals/train_stdlib.py distill         # the draft again, on what the target writes; about 25 minutes
     python evals/train_stdlib.py evaluate        # held-out loss, bits per byte, draft/target agreement
+    python evals/train_stdlib.py acceptance      # tokens per target step when the draft proposes
+    python evals/train_stdlib.py heads           # EAGLE or Medusa heads on the continuations; about half an hour
 
 Matrices are trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), everything
 else with Adam; the learning rate warms up, stays, and falls linearly over the last 40 % of the steps.
@@ -16,15 +20,16 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
+from patchkit.generation.heads_training import accepted_by_position, agreement, optimizers_of, train_heads
 from patchkit.quality.environment import environment
 from patchkit.quality.stdlib_text import Split, read_texts, stdlib_files
 
@@ -38,10 +43,13 @@ SHAPES = {
 STEPS = {"stdlib-7m": 900, "stdlib-1m-draft": 1080}
 SEQUENCES = 16  # per step, of CONTEXT tokens each
 TAUGHT = 0.1  # the last part of the draft's steps, in which it learns from the target too
+WRITTEN = 256  # tokens of a prompt with the target's continuation
+TOP = 8  # of the target's distribution at each of these tokens, what is kept
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "patchkit" / "models"
 WORK = ROOT / "evals" / "work"
+CONTINUATIONS = WORK / "continuations"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -101,6 +109,169 @@ def evaluate(blocks: Annotated[int, typer.Option(help="held-out blocks of 512 to
     print(json.dumps(result, indent=2))
 
 
+@app.command()
+def continuations(
+    batches: Annotated[int, typer.Option(help="of 128 texts each")] = 64,
+    sampled: Annotated[float, typer.Option(help="share of batches that are sampled; the others are greedy")] = 0.2,
+    seed: int = 2,
+) -> None:
+    """Let stdlib-7m continue pieces of training text, and keep its most likely tokens at every position."""
+    teacher = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE).eval()
+    tokens, _ = load_tokens("train")
+    CONTINUATIONS.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(batches), "continuations"):
+        file = CONTINUATIONS / f"{index:04}.pt"
+        if file.exists():
+            continue
+        random = torch.Generator().manual_seed(1000 * seed + index)
+        length = int(torch.randint(32, 129, (), generator=random))
+        starts = torch.randint(len(tokens) - length, (128,), generator=random)
+        prompts = torch.stack([tokens[s : s + length] for s in starts]).long()
+        temperature = 0.7 + 0.3 * float(torch.rand((), generator=random)) if torch.rand((), generator=random) < sampled else 0.0
+        written = continued(teacher, prompts, WRITTEN, temperature, random)
+        torch.save(dict(zip(("tokens", "top_tokens", "top_probabilities"), written, strict=True)) | {"prompt": length}, file)
+
+
+@app.command()
+def distill(
+    steps: int = 400,
+    peak: Annotated[float, typer.Option(help="the learning rate's highest value, as a share of the one in training")] = 0.5,
+    hard: Annotated[float, typer.Option(help="weight of the target's choice, against its distribution")] = 0.5,
+    share: Annotated[float, typer.Option(help="of the new weights in the average with the old ones that is written")] = 0.7,
+    seed: int = 3,
+    out: Path = MODELS / "stdlib-1m-draft",
+) -> None:
+    """Train stdlib-1m-draft to say what stdlib-7m says about its own continuations."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-1m-draft", dtype=torch.float32).to(DEVICE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizers = optimizers_of(model, peak)
+    checkpoint, done = WORK / "distill.pt", 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        done = saved["done"]
+    shards = [torch.load(file, weights_only=True) for file in sorted(CONTINUATIONS.glob("*.pt"))]
+    written, top_tokens, top_probabilities = (torch.cat([s[key] for s in shards]) for key in ("tokens", "top_tokens", "top_probabilities"))
+    text, _ = load_tokens("train")
+    bar = tqdm(total=steps, initial=done, desc="distill", unit="step")
+    for step in range(done, steps):
+        random = torch.Generator().manual_seed(1000 * seed + step)
+        rows = torch.randint(len(written), (28,), generator=random)
+        starts = torch.randint(len(text) - WRITTEN, (4,), generator=random)  # real text, so that the draft stays a language model
+        batch = torch.cat([written[rows], torch.stack([text[s : s + WRITTEN] for s in starts])]).long().to(DEVICE)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+        log_p = model(input_ids=batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+        soft = top_probabilities[rows].float().to(DEVICE)
+        soft = (1 - hard) * soft / soft.sum(-1, keepdim=True)
+        soft[..., 0] += hard
+        taught = -(soft * log_p[:28].gather(-1, top_tokens[rows].long().to(DEVICE))).sum(-1).mean()
+        loss = (7 * taught - log_p[28:].gather(-1, batch[28:, 1:, None]).mean()) / 8
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}", taught=f"{taught.item():.3f}")
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            tqdm.write(f"step {step + 1}: {acceptance_of(model)}")
+            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], done=step + 1)
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+    # An average of both (Wortsman et al. 2022, "Model soups") keeps more of what the draft knew of real text.
+    model.load_state_dict({name: tensor.lerp(before[name], 1 - share) for name, tensor in model.state_dict().items()})
+    tqdm.write(f"averaged: {acceptance_of(model)}")
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+@app.command()
+def heads(kind: str = "eagle", steps: int = 350, depth: int = 3, batch: int = 16, seed: int = 4) -> None:
+    """Train heads for stdlib-7m on its own continuations, write them beside it, and show how held-out drafts are accepted."""
+    model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE)
+    written = torch.cat([torch.load(file, weights_only=True)["tokens"] for file in sorted(CONTINUATIONS.glob("*.pt"))])
+    trained = train_heads(
+        model, written, kind, steps, depth=depth, batch=batch, length=WRITTEN, seed=seed, checkpoint=WORK / f"{kind}_heads.pt"
+    )
+    trained.save(MODELS / "stdlib-7m" / f"{kind}_heads.safetensors")
+    agrees = agreement(trained, model, heldout_continuations(), max(depth, 6) if kind == "eagle" else depth, first=127)
+    result: dict[str, Any] = {"accepted_by_position": accepted_by_position(agrees).tolist()}
+    for k in range(2, len(agrees) + 1):
+        # Of the first token after the prompt the target's own forward takes care; every later round begins where one ended.
+        runs = agrees[:k].int().cumprod(0).sum(0).tolist()
+        result[f"tokens_per_step_k{k}"] = tokens_per_step([[run + 1 for run in row] for row in runs])
+    print(json.dumps(result, indent=2))
+
+
+@app.command()
+def acceptance(draft: Path = MODELS / "stdlib-1m-draft") -> None:
+    """How the draft does on the target's greedy continuations of held-out prompts."""
+    print(json.dumps(acceptance_of(LlamaForCausalLM.from_pretrained(draft, dtype=torch.float32).to(DEVICE)), indent=2))
+
+
+@torch.inference_mode()
+def acceptance_of(draft: LlamaForCausalLM, prompts: int = 100) -> dict[str, float]:
+    """Agreement on 128 greedily chosen tokens after each of ``prompts`` held-out prompts of 128, and tokens per target step."""
+    written = heldout_continuations(prompts)
+    choice = draft(input_ids=written.to(DEVICE), use_cache=False).logits[:, 127:-1].argmax(-1).cpu()
+    agrees = (choice == written[:, 128:]).tolist()
+    result = {"agreement": sum(map(sum, agrees)) / sum(map(len, agrees))}
+    for k in (3, 4, 6):
+        rounds = []
+        for row in agrees:
+            starts = [row[i : i + k] for i in range(len(row))]
+            rounds.append([start.index(False) + 1 if False in start else len(start) + 1 for start in starts])
+        result[f"tokens_per_step_k{k}"] = tokens_per_step(rounds)
+    return result
+
+
+def tokens_per_step(gains: list[list[int]]) -> float:
+    """Tokens per target step over texts, if a round that begins at position i of one gains ``gains[text][i]`` tokens."""
+    n_steps = 0
+    for row in gains:
+        position = 0
+        while position < len(row):
+            position += row[position]
+            n_steps += 1
+    return sum(map(len, gains)) / n_steps
+
+
+def heldout_continuations(prompts: int = 100) -> torch.Tensor:
+    """[prompts, 256]: 128 tokens of held-out text and 128 that stdlib-7m chooses greedily after them."""
+    file = WORK / f"heldout_continuations_{prompts}.pt"
+    if not file.exists():
+        teacher = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE).eval()
+        tokens, _ = load_tokens("heldout")
+        starts = torch.linspace(0, len(tokens) - 128, prompts).long()
+        torch.save(continued(teacher, torch.stack([tokens[s : s + 128] for s in starts]).long(), 256)[0], file)
+    return torch.load(file, weights_only=True).long()
+
+
+@torch.inference_mode()
+def continued(
+    model: LlamaForCausalLM, prompts: torch.Tensor, length: int, temperature: float = 0.0, random: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``prompts`` [B, n], continued by the model to ``length`` tokens: [B, length] uint16, and of the model's distribution
+    of the token after each (but the last), the most likely tokens [B, length - 1, TOP] uint16 and their probabilities, float16.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    fed, parts, top_tokens, top_probabilities = prompts.to(DEVICE), [prompts], [], []
+    for _ in range(length - prompts.shape[1]):
+        probabilities = model(input_ids=fed, past_key_values=cache).logits.softmax(-1)
+        best = probabilities.topk(TOP, dim=-1)
+        top_tokens.append(best.indices.to(torch.uint16).cpu())
+        top_probabilities.append(best.values.to(torch.float16).cpu())
+        if temperature:
+            fed = torch.multinomial(probabilities[:, -1].cpu() ** (1 / temperature), 1, generator=random).to(DEVICE)
+        else:
+            fed = best.indices[:, -1, :1]
+        parts.append(fed.cpu())
+    return torch.cat(parts, 1).to(torch.uint16), torch.cat(top_tokens, 1), torch.cat(top_probabilities, 1)
+
+
 def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -116,13 +287,7 @@ def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) ->
     for layer in model.model.layers:  # every block starts as the identity
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    peaks = [0.02, 3e-3]
+    optimizers = optimizers_of(model)
 
     checkpoint = WORK / f"{name}.pt"
     done, seconds = 0, 0.0
@@ -140,9 +305,9 @@ def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) ->
     for step in range(done, steps):
         started = time.perf_counter()
         batch = batch_of(tokens, step, seed).to(DEVICE)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(step, steps)
+                group["lr"] = group["peak"] * schedule(step, steps)
         # A teacher costs several times the student's own step, so it comes when the text alone has taught what it can.
         loss = loss_on(model, batch, teacher if step >= (1 - TAUGHT) * steps else None)
         loss.backward()
@@ -199,41 +364,6 @@ def load_tokens(split: Split) -> tuple[torch.Tensor, int]:
         ids += [boundary, *bpe.encode(text).ids]
         n_bytes += len(text.encode())
     return torch.tensor(ids, dtype=torch.uint16), n_bytes
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: matrices of one shape share a batched Newton-Schulz iteration in fp32."""
-
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                updates = []
-                for p in params:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(buffer, group["momentum"]))
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalised(torch.stack(updates)), strict=True):
-                    p.sub_(update, alpha=scale)
-
-
-def orthogonalised(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of ``x`` [N, rows, columns], by a quintic Newton-Schulz."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.transpose(1, 2) if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x
 
 
 if __name__ == "__main__":

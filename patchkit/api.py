@@ -74,7 +74,7 @@ class Report:
         return "\n".join(map(str, self.patches))
 
 
-def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> M:
+def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], lossless: bool = False, verbose: bool = True) -> M:
     """Patch a loaded causal language model in place, and log one line that says what was changed and what was left alone.
 
     Everything is checked before anything is touched; an exception half-way undoes what was done. Patches are applied in the
@@ -84,6 +84,8 @@ def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], verbose
     Args:
         model: a transformers decoder-only model with a language-modelling head, or such a model in PEFT's wrapper.
         patches: `Patch` objects and spec strings such as "streaming(window=1020) + mlp_int8", or lists of them.
+        lossless: the patches make a view of the model that only drafts, and the model itself verifies: `generate` gives what the
+            unpatched model gives, faster where drafts are cheap and often right. Weights are shared.
         verbose: log the line at level INFO of the logger "patchkit" (else DEBUG). Where the program has not configured
             logging, it goes to stderr.
 
@@ -98,7 +100,7 @@ def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], verbose
         PatchError: the installed transformers or torch is not supported.
     """
     chosen = _resolve(patches)
-    return _patch(model, chosen, verbose)
+    return _patch(model, _drafting(chosen) if lossless else chosen, verbose)
 
 
 def unpatch_model(model: M) -> M:
@@ -204,6 +206,16 @@ def _resolve(patches: Sequence[Any]) -> list[Patch]:
         if names.count(name) > 1:
             raise PatchConflict(f"the patch {name!r} is given {names.count(name)} times: give it once")
     return sorted(chosen, key=lambda patch: patch.stage)
+
+
+def _drafting(chosen: list[Patch]) -> list[Patch]:
+    """The patch whose draft is the model patched with ``chosen``."""
+    from patchkit.generation.drafters.self_draft import SelfDraft
+    from patchkit.patches.speculative import Speculative
+
+    if any(isinstance(patch, Speculative) for patch in chosen):
+        raise PatchConflict("lossless=True verifies with speculative already: leave speculative out, its text is the model's own as it is")
+    return [Speculative(draft=SelfDraft(tuple(chosen)))]
 
 
 def _flat(patches: Sequence[Any]) -> Iterator[Any]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
-MaskBuilder = Callable[[], torch.Tensor | None]
+MaskBuilder = Callable[..., torch.Tensor | None]
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _this_thread = threading.local()
@@ -131,11 +131,28 @@ def _additive_mask(rule: MaskRule | None, *args: Any, **kwargs: Any) -> torch.Te
 def swap_mask_builder(builder: MaskBuilder | None) -> MaskBuilder | None:
     """From now on, in this thread, an alias's masks come from ``builder`` (None: from the original's function).
 
+    It is called as ``builder(implementation, ...)``, with the name of the original and the arguments of transformers' mask functions.
+
     Returns the builder that was in force, for the caller to put back when its forward ends.
     """
     before = getattr(_this_thread, "builder", None)
     _this_thread.builder = builder
     return before
+
+
+@contextlib.contextmanager
+def masks_from(configs: list[Any], builder: MaskBuilder) -> Iterator[None]:
+    """Within this context (and thread), models with these configs get their masks from ``builder``."""
+    before = [config._attn_implementation_internal for config in configs]
+    outer = swap_mask_builder(builder)
+    try:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = alias_of(implementation or "eager")
+        yield
+    finally:
+        swap_mask_builder(outer)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 @contextlib.contextmanager
@@ -187,7 +204,7 @@ def _mask_of(implementation: str) -> Callable[..., torch.Tensor | None]:
     def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         builder = getattr(_this_thread, "builder", None)
         if builder is not None:
-            return builder()
+            return builder(implementation, *args, **kwargs)
         built = _compat.mask_function(implementation)(*args, **kwargs)
         recorders = getattr(_this_thread, "recorders", None)
         if recorders is not None and torch.is_tensor(built):

@@ -1,4 +1,4 @@
-"""The command line: `patchkit demo | inspect | generate | ppl | patches | kernels`.
+"""The command line: `patchkit demo | inspect | generate | ppl | patches | kernels | train-heads | ksweep`.
 
 Results go to stdout, progress and remarks to stderr. With `--json` stdout carries one JSON object and nothing else. What a
 user can get wrong ends in one line on stderr and exit code 1 (2 for a wrong call), never in a traceback.
@@ -336,6 +336,122 @@ def kernels(as_json: JsonOption = False) -> None:
     _print_table(Console(), f"on {device}; {VARIABLE}=auto|reference|cpu|triton|native chooses", ["op", "runs", "backend", "why"], rows)
 
 
+class HeadsKind(str, Enum):
+    """Which heads to train."""
+
+    eagle = "eagle"
+    medusa = "medusa"
+
+
+@app.command(name="train-heads")
+def train_heads(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option("--text", metavar="FILE|stdlib", help="UTF-8 text to learn on, or Python's standard library.")],
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.", dir_okay=False)],
+    kind: Annotated[HeadsKind, typer.Option("--kind", help="Heads to train.")] = HeadsKind.eagle,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1000,
+    depth: Annotated[int, typer.Option(min=1, help="How many tokens ahead to learn: Medusa's number of heads.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per text.")] = 256,
+    on_policy: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on the model's own continuations.")] = 0.0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Write and resume from this file.", dir_okay=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Train heads that draft for a model, on hidden states computed as they are needed."""
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
+    import torch
+
+    from patchkit.generation import heads_training
+    from patchkit.quality.perplexity import encode, read_text
+    from patchkit.quality.stdlib_text import read_texts, stdlib_files
+
+    texts = read_texts(stdlib_files("train")) if text == "stdlib" else [read_text(text)]
+    loaded, tokenizer = _load(model, dtype, device)
+    tokens = torch.tensor([token for each in texts for token in encode(tokenizer, each)])
+    kept = len(tokens) // 20 // length * length  # the end is kept back, to see what the heads are worth
+    started = time.perf_counter()
+    heads = heads_training.train_heads(
+        loaded, tokens[: len(tokens) - kept], kind.value, steps, depth=depth, batch=batch, length=length, on_policy=on_policy, seed=seed,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    heads.save(out)
+    seconds = time.perf_counter() - started
+    shares = None
+    if kept:
+        found = heads_training.agreement(heads, loaded, tokens[len(tokens) - kept :].view(-1, length)[:64], depth)
+        shares = heads_training.accepted_by_position(found).tolist()
+    if as_json:
+        _emit({
+            "model": model,
+            "kind": kind.value,
+            "out": str(out),
+            "bytes": out.stat().st_size,
+            "seconds": seconds,
+            "accepted_by_position": shares,
+        })  # fmt: skip
+        return
+    console = Console()
+    console.print(f"{kind.value} heads: {out}, {out.stat().st_size / 2**20:.2f} MiB, {seconds:.0f} s", highlight=False, soft_wrap=True)
+    if shares:
+        listed = " ".join(f"{share:.2f}" for share in shares)
+        console.print(f"drafts of 1 to {depth} tokens that are the model's choice, on text kept back: {listed}", highlight=False)
+
+
+@app.command()
+def ksweep(
+    model: ModelArgument,
+    draft: Annotated[str, typer.Option("--draft", metavar="NAME|PATH", help="What drafts: a model, 'prompt_lookup', 'medusa', 'eagle'.")],
+    ks: Annotated[str, typer.Option("--ks", help="Numbers of drafts per round, separated by commas.")] = "0,1,2,3,4,6,8",
+    prompts: Annotated[
+        str, typer.Option("--prompts", metavar="FILE|stdlib", help="A prompt per line (.json: a list of texts), or held-out library files.")
+    ] = "stdlib",
+    n_prompts: Annotated[int, typer.Option("--n-prompts", min=1, help="How many prompts.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompts from the library.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate per prompt.")] = 128,
+    iterations: Annotated[int, typer.Option(min=1, help="How often everything is repeated.")] = 3,
+    out: Annotated[Path, typer.Option(help="The folder to write to.", file_okay=False)] = Path("patchkit-ksweep"),
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one run of the fastest K.", dir_okay=False)] = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Sweep the number of drafts against plain decoding: throughput, acceptance, and whether the text stays the same."""
+    sizes = _number_list(ks, "--ks", smallest=0)
+    for folder in [out.absolute().parent] + ([trace.absolute().parent] if trace else []):
+        if not folder.is_dir():
+            raise UsageError(f"the folder {folder} does not exist: create it, or write elsewhere")
+    from patchkit.generation import ksweep as sweep
+
+    loaded, tokenizer = _load(model, dtype, device)
+    texts = sweep.load_prompts(prompts, tokenizer, n_prompts, prompt_tokens)
+    with _progress() as bar:
+        task = bar.add_task("", total=sweep.work(sizes, len(texts), iterations))
+
+        def advance(what: str, count: int) -> None:
+            bar.update(task, advance=count, description=what)
+
+        result = sweep.run_ksweep(loaded, draft, sizes, texts, new_tokens, iterations, trace, advance)
+        bar.update(task, description="done")
+    try:
+        result.write(out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
+    if as_json:
+        _emit({"model": model, **result.to_dict(), "out": str(out)})
+    else:
+        console = Console()
+        console.width = max(console.width, 100)
+        console.print(sweep.table(result))
+        console.print(f"best: K = {result.best.k or 0}; {', '.join(sweep.FILES)} in {out}", highlight=False, soft_wrap=True)
+    if not result.identical:
+        wrong = sum(not run.identical for run in result.runs)
+        raise PatchError(f"{wrong} of {len(result.runs)} texts differ from plain decoding: use --dtype float32, as 16 bits leave ties")
+
+
 def _load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
     import torch
     import transformers
@@ -382,13 +498,17 @@ def _verdict(cls: type[Patch], target: Any) -> dict[str, Any]:
 
 
 def _window_list(text: str) -> list[int]:
+    return _number_list(text, "--windows", smallest=1)
+
+
+def _number_list(text: str, option: str, smallest: int) -> list[int]:
     try:
-        sizes = [int(word) for word in text.split(",")]
+        numbers = [int(word) for word in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 508,252,124", param_hint="--windows") from None
-    if min(sizes) < 1:
-        raise typer.BadParameter(f"a window of {min(sizes)} tokens sees nothing: give at least 1", param_hint="--windows")
-    return list(dict.fromkeys(sizes))
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 2,4,8", param_hint=option) from None
+    if min(numbers) < smallest:
+        raise typer.BadParameter(f"{min(numbers)} is too small: give at least {smallest}", param_hint=option)
+    return list(dict.fromkeys(numbers))
 
 
 def _stdin() -> str:

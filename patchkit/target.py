@@ -8,12 +8,13 @@ What moves between the rows, and how, shows where positions enter: keys that tur
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from torch import nn
 from patchkit import _compat
 from patchkit.attention import alias_of, recorded
 from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
+
+M = TypeVar("M", bound=nn.Module)
 
 _PROBE_TOKENS = 4
 _PROBE_SHIFT = 101
@@ -199,6 +202,18 @@ class Target:
         """
         return _find_feed_forward(self)
 
+    @cached_property
+    def rollback(self) -> tuple[str | None, bool]:
+        """Why tokens that were fed cannot be taken back exactly, or None; and whether each row of a batch can take back its own."""
+        from patchkit.generation.cached_model import find_obstacle
+
+        return find_obstacle(self.model)
+
+    @cached_property
+    def twin(self) -> Any:
+        """A second, unpatched model over the same weights. Ask for it in `Patch.check`: later the model may be patched."""
+        return twin(self.model)
+
     def forward(self, ids: torch.Tensor) -> None:
         """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
 
@@ -242,6 +257,16 @@ class Target:
             "feed_forward_linears": len(self.feed_forward.linears),
             "fused_experts": len(self.feed_forward.experts),
         }
+
+
+def twin(model: M) -> M:
+    """A second module tree over the same parameters and buffers: nothing is copied, and one can be patched while the other is not.
+
+    Twin before patching: a copy of a patched model is patched.
+    """
+    given: Any = model
+    memo: dict[int, Any] = {id(tensor): tensor for tensors in (given.parameters(), given.buffers()) for tensor in tensors}
+    return copy.deepcopy(model, memo)
 
 
 def _decoders(model: Any) -> list[nn.Module]:

@@ -207,12 +207,17 @@ class FixedCache(_compat.Cache):
     def __init__(self, layers: int, tokens: int = 1) -> None:
         """Room for ``tokens`` in ``layers`` layers; more is made when it is needed."""
         super().__init__(layers=[FixedLayer(_room(tokens)) for _ in range(layers)])
-        self._step: StepCache | None = None
+        self._steps: dict[int, StepCache] = {}
 
     @property
     def room(self) -> int:
         """Tokens that the buffers can hold."""
         return self.layers[0].room
+
+    @property
+    def step_lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens that forwards come in often enough to be compiled."""
+        return (1,)
 
     def step(self, tokens: int) -> StepCache:
         """The next forward, of ``tokens`` tokens, as compiled code sees it; `advance` afterwards."""
@@ -220,16 +225,14 @@ class FixedCache(_compat.Cache):
         seen, device = layers[0].seen, layers[0].keys.device
         for layer in layers:
             layer.reserve(seen + tokens)
-        made: Any = self._step and self._step.layers[0]
-        if made is None or made.keys is not layers[0].keys or len(made.slots) != tokens:
+        step = self._steps.get(tokens)
+        if step is None or step.layers[0].keys is not layers[0].keys:
             slots = torch.empty(tokens, dtype=torch.int64, device=device)
             at = torch.zeros((), dtype=torch.int64, device=device)
-            self._step = StepCache([StepLayer(layer.keys, layer.values, slots) for layer in layers], at)
-            made = self._step.layers[0]
-        assert self._step is not None
-        self._step.seen.fill_(seen)
-        torch.arange(seen, seen + tokens, out=made.slots)
-        return self._step
+            step = self._steps[tokens] = StepCache([StepLayer(layer.keys, layer.values, slots) for layer in layers], at)
+        step.seen.fill_(seen)
+        torch.arange(seen, seen + tokens, out=step.layers[0].slots)
+        return step
 
     def advance(self, tokens: int) -> None:
         """Compiled code has stored ``tokens`` tokens."""

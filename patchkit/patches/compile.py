@@ -1,8 +1,9 @@
-"""torch.compile for decoding: each step of one token is one graph, compiled once, whatever the length of the text.
+"""torch.compile for decoding: each step is one graph, compiled once, whatever the length of the text.
 
 Compiled code must not depend on a Python number that changes from step to step. A step is therefore handed over as a
 `StepCache`: buffers of fixed shape at fixed addresses, the slot of the new token and, in a stream, the sinks' turn and the
-masks, all of them tensors. Prompts and other forwards of several tokens run eagerly, and are counted as such.
+masks, all of them tensors. Prompts and other forwards of several tokens run eagerly, and are counted as such; only those with
+which `speculative` verifies drafts are steps too, in the few lengths to which it rounds them up.
 
 Where steps come from:
 
@@ -278,7 +279,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     if graphs:  # the next step writes over the memory of this one's output
         output = type(output)(**{name: value.clone() if torch.is_tensor(value) else value for name, value in output.items()})
     if isinstance(cache, FixedCache):
-        cache.advance(1)
+        cache.advance(step.layers[0].slots.shape[0])
     output["past_key_values"] = cache
     steps.hits["compiled steps"] += 1
     return output
@@ -331,7 +332,9 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a forward cannot run compiled, "" where that is a matter of course; None if it can."""
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    if cache is None or cache.get_seq_length() == 0 or inputs is None or inputs.shape[1] != 1 or decoder.training:
+    if cache is None or cache.get_seq_length() == 0 or inputs is None or decoder.training:
+        return ""
+    if inputs.shape[1] not in (cache.step_lengths if isinstance(cache, FixedCache) else (1,)):
         return ""
     asked = [name for name, value in kwargs.items() if value is not False and name not in _PLAIN]
     asked += [name for name in _ASKING if getattr(decoder.config, name, False)]
@@ -351,14 +354,14 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
 def _fixed_step(decoder: Any, cache: FixedCache, kwargs: dict[str, Any]) -> StepCache:
     inputs, mask = kwargs.get("input_ids", kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
     assert inputs is not None
-    step = cache.step(1)
+    step = cache.step(inputs.shape[1])
     if mask is not None:
         kwargs["attention_mask"] = nn.functional.pad(mask.to(torch.int64), (0, cache.room - mask.shape[1]))
         return step
     # Some models make a mask of as many ones as tokens were seen, or take positions from it.
     kwargs["attention_mask"] = inputs.new_ones(len(inputs), cache.room, dtype=torch.int64)
     if "position_ids" in _compat.argument_names(decoder):
-        kwargs.setdefault("position_ids", step.seen.expand(len(inputs), 1))
+        kwargs.setdefault("position_ids", step.layers[0].slots.expand(len(inputs), -1))
     return step
 
 

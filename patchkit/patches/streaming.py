@@ -256,7 +256,7 @@ def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> N
     runtime.hits["tokens evicted"] += max(0, frame.end - capacity) - max(0, frame.start - capacity)
 
 
-def _placeholder_mask(frame: Frame) -> torch.Tensor | None:
+def _placeholder_mask(frame: Frame, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The layers make their own masks. In one-token steps, None tells them that none is needed."""
     unneeded = (frame.steady or frame.many) and not frame.plan.has_alibi  # such models compute with the mask before a layer sees it
     return None if unneeded else torch.zeros(1, 1, 1, 1, device=frame.device)

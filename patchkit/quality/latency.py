@@ -6,7 +6,6 @@ once, and two streams are compared by the median of their ratios round by round.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import statistics
 import time
@@ -17,14 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same parameters and buffers: nothing is copied, and one can be patched while the other is not.
-
-    Twin before patching: a copy of a patched model is patched.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+from patchkit.target import twin as twin
 
 
 def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:

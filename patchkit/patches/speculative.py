@@ -1,0 +1,215 @@
+"""Speculative generation: `generate` gives the same text in fewer forwards of the model.
+
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", https://arxiv.org/abs/2211.17192.
+
+A drafter proposes K tokens; one forward of the model over K + 1 tokens says what it would have said after each of them. The
+longest prefix that it agrees with stands, and the token after it comes for free. With acceptance a, drafts that cost c and
+a verification that costs v forwards, a token takes (K c + v) (1 - a) / (1 - a^(K+1)) forwards instead of one.
+
+Differs from the paper in that deterministic drafts (greedy drafts, prompt lookup, trees) stand if they are what the model draws,
+so that a seed gives the same sampled text with and without them; that rows of a batch advance by their own numbers of tokens;
+and that K follows from what was measured, 0 included.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from patchkit.errors import PatchConflict, UnsupportedModel
+from patchkit.generation.acceptance import Acceptance, acceptance
+from patchkit.generation.controllers import Controller, controller
+from patchkit.generation.drafter import Drafter
+from patchkit.generation.drafters.chain import Chain
+from patchkit.generation.drafters.draft_model import DraftModel
+from patchkit.generation.drafters.prompt_lookup import PromptLookup
+from patchkit.generation.loop import Speculation, Unserved, speculate
+from patchkit.handle import Handle
+from patchkit.patch import Patch, Stage, register_patch
+from patchkit.target import Target
+
+_logger = logging.getLogger("patchkit")
+
+
+@register_patch("speculative")
+@dataclass(frozen=True)
+class Speculative(Patch):
+    """Draft, verify, keep what the model would have said itself. `patchkit.generation.statistics_of(model)` says what came of it.
+
+    Args:
+        draft: a `Drafter`; a loaded model (`DraftModel`); the name or path of one; "prompt_lookup", "medusa" or "eagle"; or several
+            of these, of which the first that has a proposal drafts (`Chain`).
+        k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
+        acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
+            "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
+
+    Raises:
+        ValueError, TypeError: an option that names nothing, or out of range.
+    """
+
+    stage = Stage.GENERATION
+    exact = True
+
+    draft: Any = "prompt_lookup"
+    k: Any = "cost_model"
+    acceptance: Any = "exact"
+
+    def __post_init__(self) -> None:
+        self._controller()
+        self._acceptance()
+        if not isinstance(self.draft, str):  # names are looked up when there is a model to draft for
+            self._drafter()
+
+    def check(self, target: Target) -> None:
+        name = type(target.model).__name__
+        obstacle, _ = target.rollback
+        if obstacle is not None:
+            raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}")
+        if getattr(target.model.generate, "__func__", None) is not type(target.model).generate:
+            raise PatchConflict(f"this {name} has a generate of its own, which speculative would hide: remove it first")
+        self._drafter().check(target)
+
+    def apply(self, target: Target, handle: Handle) -> None:
+        drafter = self._drafter()
+        _, ragged = target.rollback
+        speculation = Speculation(
+            drafter.prepared(target), str(drafter), self._acceptance(), self._controller().begin(), ragged, handle.hits
+        )
+        handle.set_attribute(target.model, "_patchkit_speculative", speculation)
+        handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
+        handle.hook(target.decoder, _keep_hidden)
+        handle.set_attribute(target.model, "generate", functools.partial(_generate, target.model, speculation))
+        handle.changed("generate methods")
+        handle.measure("drafts", str(drafter))
+        if not speculation.acceptance.lossless:
+            handle.left_alone("exactness", f"acceptance={speculation.acceptance} changes the text")
+
+    def _controller(self) -> Controller:
+        return controller(self.k)
+
+    def _acceptance(self) -> Acceptance:
+        return acceptance(self.acceptance)
+
+    def _drafter(self) -> Drafter:
+        return _drafter(self.draft)
+
+
+def _drafter(draft: Any) -> Drafter:
+    if isinstance(draft, Drafter):
+        return draft
+    if isinstance(draft, str):
+        return _named_drafter(draft)
+    if isinstance(draft, list | tuple):
+        return Chain(tuple(_drafter(each) for each in draft))
+    if isinstance(draft, nn.Module):
+        return DraftModel(draft)
+    raise TypeError(f"draft={draft!r}: give a drafter, a loaded model, a name or path, or a list of these")
+
+
+def _named_drafter(name: str) -> Drafter:
+    if name == "prompt_lookup":
+        return PromptLookup()
+    if name == "medusa":
+        from patchkit.generation.drafters.medusa import Medusa
+
+        return Medusa(heads="bundled")
+    if name == "eagle":
+        from patchkit.generation.drafters.eagle import Eagle
+
+        return Eagle(heads="bundled")
+    return DraftModel(_load(name))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name: str) -> Any:
+    from patchkit.models import load_model
+
+    return load_model(name)[0]
+
+
+def _keep_hidden(decoder: nn.Module, args: Any, output: Any) -> None:
+    speculation: Speculation = decoder.__dict__["_patchkit_speculative"]
+    if speculation.watching:
+        speculation.hidden = output[0]
+
+
+# -- generate --------------------------------------------------------------------------------------------------------------
+
+
+def _generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -> Any:
+    """``model.generate``: speculative where that can be done, else the model's own, with one line in the log."""
+    stock = type(model).generate
+    given = inspect.signature(stock).bind_partial(model, *args, **kwargs).arguments
+    extra = given.get("kwargs", {})
+    reason = _why_stock(model, given, extra)
+    if reason is None:
+        streamer = _HeldBack(given["streamer"]) if given.get("streamer") is not None else None
+        own_cache = extra.get("past_key_values") is None
+        loop = functools.partial(speculate, speculation, streamer, own_cache)
+        extra = _with_stop_strings(given, extra)
+        given = {name: value for name, value in given.items() if name not in ("self", "kwargs", "streamer", "custom_generate")}
+        try:
+            return stock(model, **given, **extra, streamer=streamer, custom_generate=loop)
+        except Unserved as unserved:
+            reason = str(unserved)
+    speculation.hits["stock calls"] += 1
+    if reason not in speculation.said:
+        speculation.said.add(reason)
+        _logger.warning("patchkit: generate runs without speculation: it does not serve %s", reason)
+    return stock(model, *args, **kwargs)
+
+
+def _why_stock(model: Any, given: dict[str, Any], extra: dict[str, Any]) -> str | None:
+    """What in the arguments of generate only the stock method can do."""
+    for name in ("custom_generate", "assistant_model", "synced_gpus", "negative_prompt_ids"):
+        if given.get(name) is not None and given.get(name) is not False:
+            return f"{name}="
+    for name in ("prompt_lookup_num_tokens", "use_mtp", "position_ids", "trust_remote_code"):
+        if extra.get(name) is not None:
+            return f"{name}="
+    configs = [given.get("generation_config"), model.generation_config]
+    if extra.get("stop_strings") is None and any(getattr(config, "stop_strings", None) is not None for config in configs):
+        return "stop_strings of a generation_config (give them to generate)"
+    if extra.get("cache_implementation") not in (None, "dynamic"):
+        return f"cache_implementation={extra['cache_implementation']!r}"
+    return None
+
+
+def _with_stop_strings(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """generate hands no tokenizer on to a method of ours, so stop strings become a criterion here; the other arguments."""
+    tokenizer, strings = extra.get("tokenizer"), extra.get("stop_strings")
+    if tokenizer is None or strings is None:
+        return extra
+    given["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)])
+    return {name: value for name, value in extra.items() if name not in ("tokenizer", "stop_strings")}
+
+
+class _HeldBack:
+    """A streamer that gets nothing before `release`: the stock method may still have to start from the beginning."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer, self.released = streamer, False
+        self.waiting: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.released:
+            self.streamer.put(value)
+        else:
+            self.waiting.append(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+    def release(self) -> None:
+        """Hand over what has come so far, and from now on everything at once."""
+        self.released = True
+        for value in self.waiting:
+            self.streamer.put(value)
+        self.waiting.clear()

@@ -1,0 +1,134 @@
+"""Speculative text is the text of plain decoding, token by token, whatever drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from speculation import NEW, Bush, Silent, always, plain_text, text_of, told
+from transformers import PreTrainedModel
+
+from patchkit import patched
+from patchkit.generation import statistics_of
+from patchkit.generation.drafters.chain import Chain
+from patchkit.generation.drafters.draft_model import DraftModel
+from patchkit.generation.drafters.eagle import Eagle
+from patchkit.generation.drafters.medusa import Medusa
+from patchkit.generation.drafters.prompt_lookup import PromptLookup
+from patchkit.generation.drafters.self_draft import SelfDraft
+from patchkit.patches.speculative import Speculative
+from patchkit.testing import tiny_model
+
+# Rotary, partial rotary, windows in some and in all layers, experts, latent attention, ALiBi, learned positions, recurrent states.
+FAMILIES = ("llama", "gpt_neox", "gemma3_text", "mistral", "mixtral", "deepseek_v3", "bloom", "opt", "qwen3_next", "falcon")
+STREAMED = ("llama", "gpt_neox", "gemma3_text", "mixtral", "deepseek_v3", "glm", "cohere2", "gpt_oss")
+
+DRAFTERS: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "another model": lambda model: DraftModel(tiny_model("llama", seed=7)),
+    "prompt lookup": lambda model: PromptLookup(min_ngram=1),
+    "window": lambda model: SelfDraft("streaming(sinks=1, window=6)"),
+    "int8": lambda model: SelfDraft("mlp_int8(mode=weight_only)"),
+    "layer skip": lambda model: SelfDraft(skip_layers=(1,)),
+    "medusa": lambda model: Medusa(n_heads=3, init="random"),
+    "medusa tree": lambda model: Medusa(n_heads=2, init="tie", tree=((0,), (1,), (0, 0), (0, 1), (1, 0))),
+    "eagle lite": lambda model: Eagle(),
+    "chain": lambda model: Chain((PromptLookup(), Eagle())),
+}
+
+
+def speculate_like_plain(family: str, draft: Any, batch: int, streaming: bool = False) -> Any:
+    """Generate with ``draft``, compare with plain text, and return the statistics."""
+    model = tiny_model(family)
+    patches = [Speculative(draft=draft(model), k=4), *(["streaming(sinks=2, window=10)"] if streaming else [])]
+    with patched(model, *patches, verbose=False):
+        text = text_of(model, batch)
+        statistics = statistics_of(model)
+    assert torch.equal(text, plain_text(family, batch, streaming))
+    assert statistics.proposed > 0
+    assert sum(step.emitted for step in statistics.steps) == batch * (NEW - 1)
+    return statistics
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "window"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_same(family: str, drafter: str, batch: int) -> None:
+    speculate_like_plain(family, DRAFTERS[drafter], batch)
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("drafter", ("another model", "prompt lookup", "window", "medusa", "eagle lite"))
+@pytest.mark.parametrize("family", STREAMED)
+def test_greedy_text_of_a_stream_is_the_same(family: str, drafter: str, batch: int) -> None:
+    speculate_like_plain(family, DRAFTERS[drafter], batch, streaming=True)
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_is_always_accepted(family: str, batch: int) -> None:
+    statistics = speculate_like_plain(family, lambda model: DraftModel(tiny_model(family)), batch)
+    assert statistics.acceptance_rate >= (0.97 if batch == 1 or family not in ("qwen3_next", "falcon", "lfm2") else 0.9)
+
+
+@pytest.mark.parametrize("streaming", (False, True))
+@pytest.mark.parametrize("batch", (1, 4))
+def test_drafts_with_a_known_answer(batch: int, streaming: bool) -> None:
+    text = plain_text("llama", batch, streaming)
+    right = speculate_like_plain("llama", lambda model: told(text), batch, streaming)
+    assert right.acceptance_rate == 1 and right.tokens_per_target_step > 4.5
+    wrong = speculate_like_plain("llama", lambda model: told(text, shift=1), batch, streaming)
+    assert wrong.acceptance_rate == 0 and wrong.tokens_per_target_step == 1
+
+
+def test_a_silent_drafter_gives_plain_steps() -> None:
+    model = tiny_model("llama")
+    with patched(model, Speculative(draft=Silent(), k=4), verbose=False):
+        assert torch.equal(text_of(model, 2), plain_text("llama", 2))
+        assert statistics_of(model).proposed == 0 and statistics_of(model).tokens_per_target_step == 1
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("family", ("llama", "gemma3_text", "mistral", "bloom", "gpt2", "deepseek_v3"))
+def test_a_tree_is_walked_to_its_right_leaf(family: str, batch: int) -> None:
+    text = plain_text(family, batch)
+    model = tiny_model(family)
+    with patched(model, Speculative(draft=Bush(text), k=8), verbose=False):
+        assert torch.equal(text_of(model, batch), text)
+        assert statistics_of(model).tokens_per_target_step > 4.5  # 4 right nodes under 4 wrong ones, and the token after them
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+def test_rows_that_end_inside_a_draft(batch: int) -> None:
+    model = tiny_model("llama")
+    ends = sorted({int(row[20 + 3 * i]) for i, row in enumerate(plain_text("llama", batch))})
+    wanted = text_of(model, batch, eos_token_id=ends)
+    for draft in (told(plain_text("llama", batch)), always(ends[0]), DraftModel(tiny_model("llama", seed=7)), PromptLookup(min_ngram=1)):
+        with patched(model, Speculative(draft=draft, k=5), verbose=False):
+            assert torch.equal(text_of(model, batch, eos_token_id=ends), wanted)
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    model = tiny_model("llama")
+    ends = [int(plain_text("llama", 4)[0, 20])]
+    with patched(model, Speculative(draft=PromptLookup(min_ngram=1), k=2), verbose=False):
+        text_of(model, 4, eos_token_id=ends)
+        rows = [step.rows for step in statistics_of(model).steps]
+    assert rows[0] == 4 and rows[-1] < 4 and rows == sorted(rows, reverse=True)
+
+
+def test_fifty_prompts_of_the_bundled_pair() -> None:
+    from patchkit.models import load_model
+    from patchkit.quality.stdlib_text import read_texts, stdlib_files
+
+    target, tokenizer = load_model("stdlib-7m")
+    texts = [ids for text in read_texts(stdlib_files("heldout")) if len(ids := tokenizer(text).input_ids) >= 96][:50]
+    assert len(texts) == 50
+    prompts = torch.tensor([ids[:64] for ids in texts])
+    options = dict(max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = target.generate(input_ids=prompts, **options)
+    with patched(target, Speculative(draft="stdlib-1m-draft", k=3), verbose=False):
+        got = target.generate(input_ids=prompts, **options)
+        assert statistics_of(target).tokens_per_target_step > 1.5
+    assert torch.equal(got, wanted)
