@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkit.errors import PatchError
 
@@ -134,6 +135,27 @@ def decoder_of(model: Any) -> Any:
     """The module under the language-modelling head."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return found if isinstance(found, torch.nn.Module) and found is not model else model.base_model
+
+
+def looks_into_tensors(function: Callable[..., Any], *args: torch.Tensor) -> str | None:
+    """What ``function(*args)`` does that depends on the values in tensors, not only on their shapes; None if nothing."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        try:
+            function(*(mode.from_tensor(tensor) for tensor in args))
+        except Exception as error:  # DataDependentOutputException and its kin; or it cannot be told
+            return f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return None
+
+
+def rope_switch(config: Any) -> int | None:
+    """The number of positions beyond which a model chooses other rotary frequencies for all tokens; None if it never does."""
+    if not {"dynamic", "longrope"} & set(rope_types(config)):
+        return None
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        limits.append(each.get("original_max_position_embeddings"))
+    return min(limit for limit in limits if isinstance(limit, int))
 
 
 def has_torchao() -> bool:

@@ -141,9 +141,14 @@ class _Probe:
 
 @dataclass(eq=False)
 class Target:
-    """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward."""
+    """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward.
+
+    Attributes:
+        views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
+    """
 
     model: Any
+    views: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def config(self) -> Any:
@@ -209,11 +214,6 @@ class Target:
 
         return find_obstacle(self.model)
 
-    @cached_property
-    def twin(self) -> Any:
-        """A second, unpatched model over the same weights. Ask for it in `Patch.check`: later the model may be patched."""
-        return twin(self.model)
-
     def forward(self, ids: torch.Tensor) -> None:
         """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
 
@@ -221,7 +221,7 @@ class Target:
             UnsupportedModel: it fails.
         """
         try:
-            with _evaluating(self.model), torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 self.model(input_ids=ids, use_cache=False)
         except Exception as error:
             raise UnsupportedModel(
@@ -316,7 +316,7 @@ def _run_probe(target: Target) -> _Probe:
     hooks = [m.register_forward_pre_hook(notice_bias, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")]
     hooks += [m.register_forward_pre_hook(shift_positions, with_kwargs=True) for m in decoders]
     try:
-        with _evaluating(model), torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
+        with evaluating(model), torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=probe.cache, use_cache=True)
     except PatchError:
         raise
@@ -343,7 +343,7 @@ def _probe_tokens(target: Target) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No module of ``model`` is in training mode; afterwards, those are that were."""
     was_training = [module for module in model.modules() if module.training]
     for module in was_training:
@@ -612,7 +612,7 @@ def _token_mixers(target: Target) -> tuple[set[nn.Module], bool]:
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     hooks += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(input_ids=_probe_tokens(target)[:1], past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModel(

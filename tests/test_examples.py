@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SAYS = {
     "quickstart.py": ["streaming(window=60): 2 attention layers", "tokens evicted", "bit by bit"],
+    "speculate.py": ["prompt_lookup:", "stdlib-1m-draft:", "the same text every time"],
     "streaming_chat.py": ["tokens so far", "MiB of cache"],
 }
 

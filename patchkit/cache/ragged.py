@@ -40,7 +40,7 @@ class RaggedCache(FixedCache):
     """A `FixedCache` that can take back another number of tokens in every row.
 
     Attributes:
-        lengths: tokens of each row, padding included; empty before the first `keep`.
+        lengths: tokens of each row at the last `keep`, padding included; empty while all rows are as long.
         offsets: [B] int64, the slot of each row's next token; None while that is the same in all rows.
         verifying: forwards of several tokens verify drafts; they are few in kind, and may be compiled.
     """
@@ -85,8 +85,8 @@ class RaggedCache(FixedCache):
         self.lengths, self.offsets = [], None
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        self.lengths = lengths
         equal = len(set(lengths)) == 1
+        self.lengths = [] if equal else lengths
         self.offsets = None if equal else torch.tensor(lengths, device=self.layers[0].keys.device)
         for layer in self.layers:
             layer.seen = max(lengths)

@@ -226,7 +226,10 @@ class FixedCache(_compat.Cache):
         for layer in layers:
             layer.reserve(seen + tokens)
         step = self._steps.get(tokens)
-        if step is None or step.layers[0].keys is not layers[0].keys:
+        if step is not None and step.layers[0].keys is not layers[0].keys:
+            self._steps.clear()  # they keep the old buffers alive
+            step = None
+        if step is None:
             slots = torch.empty(tokens, dtype=torch.int64, device=device)
             at = torch.zeros((), dtype=torch.int64, device=device)
             step = self._steps[tokens] = StepCache([StepLayer(layer.keys, layer.values, slots) for layer in layers], at)

@@ -76,7 +76,7 @@ class TopKAgree(Acceptance):
             raise ValueError(f"topk_agree(k={self.k!r}): give a whole number, at least 1")
 
     def accepts(self, scores: torch.Tensor, token: int) -> bool:
-        return int((scores > scores[token]).sum()) < self.k
+        return bool(scores[token] > -torch.inf) and int((scores > scores[token]).sum()) < self.k
 
 
 @dataclass(frozen=True)

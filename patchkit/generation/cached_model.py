@@ -21,9 +21,11 @@ import torch
 
 from patchkit import _compat
 from patchkit.attention import masks_from
-from patchkit.cache.ragged import RaggedCache
+from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import StreamError
+from patchkit.generation.traced import Traced
+from patchkit.target import evaluating
 from patchkit.testing import TOLERANCES, logit_error
 
 # Attention implementations that take a mask of any form.
@@ -38,15 +40,19 @@ class CachedModel:
         fed: tokens of each row in the cache, padding included.
         pads: left padding of each row.
         ragged: rows may advance by different numbers of tokens, and trees may be verified.
+        traced: how forwards of a few tokens run without the model's Python; None if they do not.
+        hidden: [R, T, D], of the last forward if it was traced.
     """
 
-    def __init__(self, model: Any, cache: Any, pads: list[int], ragged: bool, fed: int = 0) -> None:
+    def __init__(self, model: Any, cache: Any, pads: list[int], ragged: bool, fed: int = 0, traced: Traced | None = None) -> None:
         self.model = model
         self.cache = cache
         self.pads = list(pads)
         self.fed = [fed] * len(pads)
         self.configs, self._arguments = _compat.attention_configs(model), _compat.argument_names(model)
         implementations = {config._attn_implementation or "eager" for config in self.configs}
+        self.traced = traced
+        self.hidden: torch.Tensor | None = None
         self.ragged = ragged and isinstance(cache, RaggedCache) and implementations <= set(_MASKABLE)
         self._rollback: str | None = None  # how tokens are taken back once the prompt is in: "crop" or "replay"
         self._saved: list[dict[str, Any]] = []
@@ -77,6 +83,14 @@ class CachedModel:
             Logits [R, T or 1, V].
         """
         rows, count = tokens.shape
+        if self.traced is not None and ancestors is None and self._rollback is not None and count in VERIFIED_LENGTHS:
+            result = self.traced.forward(tokens)
+            if result is not None:
+                logits, self.hidden = result
+                self._pending.append(tokens)
+                return logits
+            self.traced = None
+        self.hidden = None
         kwargs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
         uneven = len(set(self.fed)) > 1
         device = tokens.device
@@ -96,8 +110,10 @@ class CachedModel:
             slots = torch.arange(max(self.fed) + pending + count, device=device)
             pads = torch.tensor(self.pads, device=device) if any(self.pads) else None
             builder = functools.partial(_row_mask, places, *_slot_places(slots, first, offsets, ancestors), pads)
+            self.cache.verifying = False  # compiled code makes its own masks
             with masks_from(self.configs, builder):
                 logits = self.model(**kwargs).logits
+            self.cache.verifying = True
             if uneven:
                 self.cache.place(count)
             return logits
@@ -136,10 +152,6 @@ class CachedModel:
                 self.cache.move(row, source, self.fed[row])
         self.keep([len(path) for path in paths])
 
-    def fed_elsewhere(self, tokens: torch.Tensor) -> None:
-        """Tokens [R, T] went into the cache without `forward`."""
-        self._pending.append(tokens)
-
     def record(self) -> None:
         """From now on, tokens may be taken back. Call it after the prompt, which is never taken back.
 
@@ -165,6 +177,8 @@ class CachedModel:
         """Go on with these rows only."""
         if self.cache is not None:
             self.cache.reorder_cache(torch.tensor(rows, device=self.model.device))  # batch_select_indices is not on all layers
+        if self.traced is not None:
+            self.traced.select_rows(rows)
         self.fed = [self.fed[row] for row in rows]
         self.pads = [self.pads[row] for row in rows]
 
@@ -196,7 +210,8 @@ def _row_mask(
     """[R, 1, T, S] the layer's own rule between the places [R, T] of the queries and [R or 1, S] of the keys, row by row."""
     rows = torch.arange(len(queries), device=queries.device)[:, None, None, None]
     key = keys[:, None, None, :]
-    mask = kwargs["mask_function"](rows, torch.zeros_like(rows), queries[:, None, :, None], key)
+    origin = torch.zeros_like(rows) if pads is None else pads[:, None, None, None]  # chunks are counted from a row's first token
+    mask = kwargs["mask_function"](rows, torch.zeros_like(rows), queries[:, None, :, None] - origin, key - origin)
     if seen is not None:
         mask = mask & seen[:, None]
     if pads is not None:
@@ -249,7 +264,7 @@ def find_obstacle(model: Any) -> tuple[str | None, bool]:
     Returns:
         Why nothing can be verified exactly, or None; and whether rows may advance by their own numbers of tokens.
     """
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         errors: dict[bool, float] = {}
         for ragged in (True, False):
             try:

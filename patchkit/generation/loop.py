@@ -10,8 +10,9 @@ Shapes: B rows of the batch, R rows still generating, V vocabulary. A round feed
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +29,12 @@ from patchkit.generation.cached_model import CachedModel, make_cache
 from patchkit.generation.controllers import ControllerSession
 from patchkit.generation.drafter import Drafter, Proposal, State
 from patchkit.generation.statistics import RunStatistics, StepRecord
+from patchkit.generation.traced import Traced
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
 from patchkit.quality.latency import cache_bytes
 
+# Calls of generate whose statistics are kept.
+_MOST_RUNS = 256
 # The room that a cache is given at first, in tokens, however many may be generated.
 _MOST_ROOM = 4096
 # Arguments of a forward that the loop makes itself; a run that needs others is not ours.
@@ -67,7 +71,8 @@ class Speculation:
         label: the drafter as text.
         controller: lives as long as the patch: what it has measured holds for the next text too.
         ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
-        runs: statistics of the calls so far.
+        trace: verify through `Traced` where that can be done.
+        runs: statistics of the last calls.
         watching, hidden: whether the decoder's hook keeps its output, and the last one.
     """
 
@@ -76,8 +81,9 @@ class Speculation:
     acceptance: Acceptance
     controller: ControllerSession
     ragged: bool
+    trace: bool
     hits: Counter[str]
-    runs: list[RunStatistics] = field(default_factory=list)
+    runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
     hidden: torch.Tensor | None = None
     said: set[str] = field(default_factory=set)
@@ -104,7 +110,9 @@ def speculate(
     Raises:
         Unserved: the call asks for what only the stock methods do.
     """
-    _refuse(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    _refuse(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache, has_streamer=streamer is not None
+    )
     run = _Run(speculation, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
     if streamer is not None:
         streamer.release()
@@ -116,10 +124,20 @@ def speculate(
         speculation.watching, speculation.hidden = False, None
 
 
-def _refuse(input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any, model_kwargs: dict[str, Any]) -> None:
+def _refuse(
+    model: Any,
+    input_ids: torch.Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    model_kwargs: dict[str, Any],
+    own_cache: bool,
+    has_streamer: bool,
+) -> None:
     """Raise `Unserved` for what the loop cannot honour."""
-    if (config.num_beams or 1) > 1 or getattr(config, "num_beam_groups", 1) not in (None, 1):
-        raise Unserved("beam search")
+    mode = str(config.get_generation_mode().value)
+    if mode not in ("greedy_search", "sample"):
+        raise Unserved(mode.replace("_", " "))
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise Unserved("a prompt of embeddings")
     asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
@@ -133,7 +151,14 @@ def _refuse(input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any
         raise Unserved("output_attentions and output_hidden_states")
     if any(type(each).__name__.startswith("UnbatchedClassifierFreeGuidance") for each in processors):
         raise Unserved("classifier-free guidance")
+    limit = _compat.rope_switch(model.config.get_text_config(decoder=True))
+    if limit is not None and (config.max_length or limit) >= limit:
+        raise Unserved(f"texts that may pass the {limit} positions at which this model changes all its rotary frequencies")
     if len(input_ids) > 1:
+        if has_streamer:
+            raise Unserved("a streamer on a batch")
+        if not own_cache:
+            raise Unserved("past_key_values on a batch, whose rows leave when they end")
         strangers = [type(each).__name__ for each in processors if type(each).__name__ not in _BY_ROW]
         strangers += [type(each).__name__ for each in criteria if type(each).__name__ not in _KNOWN_CRITERIA]
         if strangers:
@@ -174,6 +199,8 @@ class _Run:
             cache = make_cache(model, min(config.max_length or 1, _MOST_ROOM))
         self.past = cache.get_seq_length()
         self.cached = CachedModel(model, cache, pads, speculation.ragged, self.past)
+        if speculation.trace and Traced.serves(model, cache, verifies=True):
+            self.cached.traced = Traced(model, cache, pads, verifies=True)
         self.stops = _Stops(criteria, input_ids.device)
         buffer = input_ids.new_zeros(batch, length + 64)
         buffer[:, :length] = input_ids
@@ -183,6 +210,8 @@ class _Run:
         self.keeps_scores = config.return_dict_in_generate and config.output_scores
         self.keeps_logits = config.return_dict_in_generate and config.output_logits
         self.row_processors = [_processors_of(row, processors) for row in range(batch)]
+        # A processor that may keep a state must not see what is only drafted.
+        self.draft_processors = [type(own)(each for each in own if type(each).__name__ in _BY_ROW) for own in self.row_processors]
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.prompt = length
@@ -201,7 +230,7 @@ class _Run:
         self._prefill(session)
         while self.active:
             started = time.perf_counter()
-            k = min(speculation.controller.choose(), max(self.stops.room(length) for length in state.lengths) - 1)
+            k = min(speculation.controller.choose(), min(self.stops.room(length) for length in state.lengths) - 1)
             proposal = session.propose(state, k) if k > 0 else None
             if proposal is not None:
                 proposal = _at_most(proposal if self.cached.ragged else _trunk(proposal), k)
@@ -213,8 +242,9 @@ class _Run:
             rows = state.rows
             accepted, paths, emitted = self._settle(proposal, logits)
             if speculation.watching:
-                assert speculation.hidden is not None
-                session.observe(*self._standing(speculation.hidden, proposal, paths))
+                hidden = speculation.hidden if self.cached.hidden is None else self.cached.hidden
+                assert hidden is not None
+                session.observe(*self._standing(hidden, proposal, paths))
             self._drop_finished(session)
             ended = time.perf_counter()
             record = StepRecord(
@@ -246,6 +276,7 @@ class _Run:
         self._settle(None, logits[:, -1:], fed=False)
         if self.speculation.watching:
             session.observe(torch.cat([each for each in hidden if each is not None], 1), [prompt.shape[1]] * len(prompt))
+        self.statistics.memory_bytes = cache_bytes(self.cached.cache)
         self._drop_finished(session)
         self.statistics.prefill_ms = 1000 * (time.perf_counter() - started)
 
@@ -253,13 +284,18 @@ class _Run:
         """Logits [R, 1 + n, V] after the last known token and after each draft."""
         device = self.state.tokens.device
         last = self.state.tokens[torch.arange(self.state.rows, device=device), torch.tensor(self.state.lengths, device=device) - 1]
-        if proposal is None:
-            return self.cached.forward(last[:, None])
+        if proposal is None:  # as plain decoding does it, which is what all else is compared with
+            traced, self.cached.traced = self.cached.traced, None
+            logits = self.cached.forward(last[:, None])
+            self.cached.traced = traced
+            return logits
         tokens = torch.cat([last[:, None], proposal.tokens], 1)
         if proposal.parents is None:
             width = tokens.shape[1]
-            if "_patchkit_compile" in vars(self.decoder):
+            if self.cached.traced is not None or "_patchkit_compile" in vars(self.decoder):
                 rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
+                if self.stops.room(max(self.cached.fed)) < rounded:  # there may be no positions beyond
+                    rounded = width
                 tokens = torch.nn.functional.pad(tokens, (0, rounded - width))
             return self.cached.forward(tokens)[:, :width]
         depths, ancestors = tree_shape(proposal.parents, device)
@@ -279,7 +315,9 @@ class _Run:
         accepted = [len(path) - 1 for path in nodes]
         if self.cached.aligned:  # no row may get ahead of the others
             least = min((len(new) for new, done in zip(texts, self.done, strict=True) if not done), default=max(map(len, texts)))
-            texts = [new if done else new[:least] for new, done in zip(texts, self.done, strict=True)]
+            # A row that ended beyond that goes back too: to keep only drawn ends would make ends likelier than they are.
+            self.done = [done and len(new) <= least for new, done in zip(texts, self.done, strict=True)]
+            texts = [new[:least] for new in texts]
             nodes = [(path + path[-1:] * least)[:least] for path in nodes]
             accepted = [min(count, least - 1) for count in accepted]
         paths = [path[: len(new)] for path, new in zip(nodes, texts, strict=True)]
@@ -458,7 +496,7 @@ class _Run:
         rows = []
         for row, length in enumerate(state.lengths):
             text = torch.cat([state.tokens[row, :length], drafted[row]])
-            rows.append(self.row_processors[self.active[row]](text[None], logits[row : row + 1])[0])
+            rows.append(self.draft_processors[self.active[row]](text[None], logits[row : row + 1])[0])
         return torch.stack(rows).softmax(-1)
 
     # -- the end -----------------------------------------------------------------------------------------------------------
@@ -472,7 +510,7 @@ class _Run:
         if self.streamer is not None:
             self.streamer.end()
         cache: Any = self.cached.cache
-        self.statistics.memory_bytes = cache_bytes(cache) + cache_bytes(session)
+        self.statistics.memory_bytes = max(self.statistics.memory_bytes, cache_bytes(cache) + cache_bytes(session))
         self.speculation.runs.append(self.statistics)
         if not self.config.return_dict_in_generate:
             return sequences
@@ -610,7 +648,7 @@ def _synchronize(model: Any) -> None:
 
 
 def statistics_of(model: Any) -> RunStatistics:
-    """What the calls of ``model.generate`` did since the model was patched, or since `reset_statistics`.
+    """What the last calls of ``model.generate`` did, up to 256, since the model was patched or since `reset_statistics`.
 
     Raises:
         PatchConflict: the model is not patched with speculative.

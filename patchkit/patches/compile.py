@@ -334,6 +334,8 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     if cache is None or cache.get_seq_length() == 0 or inputs is None or decoder.training:
         return ""
+    if isinstance(cache, FixedCache) and not cache.step_lengths:
+        return "rows of the batch advance by different numbers of tokens"
     if inputs.shape[1] not in (cache.step_lengths if isinstance(cache, FixedCache) else (1,)):
         return ""
     asked = [name for name, value in kwargs.items() if value is not False and name not in _PLAIN]

@@ -49,6 +49,8 @@ class Speculative(Patch):
         k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
         acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
             "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
+        trace: on a CPU, verify with a small model through a TorchScript trace of itself, where nothing in the model looks into a tensor
+            (`patchkit.generation.traced`): the same kernels without the Python between them.
 
     Raises:
         ValueError, TypeError: an option that names nothing, or out of range.
@@ -60,12 +62,12 @@ class Speculative(Patch):
     draft: Any = "prompt_lookup"
     k: Any = "cost_model"
     acceptance: Any = "exact"
+    trace: bool = True
 
     def __post_init__(self) -> None:
         self._controller()
         self._acceptance()
-        if not isinstance(self.draft, str):  # names are looked up when there is a model to draft for
-            self._drafter()
+        _drafter(self.draft, None)
 
     def check(self, target: Target) -> None:
         name = type(target.model).__name__
@@ -74,14 +76,19 @@ class Speculative(Patch):
             raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}")
         if getattr(target.model.generate, "__func__", None) is not type(target.model).generate:
             raise PatchConflict(f"this {name} has a generate of its own, which speculative would hide: remove it first")
-        self._drafter().check(target)
+        devices = {str(parameter.device) for parameter in target.model.parameters()}
+        if len(devices) > 1:
+            raise UnsupportedModel(f"{name} is spread over {', '.join(sorted(devices))}: speculative needs all of it on one device")
+        drafter = _drafter(self.draft, target)
+        assert drafter is not None
+        drafter.check(target)
+        target.views[id(self)] = drafter
 
     def apply(self, target: Target, handle: Handle) -> None:
-        drafter = self._drafter()
+        drafter = target.views.pop(id(self))
         _, ragged = target.rollback
-        speculation = Speculation(
-            drafter.prepared(target), str(drafter), self._acceptance(), self._controller().begin(), ragged, handle.hits
-        )
+        prepared, control = drafter.prepared(target), self._controller().begin()
+        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits)
         handle.set_attribute(target.model, "_patchkit_speculative", speculation)
         handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
         handle.hook(target.decoder, _keep_hidden)
@@ -97,23 +104,22 @@ class Speculative(Patch):
     def _acceptance(self) -> Acceptance:
         return acceptance(self.acceptance)
 
-    def _drafter(self) -> Drafter:
-        return _drafter(self.draft)
 
-
-def _drafter(draft: Any) -> Drafter:
+def _drafter(draft: Any, target: Target | None) -> Drafter | None:
+    """What ``draft`` stands for; without a target, None where that would load a model."""
     if isinstance(draft, Drafter):
         return draft
     if isinstance(draft, str):
-        return _named_drafter(draft)
+        return _named_drafter(draft, target)
     if isinstance(draft, list | tuple):
-        return Chain(tuple(_drafter(each) for each in draft))
+        drafters = [_drafter(each, target) for each in draft]
+        return None if None in drafters and target is None else Chain(tuple(each for each in drafters if each is not None))
     if isinstance(draft, nn.Module):
         return DraftModel(draft)
     raise TypeError(f"draft={draft!r}: give a drafter, a loaded model, a name or path, or a list of these")
 
 
-def _named_drafter(name: str) -> Drafter:
+def _named_drafter(name: str, target: Target | None) -> Drafter | None:
     if name == "prompt_lookup":
         return PromptLookup()
     if name == "medusa":
@@ -124,14 +130,11 @@ def _named_drafter(name: str) -> Drafter:
         from patchkit.generation.drafters.eagle import Eagle
 
         return Eagle(heads="bundled")
-    return DraftModel(_load(name))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(name: str) -> Any:
+    if target is None:
+        return None
     from patchkit.models import load_model
 
-    return load_model(name)[0]
+    return DraftModel(load_model(name, target.model.dtype)[0].to(target.model.device))
 
 
 def _keep_hidden(decoder: nn.Module, args: Any, output: Any) -> None:
@@ -171,9 +174,11 @@ def _why_stock(model: Any, given: dict[str, Any], extra: dict[str, Any]) -> str 
     for name in ("custom_generate", "assistant_model", "synced_gpus", "negative_prompt_ids"):
         if given.get(name) is not None and given.get(name) is not False:
             return f"{name}="
-    for name in ("prompt_lookup_num_tokens", "use_mtp", "position_ids", "trust_remote_code"):
+    for name in ("prompt_lookup_num_tokens", "use_mtp", "position_ids", "trust_remote_code", "token_healing"):
         if extra.get(name) is not None:
             return f"{name}="
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return "several processes, which would each choose a K of their own"
     configs = [given.get("generation_config"), model.generation_config]
     if extra.get("stop_strings") is None and any(getattr(config, "stop_strings", None) is not None for config in configs):
         return "stop_strings of a generation_config (give them to generate)"

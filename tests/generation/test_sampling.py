@@ -133,6 +133,28 @@ def test_a_lossy_policy_and_a_wrong_distribution_are_noticed() -> None:
     assert chi_square_excess(counts, exact(0.97, 1.0)) > 4
 
 
+def test_rows_that_advance_together_do_not_end_too_often() -> None:
+    """In an aligned batch a row may be cut back behind an end that it drew; keeping just the ends would make them likelier."""
+    model, end = small_model(0), 4
+    counts: Counter[tuple[int, ...]] = Counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        draft = Speculative(draft=DraftModel(small_model(1)), k=2)
+        with patched(model, "streaming(sinks=1, window=60)", draft, verbose=False):
+            for _ in range(400):
+                texts = model.generate(torch.tensor([PROMPT] * 16), max_new_tokens=4, do_sample=True, top_k=0, eos_token_id=end)
+                counts.update(map(tuple, texts[:, len(PROMPT) : len(PROMPT) + 3].tolist()))
+    wanted: dict[tuple[int, int, int], float] = {}
+    for text, probability in exact(1.0, 1.0).items():
+        ended = text[: text.index(end) + 1] if end in text else text
+        key = (*ended, 0, 0)[:3]
+        wanted[key] = wanted.get(key, 0.0) + probability
+    short = {key: value for key, value in wanted.items() if key[0] != end}
+    kept_counts = Counter({key: count for key, count in counts.items() if key[0] != end})
+    total = sum(short.values())
+    assert chi_square_excess(kept_counts, {key: value / total for key, value in short.items()}) < 4
+
+
 def test_one_text_alone_has_the_distribution_too() -> None:
     """A batch is judged at once; a single text with a processor that looks at it, token by token."""
     model = small_model(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.generation.cached_model import CachedModel, find_obstacle, keeps_own_cache, make_cache
 from patchkit.generation.drafter import Drafter, Draws, Proposal, Session, State
-from patchkit.generation.traced import TracedSteps
+from patchkit.generation.traced import Traced
 from patchkit.target import Target
 
 # First tokens that a shortened prompt keeps: attention needs them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
@@ -38,6 +39,8 @@ class DraftModel(Drafter):
     sample: bool = True
     trace: bool = True
     context: int | None = None
+    # Whether the model keeps a cache of its own, and whether rows may advance by themselves; found out in `prepared`.
+    able: tuple[bool, bool] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "get_input_embeddings") or not hasattr(self.model, "config"):
@@ -64,7 +67,14 @@ class DraftModel(Drafter):
         if obstacle is not None:
             raise UnsupportedModel(f"{own} cannot draft: {obstacle}")
 
+    def prepared(self, target: Target) -> Drafter:
+        return dataclasses.replace(self, able=(keeps_own_cache(self.model), _able(self.model)[1]))
+
     def begin(self, model: Any, state: State) -> Session:
+        if self.model.device != state.tokens.device:
+            raise UnsupportedModel(
+                f"the draft is on {self.model.device}, the text on {state.tokens.device}: unpatch, move both, patch again"
+            )
         return DraftModelSession(self, state)
 
     def __str__(self) -> str:
@@ -86,28 +96,32 @@ class DraftModelSession(Session):
         self.skipped = 0
         if options.context is not None and not any(state.pads):
             self.skipped = max(0, length - _FIRST - options.context)
-        own = keeps_own_cache(options.model)
+        assert options.able is not None
+        own, ragged = options.able
         cache = None if own else make_cache(options.model)
-        self.cached = CachedModel(options.model, cache, state.pads, ragged=not own and _able(options.model)[1])
+        self.cached = CachedModel(options.model, cache, state.pads, ragged=not own and ragged)
+        config = options.model.config.get_text_config(decoder=True)
+        # Tables of positions end; rotary ones do not.
+        self.limit = None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
         self.aligned = self.cached.aligned
-        traces = options.trace and TracedSteps.serves(options.model, cache)
-        self.steps = TracedSteps(options.model, self.cached.cache, state.pads) if traces else None
+        if options.trace and Traced.serves(options.model, cache, verifies=False):
+            self.cached.traced = Traced(options.model, self.cached.cache, state.pads, verifies=False)
         self.drafts: list[list[int]] = [[] for _ in range(state.rows)]  # of the last round
 
     def propose(self, state: State, k: int) -> Proposal | None:
+        if self.limit is not None and max(state.lengths) + k > self.limit:
+            return None
         self._take_back(state)
-        logits = self._catch_up(state, k)
+        logits = self._catch_up(state)
         draws = Draws(state, greedy=not self.options.sample)
         for i in range(k):
-            draws.draw(self._step(draws.last[:, None]) if i else logits)
+            draws.draw(self.cached.forward(draws.last[:, None])[:, -1] if i else logits)
         self.drafts = draws.tokens.tolist()
         return Proposal(draws.tokens, [k] * state.rows, draws.probabilities)
 
     def select_rows(self, rows: list[int]) -> None:
         self.cached.keep([0] * len(self.drafts))
         self.cached.select_rows(rows)
-        if self.steps is not None:
-            self.steps.pads = self.steps.pads[rows]
         self.drafts = [[] for _ in rows]
 
     def _take_back(self, state: State) -> None:
@@ -122,39 +136,24 @@ class DraftModelSession(Session):
             counts.append(_common_prefix(drafts[:pending], known))
         self.cached.keep([min(counts)] * len(counts) if self.aligned else counts)
 
-    def _catch_up(self, state: State, k: int) -> torch.Tensor:
+    def _catch_up(self, state: State) -> torch.Tensor:
         """Feed what is known and was not fed yet; logits [R, V] after the last known token."""
         unfed = [length - self.skipped - fed for length, fed in zip(state.lengths, self.cached.fed, strict=True)]
         first = self.cached.fed[0] == 0
         if first and self.skipped:
-            tokens = torch.cat([state.tokens[:, :_FIRST], state.tokens[:, self.skipped + _FIRST : state.lengths[0]]], 1)
+            tokens = torch.cat([state.tokens[:, :_FIRST], state.tokens[:, self.skipped + _FIRST : max(state.lengths)]], 1)
         else:
             tokens = state.tokens.new_zeros(state.rows, max(unfed))
             for row, (count, length) in enumerate(zip(unfed, state.lengths, strict=True)):
                 tokens[row, :count] = state.tokens[row, length - count : length]
-        if self.steps is not None and not first and not self.steps.begin(max(k, 1)):
-            self.steps = None
-        if self.steps is not None and not first and tokens.shape[1] == 1:
-            logits = self._step(tokens)
-            self.cached.keep(unfed)
-            return logits
-        everything = self.cached.forward(tokens, only_last=len(set(unfed)) == 1)
+        logits = self.cached.forward(tokens, only_last=len(set(unfed)) == 1)
         self.cached.keep(unfed)
         if first:
             self.cached.record()
-        if self.steps is not None and not self.steps.begin(k):
-            self.steps = None
-        if everything.shape[1] == 1:
-            return everything[:, 0]
-        rows = torch.arange(state.rows, device=everything.device)
-        return everything[rows, torch.tensor(unfed, device=everything.device) - 1]
-
-    def _step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feed one token [R, 1]; logits [R, V]."""
-        if self.steps is None:
-            return self.cached.forward(tokens)[:, -1]
-        self.cached.fed_elsewhere(tokens)
-        return self.steps.step(tokens)
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        rows = torch.arange(state.rows, device=logits.device)
+        return logits[rows, torch.tensor(unfed, device=logits.device) - 1]
 
 
 def _able(model: Any) -> tuple[str | None, bool]:

@@ -18,7 +18,7 @@ from patchkit.errors import NothingMatched
 from patchkit.generation.drafter import Drafter, Session, State
 from patchkit.generation.drafters.draft_model import DraftModel
 from patchkit.patch import Patch
-from patchkit.target import Target
+from patchkit.target import Target, twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +46,22 @@ class SelfDraft(Drafter):
             raise ValueError("SelfDraft() would draft with the target itself: give patches='streaming(window=252)' or skip_layers=(...)")
 
     def check(self, target: Target) -> None:
-        from patchkit.api import unpatch_model
+        view = twin(target.model)
+        if self.skip_layers:
+            for layers, index in _layers(view, self.skip_layers):
+                layers[index] = _Skipped(_extra_outputs(view, layers[index]))
+        if self.patches:
+            from patchkit.api import patch_model
 
-        view = self._view(target)
-        try:
-            DraftModel(view).check(target)
-        finally:
-            if self.patches:
-                unpatch_model(view)
+            patch_model(view, *self._resolved(), verbose=False)
+        DraftModel(view).check(target)
+        target.views[id(self)] = view
 
     def prepared(self, target: Target) -> Drafter:
-        view = self._view(target)
         windows = [getattr(patch, "window", None) for patch in self._resolved()]
         # What a window would drop need not be fed.
-        return DraftModel(view, sample=self.sample, context=next((window for window in windows if window), None))
+        context = next((window for window in windows if window), None)
+        return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
 
     def begin(self, model: Any, state: State) -> Session:
         raise NotImplementedError("SelfDraft drafts through what prepared(target) returns")
@@ -73,16 +75,6 @@ class SelfDraft(Drafter):
         from patchkit.api import _resolve
 
         return _resolve([self.patches]) if self.patches else []
-
-    def _view(self, target: Target) -> Any:
-        """The target's twin, patched."""
-        from patchkit.api import patch_model
-
-        view = target.twin
-        if self.skip_layers and not any(isinstance(module, _Skipped) for module in view.modules()):
-            for layers, index in _layers(view, self.skip_layers):
-                layers[index] = _Skipped(_extra_outputs(view, layers[index]))
-        return patch_model(view, *self._resolved(), verbose=False) if self.patches else view
 
 
 class _Skipped(nn.Module):
