@@ -24,6 +24,7 @@ from patchkit import _compat
 from patchkit.cache.ragged import VERIFIED_LENGTHS
 from patchkit.cache.step import FixedCache
 from patchkit.errors import PatchConflict
+from patchkit.generation import traced
 from patchkit.generation.acceptance import Acceptance
 from patchkit.generation.cached_model import CachedModel, make_cache
 from patchkit.generation.controllers import ControllerSession
@@ -229,13 +230,13 @@ class _Run:
         speculation.controller.new_text()
         self._prefill(session)
         while self.active:
-            started = time.perf_counter()
+            started, making = time.perf_counter(), traced.making.milliseconds
             k = min(speculation.controller.choose(), min(self.stops.room(length) for length in state.lengths) - 1)
             proposal = session.propose(state, k) if k > 0 else None
             if proposal is not None:
                 proposal = _at_most(proposal if self.cached.ragged else _trunk(proposal), k)
             _synchronize(self.model)
-            drafted = time.perf_counter()
+            drafted, drafts_making = time.perf_counter(), traced.making.milliseconds
             logits = self._verify(proposal)
             _synchronize(self.model)
             verified = time.perf_counter()
@@ -253,8 +254,8 @@ class _Run:
                 proposed=tuple(_depths(proposal, rows)),
                 accepted=tuple(accepted),
                 emitted=emitted,
-                draft_ms=1000 * (drafted - started),
-                verify_ms=1000 * (verified - drafted),
+                draft_ms=1000 * (drafted - started) - (drafts_making - making),
+                verify_ms=1000 * (verified - drafted) - (traced.making.milliseconds - drafts_making),
                 overhead_ms=1000 * (ended - verified),
             )
             self.statistics.add(record)
@@ -285,9 +286,9 @@ class _Run:
         device = self.state.tokens.device
         last = self.state.tokens[torch.arange(self.state.rows, device=device), torch.tensor(self.state.lengths, device=device) - 1]
         if proposal is None:  # as plain decoding does it, which is what all else is compared with
-            traced, self.cached.traced = self.cached.traced, None
+            held, self.cached.traced = self.cached.traced, None
             logits = self.cached.forward(last[:, None])
-            self.cached.traced = traced
+            self.cached.traced = held
             return logits
         tokens = torch.cat([last[:, None], proposal.tokens], 1)
         if proposal.parents is None:

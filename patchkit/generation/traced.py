@@ -14,6 +14,8 @@ Shapes: R rows, T tokens, C slots of the cache, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import warnings
 import weakref
 from typing import Any
@@ -36,6 +38,15 @@ _looks: weakref.WeakKeyDictionary[nn.Module, dict[int, str | None]] = weakref.We
 # In larger models kernels take the time, and in longer caches a trace reads all the slots that are still empty.
 _MOST_PARAMETERS = 64_000_000
 _MOST_ROOM = 2048
+
+
+class _Making(threading.local):
+    """Milliseconds that this thread has spent on making traces: no part of what a round costs."""
+
+    milliseconds = 0.0
+
+
+making = _Making()
 
 
 class Traced:
@@ -88,7 +99,9 @@ class Traced:
         traces = _traces.setdefault(self.model, {})
         key = (self.verifies, self.parameters, mask.shape, mask.dtype, torch.is_inference_mode_enabled())
         if key not in traces:
+            started = time.perf_counter()
             traces[key] = self._make(arguments)
+            making.milliseconds += 1000 * (time.perf_counter() - started)
         if traces[key] is None:
             return None
         logits, hidden = traces[key](*arguments)

@@ -1,0 +1,89 @@
+"""Forwards as traces: what they give, and when none is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from speculation import plain_text, text_of
+from torch import nn
+
+from patchkit import patched
+from patchkit.cache.ragged import RaggedCache
+from patchkit.generation.drafters.draft_model import DraftModel
+from patchkit.generation.traced import Traced
+from patchkit.patches.speculative import Speculative
+from patchkit.testing import TOLERANCES, logit_error, tiny_model
+
+
+def filled(model: Any, lengths: list[int]) -> tuple[RaggedCache, torch.Tensor]:
+    ids = torch.randint(3, 128, (len(lengths), 20), generator=torch.Generator().manual_seed(0))
+    cache = RaggedCache(model.config.num_hidden_layers)
+    model(input_ids=ids[:, : max(lengths)], past_key_values=cache, use_cache=True)
+    cache.keep(max(lengths), lengths)
+    return cache, ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", ([9], [9, 9], [9, 6]))
+@pytest.mark.parametrize("family", ("llama", "gpt_neox", "qwen3", "mixtral", "opt"))
+def test_a_trace_gives_what_the_model_gives(family: str, lengths: list[int]) -> None:
+    model = tiny_model(family)
+    cache, ids = filled(model, lengths)
+    traced = Traced(model, cache, [0] * len(lengths), verifies=False)
+    for tokens in (1, 3, 1):  # one after the other, each behind what the one before has fed
+        starts = cache.offsets.tolist() if cache.offsets is not None else [cache.layers[0].seen] * len(lengths)
+        fed = torch.stack([ids[row, start : start + tokens] for row, start in enumerate(starts)])
+        result = traced.forward(fed)
+        assert result is not None
+        for row, start in enumerate(starts):
+            wanted = model(ids[row : row + 1, : start + tokens]).logits[:, -tokens:]
+            assert logit_error(result[0][row : row + 1], wanted) <= TOLERANCES[torch.float32].logits
+        if cache.offsets is None:
+            cache.keep(tokens, [tokens] * len(lengths))
+
+
+class Peeking(nn.Module):
+    """A feed-forward block that looks into its input to decide what to do, and lies about where it comes from."""
+
+    __module__ = "transformers.models.peeking"
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if float(x.sum()) > 0 else -self.inner(x)
+
+
+def test_a_model_that_looks_into_tensors_verifies_untraced() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp = Peeking(model.model.layers[0].mlp)
+    wanted = text_of(model, 1, 60)
+    with patched(model, Speculative(draft=DraftModel(tiny_model("llama")), k=2), verbose=False):
+        assert torch.equal(text_of(model, 1, 60), wanted)
+        assert serves(model) and verifying(model) is None
+
+
+def test_hooks_and_foreign_modules_are_not_traced_away() -> None:
+    model, calls = tiny_model("llama"), []
+    with patched(model, Speculative(draft=DraftModel(tiny_model("llama")), k=2), verbose=False):
+        assert serves(model) and verifying(model) is not None
+        hook = model.model.layers[1].register_forward_hook(lambda *args: calls.append(1))
+        assert not serves(model)
+        assert torch.equal(text_of(model, 1, 40), plain_text("llama", 1)[:, :52])
+        hook.remove()
+        assert calls
+    with patched(model, "mlp_int8(mode=weight_only)", Speculative(draft="prompt_lookup"), verbose=False):
+        assert not serves(model)
+
+
+def serves(model: Any) -> bool:
+    return Traced.serves(model, RaggedCache(model.config.num_hidden_layers), verifies=True)
+
+
+@torch.no_grad()
+def verifying(model: Any) -> Any:
+    cache, ids = filled(model, [9])
+    return Traced(model, cache, [0], verifies=True).forward(ids[:, 9:12])
