@@ -53,6 +53,8 @@ def test_a_patch_acts_and_is_gone_when_removed(name, family):
         assert logit_error(logits(model), plain) <= TOLERANCES[torch.float32].logits
     else:
         assert (logits(model) - plain).abs().max() > DIFFERS
+    if available_patches()[name].stage is Stage.GENERATION:
+        model.generate(torch.arange(3, 11)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
     facts = report(model).patches[0]
     assert facts.name == name and sum(facts.changed.values()) > 0 and sum(facts.hits.values()) > 0
     assert unpatch_model(model) is model

@@ -54,7 +54,7 @@ class Peeking(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) if float(x.sum()) > 0 else -self.inner(x)
+        return self.inner(x) if float(x.abs().sum()) < 1e9 else -self.inner(x)
 
 
 def test_a_model_that_looks_into_tensors_verifies_untraced() -> None:
