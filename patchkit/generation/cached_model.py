@@ -111,9 +111,11 @@ class CachedModel:
             pads = torch.tensor(self.pads, device=device) if any(self.pads) else None
             builder = functools.partial(_row_mask, places, *_slot_places(slots, first, offsets, ancestors), pads)
             self.cache.verifying = False  # compiled code makes its own masks
-            with masks_from(self.configs, builder):
-                logits = self.model(**kwargs).logits
-            self.cache.verifying = True
+            try:
+                with masks_from(self.configs, builder):
+                    logits = self.model(**kwargs).logits
+            finally:
+                self.cache.verifying = True
             if uneven:
                 self.cache.place(count)
             return logits

@@ -21,7 +21,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from patchkit import _compat
-from patchkit.cache.ragged import VERIFIED_LENGTHS
+from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import PatchConflict
 from patchkit.generation import traced
@@ -293,7 +293,8 @@ class _Run:
         tokens = torch.cat([last[:, None], proposal.tokens], 1)
         if proposal.parents is None:
             width = tokens.shape[1]
-            if self.cached.traced is not None or "_patchkit_compile" in vars(self.decoder):
+            compiled = isinstance(self.cached.cache, RaggedCache) and "_patchkit_compile" in vars(self.decoder)
+            if self.cached.traced is not None or compiled:
                 rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
                 if self.stops.room(max(self.cached.fed)) < rounded:  # there may be no positions beyond
                     rounded = width
