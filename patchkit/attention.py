@@ -141,15 +141,20 @@ def swap_mask_builder(builder: MaskBuilder | None) -> MaskBuilder | None:
 
 
 @contextlib.contextmanager
-def masks_from(configs: list[Any], builder: MaskBuilder) -> Iterator[None]:
-    """Within this context (and thread), models with these configs get their masks from ``builder``."""
+def masks_from(configs: list[Any], builder: MaskBuilder | None) -> Iterator[None]:
+    """Within this context (and thread), models with these configs get their masks from ``builder``; None: from the usual functions.
+
+    Each implementation ``"sdpa"`` then runs without copying keys for the heads that share them (`_grouped_sdpa`).
+    """
     before = [config._attn_implementation_internal for config in configs]
-    outer = swap_mask_builder(builder)
+    outer, grouped = swap_mask_builder(builder), getattr(_this_thread, "grouped", False)
+    _this_thread.grouped = True
     try:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = alias_of(implementation or "eager")
         yield
     finally:
+        _this_thread.grouped = grouped
         swap_mask_builder(outer)
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -189,6 +194,8 @@ def _in_front_of(implementation: str) -> AttentionFunction:
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> AttentionOutput:
         original = original_function(implementation, module)
+        if implementation == "sdpa" and getattr(_this_thread, "grouped", False):
+            original = functools.partial(_grouped_sdpa, original)
         recorders = getattr(_this_thread, "recorders", None)
         if recorders is not None:
             recorders[0](dict(module=module, query=query, key=key, value=value, attention_mask=attention_mask, kwargs=kwargs))
@@ -198,6 +205,24 @@ def _in_front_of(implementation: str) -> AttentionFunction:
         return ours(original, module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+def _grouped_sdpa(
+    sdpa: AttentionFunction,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """transformers' ``"sdpa"``, which copies all keys once per head of a group when there is a mask; on a CPU torch needs no copies."""
+    asked = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    if attention_mask is None or key.device.type != "cpu" or key.shape[1] == query.shape[1] or asked:
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return attended.transpose(1, 2).contiguous(), None
 
 
 def _mask_of(implementation: str) -> Callable[..., torch.Tensor | None]:

@@ -83,7 +83,7 @@ class CachedModel:
             Logits [R, T or 1, V].
         """
         rows, count = tokens.shape
-        if self.traced is not None and ancestors is None and self._rollback is not None and count in VERIFIED_LENGTHS:
+        if self.traced is not None and ancestors is None and self._rollback is not None and count <= VERIFIED_LENGTHS[-1]:
             result = self.traced.forward(tokens)
             if result is not None:
                 logits, self.hidden = result

@@ -316,6 +316,8 @@ class _CostModelSession(ControllerSession):
         return best
 
     def observe(self, record: StepRecord) -> None:
+        if record.rows < self.rows:  # those whose drafts were accepted less go on
+            self._forget(_REMEMBERED_AT_NEW_TEXT)
         self.rows = record.rows
         if self.rows not in self.costs:
             nearest = min(self.costs, key=lambda rows: abs(rows - self.rows), default=None)
@@ -366,7 +368,8 @@ class _CostModelSession(ControllerSession):
             accepted += survives
             self.tokens[k] = 1 + self.row_has_proposal.share * accepted
             self.speeds[k] = self.tokens[k] / (draft[k] + share * costs.target.at[k] + (1 - share) * plain)
-            self.promises[k] = self.speeds[k] * (1 + _BONUS / max(len(costs.target.times.get(k, ())), 1))
+            measured = sum(len(each.target.times.get(k, ())) for each in self.costs.values())
+            self.promises[k] = self.speeds[k] * (1 + _BONUS / max(measured, 1))
 
     def _first_rounds(self) -> list[int]:
         if self.smallest > 0 or self.largest == 0:

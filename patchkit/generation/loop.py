@@ -111,10 +111,9 @@ def speculate(
     Raises:
         Unserved: the call asks for what only the stock methods do.
     """
-    _refuse(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache, has_streamer=streamer is not None
-    )
-    run = _Run(speculation, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
+    call = _Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
+    _refuse(call, has_streamer=streamer is not None)
+    run = _Run(speculation, call)
     if streamer is not None:
         streamer.release()
         run.streamer = streamer
@@ -125,17 +124,22 @@ def speculate(
         speculation.watching, speculation.hidden = False, None
 
 
-def _refuse(
-    model: Any,
-    input_ids: torch.Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
-    model_kwargs: dict[str, Any],
-    own_cache: bool,
-    has_streamer: bool,
-) -> None:
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What one call of generate is given: see `speculate`."""
+
+    model: Any
+    input_ids: torch.Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    model_kwargs: dict[str, Any]
+    own_cache: bool
+
+
+def _refuse(call: _Call, has_streamer: bool) -> None:
     """Raise `Unserved` for what the loop cannot honour."""
+    input_ids, config, model_kwargs = call.input_ids, call.config, call.model_kwargs
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
         raise Unserved(mode.replace("_", " "))
@@ -150,18 +154,18 @@ def _refuse(
         raise Unserved(f"cache_implementation={config.cache_implementation!r}")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise Unserved("output_attentions and output_hidden_states")
-    if any(type(each).__name__.startswith("UnbatchedClassifierFreeGuidance") for each in processors):
+    if any(type(each).__name__.startswith("UnbatchedClassifierFreeGuidance") for each in call.processors):
         raise Unserved("classifier-free guidance")
-    limit = _compat.rope_switch(model.config.get_text_config(decoder=True))
+    limit = _compat.rope_switch(call.model.config.get_text_config(decoder=True))
     if limit is not None and (config.max_length or limit) >= limit:
         raise Unserved(f"texts that may pass the {limit} positions at which this model changes all its rotary frequencies")
     if len(input_ids) > 1:
         if has_streamer:
             raise Unserved("a streamer on a batch")
-        if not own_cache:
+        if not call.own_cache:
             raise Unserved("past_key_values on a batch, whose rows leave when they end")
-        strangers = [type(each).__name__ for each in processors if type(each).__name__ not in _BY_ROW]
-        strangers += [type(each).__name__ for each in criteria if type(each).__name__ not in _KNOWN_CRITERIA]
+        strangers = [type(each).__name__ for each in call.processors if type(each).__name__ not in _BY_ROW]
+        strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in _KNOWN_CRITERIA]
         if strangers:
             raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
     past, mask = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("attention_mask")
@@ -177,32 +181,23 @@ def _refuse(
 class _Run:
     """One call of generate."""
 
-    def __init__(
-        self,
-        speculation: Speculation,
-        model: Any,
-        input_ids: torch.Tensor,
-        processors: Any,
-        criteria: Any,
-        config: Any,
-        model_kwargs: dict[str, Any],
-        own_cache: bool,
-    ) -> None:
-        self.speculation, self.model, self.processors, self.config = speculation, model, processors, config
+    def __init__(self, speculation: Speculation, call: _Call) -> None:
+        self.speculation, self.model, self.processors, self.config = speculation, call.model, call.processors, call.config
         self.streamer: Any = None
-        self.decoder = _compat.decoder_of(model)
-        self.sampled = bool(config.do_sample)
+        self.decoder = _compat.decoder_of(self.model)
+        self.sampled = bool(self.config.do_sample)
+        input_ids, config = call.input_ids, call.config
         batch, length = input_ids.shape
-        mask = model_kwargs.get("attention_mask")
+        mask = call.model_kwargs.get("attention_mask")
         pads = [0] * batch if mask is None else (mask == 0).sum(1).tolist()
-        cache = model_kwargs["past_key_values"]
-        if own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
-            cache = make_cache(model, min(config.max_length or 1, _MOST_ROOM))
+        cache = call.model_kwargs["past_key_values"]
+        if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
+            cache = make_cache(self.model, min(config.max_length or 1, _MOST_ROOM))
         self.past = cache.get_seq_length()
-        self.cached = CachedModel(model, cache, pads, speculation.ragged, self.past)
-        if speculation.trace and Traced.serves(model, cache, verifies=True):
-            self.cached.traced = Traced(model, cache, pads, verifies=True)
-        self.stops = _Stops(criteria, input_ids.device)
+        self.cached = CachedModel(self.model, cache, pads, speculation.ragged, self.past)
+        if speculation.trace and Traced.serves(self.model, cache, verifies=True):
+            self.cached.traced = Traced(self.model, cache, pads, verifies=True)
+        self.stops = _Stops(call.criteria, input_ids.device)
         buffer = input_ids.new_zeros(batch, length + 64)
         buffer[:, :length] = input_ids
         self.state = State(buffer, [length] * batch, list(pads), self._distribution if self.sampled else None)
@@ -210,7 +205,7 @@ class _Run:
         self.texts: list[torch.Tensor] = [input_ids[row] for row in range(batch)]
         self.keeps_scores = config.return_dict_in_generate and config.output_scores
         self.keeps_logits = config.return_dict_in_generate and config.output_logits
-        self.row_processors = [_processors_of(row, processors) for row in range(batch)]
+        self.row_processors = [_processors_of(row, call.processors) for row in range(batch)]
         # A processor that may keep a state must not see what is only drafted.
         self.draft_processors = [type(own)(each for each in own if type(each).__name__ in _BY_ROW) for own in self.row_processors]
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
@@ -294,7 +289,7 @@ class _Run:
         if proposal.parents is None:
             width = tokens.shape[1]
             compiled = isinstance(self.cached.cache, RaggedCache) and "_patchkit_compile" in vars(self.decoder)
-            if self.cached.traced is not None or compiled:
+            if compiled:
                 rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
                 if self.stops.room(max(self.cached.fed)) < rounded:  # there may be no positions beyond
                     rounded = width

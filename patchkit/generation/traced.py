@@ -6,7 +6,7 @@ of a second, where compiling takes ten.
 A trace would also replay what the model decided by looking into a tensor. For drafts that does no harm, since no draft decides what
 the text will be. A trace that verifies is only made if nothing looks: the forward must run on tensors without values. Nor is it made
 where Python may do more than the model's code: with hooks, other patches, modules of other libraries. Both kinds are compared with
-the model once, on other tokens at another place.
+the model at the first shapes they meet, on other tokens at another place: one trace serves all of them.
 
 Shapes: R rows, T tokens, C slots of the cache, V vocabulary, D hidden size.
 """
@@ -18,26 +18,43 @@ import threading
 import time
 import warnings
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from patchkit import _compat
+from patchkit.attention import masks_from
 from patchkit.cache.ragged import RaggedCache
 from patchkit.testing import TOLERANCES, logit_error
 
 _logger = logging.getLogger("patchkit")
 
-# Traces of each model by shape: they hold no text, so that any number of generations can use them.
-_traces: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 
+@dataclass(eq=False)
+class _Trace:
+    """A trace, or None where it cannot be made, and for each shape whether it does what the model does."""
+
+    run: Any
+    agrees: dict[tuple[int, ...], bool] = field(default_factory=dict)
+
+
+# Traces of each model: they hold no text, so that any number of generations can use them.
+_traces: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Trace]] = weakref.WeakKeyDictionary()
 
 _looks: weakref.WeakKeyDictionary[nn.Module, dict[int, str | None]] = weakref.WeakKeyDictionary()
 
 # In larger models kernels take the time, and in longer caches a trace reads all the slots that are still empty.
 _MOST_PARAMETERS = 64_000_000
 _MOST_ROOM = 2048
+# From so many rows on another kind of product is faster.
+_MANY = 16
+# Different numbers of rows and tokens at which a trace is compared with the model.
+_SHAPES = 4
+# A trace reads this many slots or a multiple.
+_SLOTS = 128
 
 
 class _Making(threading.local):
@@ -60,8 +77,9 @@ class Traced:
     def __init__(self, model: Any, cache: RaggedCache, pads: list[int], verifies: bool) -> None:
         self.model, self.cache, self.verifies = model, cache, verifies
         self.pads = torch.tensor(pads)
-        # A trace keeps the parameters that it was made with.
-        self.parameters = hash(tuple(id(parameter) for parameter in model.parameters()))
+        # A trace keeps the parameters that it was made with; one that drafts, copies of some.
+        versions = [0 if verifies or parameter.is_inference() else parameter._version for parameter in model.parameters()]
+        self.parameters = hash(tuple(zip(map(id, model.parameters()), versions, strict=True)))
 
     @staticmethod
     def serves(model: Any, cache: Any, verifies: bool) -> bool:
@@ -90,24 +108,41 @@ class Traced:
         keys = layers[0].keys
         start = torch.full((len(keys),), layers[0].seen) if self.cache.offsets is None else self.cache.offsets
         slots = start[:, None] + torch.arange(count)
-        places = torch.arange(self.cache.room)
+        room = min(self.cache.room, -(-(max(layer.seen for layer in layers) + count) // _SLOTS) * _SLOTS)
+        places = torch.arange(room)
         unseen = (places > slots[:, :, None]) | (places < self.pads[:, None, None])
         mask = torch.zeros(unseen.shape, dtype=keys.dtype).masked_fill_(unseen, torch.finfo(keys.dtype).min)[:, None]
         positions = (slots - self.pads[:, None]).clamp_(min=0)
-        buffers = [buffer for layer in layers for buffer in (layer.keys, layer.values)]
+        buffers = [buffer[:, :, :room] for layer in layers for buffer in (layer.keys, layer.values)]
         arguments = (tokens, mask, positions, slots, *buffers)
-        traces = _traces.setdefault(self.model, {})
-        key = (self.verifies, self.parameters, mask.shape, mask.dtype, torch.is_inference_mode_enabled())
-        if key not in traces:
-            started = time.perf_counter()
-            traces[key] = self._make(arguments)
-            making.milliseconds += 1000 * (time.perf_counter() - started)
-        if traces[key] is None:
+        trace = self._trace(arguments)
+        if trace is None:
             return None
-        logits, hidden = traces[key](*arguments)
+        with _as_traced():
+            logits, hidden = trace(*arguments)
         self.cache.advance(count)
         self.cache.place(count)
         return logits, hidden
+
+    def _trace(self, arguments: tuple[torch.Tensor, ...]) -> Any:
+        """What runs a forward with arguments of these shapes; None, with a line in the log, if that has to be the model."""
+        tokens, mask = arguments[:2]
+        traces = _traces.setdefault(self.model, {})
+        # Code that asks for the number of rows asks whether there is more than one.
+        shape = tuple(tokens.shape)
+        many = shape[0] > 1, self.verifies and tokens.numel() >= _MANY
+        key = (self.verifies, self.parameters, many, mask.dtype, torch.is_inference_mode_enabled())
+        trace = traces.get(key)
+        if trace is not None and (trace.run is None or shape in trace.agrees or _proven(trace)):
+            return trace.run if trace.agrees.get(shape, True) else None
+        started = time.perf_counter()
+        arguments = (*arguments[:4], *(buffer.clone() for buffer in arguments[4:]))
+        if trace is None:
+            trace = traces[key] = _Trace(self._make(arguments))
+        if trace.run is not None:
+            trace.agrees[shape] = self._agrees(trace, arguments)
+        making.milliseconds += 1000 * (time.perf_counter() - started)
+        return trace.run if trace.agrees.get(shape) else None
 
     def _looks(self, step: nn.Module, arguments: tuple[torch.Tensor, ...]) -> str | None:
         """Where the model looks into a tensor, found out once."""
@@ -121,32 +156,54 @@ class Traced:
         self.pads = self.pads[rows]
 
     def _make(self, arguments: tuple[torch.Tensor, ...]) -> Any:
-        """A trace, or None, with a line in the log, where it cannot be made or does not do what the model does."""
+        """A trace, or None where it cannot be made."""
         name, step = type(self.model).__name__, _Step(self.model)
-        tokens, mask, positions, slots, *buffers = arguments
-        arguments = (tokens, mask, positions, slots, *(buffer.clone() for buffer in buffers))
         try:
             looks = self._looks(step, arguments) if self.verifies else None
             if looks is not None:
                 _logger.debug("patchkit: %s verifies untraced: it looks into a tensor (%s)", name, looks)
                 return None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of values taken from shapes, which are those of the trace
-                traced = torch.jit.trace(step, arguments, check_trace=False)
-            # Other tokens one place further back.
-            elsewhere = ((tokens + 1) % self.model.get_input_embeddings().weight.shape[0], mask, (positions - 1).clamp(min=0), slots - 1)
-            wanted = [output.clone() for output in step(*elsewhere, *arguments[4:])]
-            off = 0.0
-            for _ in range(2):  # TorchScript optimises after its first run
-                got = traced(*elsewhere, *arguments[4:])
-                off = max(off, *(logit_error(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)))
+                warnings.simplefilter("ignore")  # of values taken from shapes
+                with _Products(arguments[0].numel() >= _MANY, {} if self.verifies else self._turned()):
+                    return torch.jit.trace(step, arguments, check_trace=False)
         except Exception as error:
             _logger.debug("patchkit: %s runs untraced (%s: %s)", name, type(error).__name__, str(error).strip()[:200])
             return None
+
+    def _turned(self) -> dict[int, torch.Tensor]:
+        """Copies for `_Products`. Not where the result decides what the text will be, since a weight may be changed in its place."""
+        weights = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
+        return {id(weight): weight.detach().t().contiguous().t() for weight in weights}
+
+    def _agrees(self, trace: _Trace, arguments: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the trace gives what the model gives for other tokens, one place further back."""
+        tokens, mask, positions, slots, *buffers = arguments
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        elsewhere = ((tokens + 1) % vocabulary, mask, (positions - 1).clamp(min=0), slots - 1, *buffers)
+        wanted = [output.clone() for output in _Step(self.model)(*elsewhere)]
+        try:
+            with _as_traced():
+                off = max(logit_error(ours, theirs) for ours, theirs in zip(trace.run(*elsewhere), wanted, strict=True))
+        except RuntimeError as error:  # a size that became a constant of the trace
+            _logger.debug(
+                "patchkit: %s runs untraced at %s (%s)", type(self.model).__name__, tuple(tokens.shape), str(error).strip()[-200:]
+            )
+            return False
         if off > TOLERANCES[self.model.dtype].logits:
-            _logger.debug("patchkit: %s runs untraced: its trace is off by %.2g", name, off)
-            return None
-        return traced
+            _logger.debug("patchkit: %s runs untraced at %s: its trace is off by %.2g", type(self.model).__name__, tuple(tokens.shape), off)
+            return False
+        return True
+
+
+def _proven(trace: _Trace) -> bool:
+    """Whether a trace has agreed with the model at so many shapes that it does at all."""
+    return len(trace.agrees) >= _SHAPES and all(trace.agrees.values())
+
+
+def _as_traced() -> Any:
+    """TorchScript's optimiser off: it takes half a second for each trace, and finds nothing in one."""
+    return torch.jit.optimized_execution(False)
 
 
 def _is_only_speculative(model: Any) -> bool:
@@ -165,6 +222,31 @@ def _runs_its_own_code(model: Any) -> bool:
     return not model.training
 
 
+class _Products(TorchFunctionMode):
+    """Linear layers of few rows as fast as they can be: from 16 rows on, MKL's product with a weight as torch stores it is 2 to 4 times
+    slower than the product of the weight with the rows (for square and wide ones), or with the weight stored the other way round.
+
+    Args:
+        many: there are 16 rows or more.
+        turned: copies of weights, column after column, by their identity.
+    """
+
+    def __init__(self, many: bool, turned: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.many, self.turned = many, turned
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.linear or kwargs or type(args[1]) is not nn.Parameter or args[1].dtype != torch.float32:
+            return func(*args, **(kwargs or {}))
+        x, weight, *bias = args
+        if id(weight) in self.turned:
+            return func(x, self.turned[id(weight)], *bias)
+        if not self.many or weight.shape[0] < weight.shape[1]:
+            return func(*args)
+        y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+        return y.contiguous() if not bias or bias[0] is None else y + bias[0]
+
+
 class _Step(nn.Module):
     """A forward as a function of tensors only."""
 
@@ -179,7 +261,8 @@ class _Step(nn.Module):
         seen: list[Any] = []
         hook = _compat.decoder_of(self.model).register_forward_hook(lambda module, args, output: seen.append(output[0]))
         try:
-            output = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            with masks_from(_compat.attention_configs(self.model), None):
+                output = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()
         return output.logits, seen[0]

@@ -79,6 +79,58 @@ def test_hooks_and_foreign_modules_are_not_traced_away() -> None:
         assert not serves(model)
 
 
+@torch.no_grad()
+def test_one_trace_serves_every_shape_at_which_the_model_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny_model("llama"), []
+    make = Traced._make
+    monkeypatch.setattr(Traced, "_make", lambda self, arguments: made.append(1) or make(self, arguments))
+    for lengths in ([9, 6, 8], [9, 7]):
+        for tokens in (2, 5, 3, 1, 4):
+            cache, ids = filled(model, lengths)
+            result = Traced(model, cache, [0] * len(lengths), verifies=True).forward(
+                torch.stack([ids[row, n : n + tokens] for row, n in enumerate(lengths)])
+            )
+            assert result is not None
+            for row, n in enumerate(lengths):
+                wanted = model(ids[row : row + 1, : n + tokens]).logits[:, -tokens:]
+                assert logit_error(result[0][row : row + 1], wanted) <= TOLERANCES[torch.float32].logits
+    assert len(made) == 1
+
+
+class Counting(nn.Module):
+    """A feed-forward block that does something else with three tokens."""
+
+    __module__ = "transformers.models.counting"
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.inner(x) if x.shape[1] == 3 else self.inner(x)
+
+
+@torch.no_grad()
+def test_a_shape_at_which_the_model_does_something_else_is_not_traced() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
+    results = {}
+    for tokens in (3, 5, 2, 4, 3):
+        cache, ids = filled(model, [9])
+        results[tokens] = Traced(model, cache, [0], verifies=True).forward(ids[:, 9 : 9 + tokens])
+    assert results[3] is not None and all(results[tokens] is None for tokens in (5, 2, 4))
+
+
+@torch.no_grad()
+def test_changed_weights_of_a_draft_are_noticed() -> None:
+    model = tiny_model("llama")
+    for factor in (1.0, -2.0):
+        model.lm_head.weight.mul_(factor)
+        cache, ids = filled(model, [9])
+        result = Traced(model, cache, [0], verifies=False).forward(ids[:, 9:12])
+        assert result is not None and logit_error(result[0], model(ids[:, :12]).logits[:, -3:]) <= TOLERANCES[torch.float32].logits
+
+
 def serves(model: Any) -> bool:
     return Traced.serves(model, RaggedCache(model.config.num_hidden_layers), verifies=True)
 
