@@ -1,7 +1,7 @@
 """How many tokens to draft: `Fixed`, `Adaptive`, and `CostModel`, which measures and may decide not to draft at all.
 
-A controller is options; `begin` gives the session that holds what was measured. Keep one session for the life of a patch, and pass it to
-`begin` at every text: costs and acceptance are worth remembering, and an unsuitable drafter need not be found out again and again.
+A controller is options; `begin` gives the session that holds what was measured. Keep one session for the life of a patch, and tell it of
+every `new_text`: costs and acceptance are worth remembering, and an unsuitable drafter need not be found out again and again.
 
 CostModel maximises, over K, expected tokens per millisecond of a whole round:
 
@@ -40,8 +40,8 @@ class ControllerSession(ABC):
     def observe(self, record: StepRecord) -> None:  # noqa: B027
         """After a round."""
 
-    def new_text(self) -> None:  # noqa: B027
-        """Before the first round of another text."""
+    def new_text(self, tokens: int) -> None:  # noqa: B027
+        """Before the first round of another text, whose prompt has so many tokens."""
 
     def predicted_speedup(self) -> float | None:
         """Plain over speculative time per token at the K that would be chosen now; None if that is not known."""
@@ -51,15 +51,9 @@ class ControllerSession(ABC):
 class Controller(ABC):
     """Options of a way to choose K: a frozen dataclass, validated in `__post_init__`, without run-time state."""
 
-    def begin(self, previous: ControllerSession | None = None) -> ControllerSession:
-        """The session for a text: `previous`, the one of the text before, told that there is a new one, or else a fresh one."""
-        if previous is None:
-            return self._session()
-        previous.new_text()
-        return previous
-
     @abstractmethod
-    def _session(self) -> ControllerSession: ...
+    def begin(self) -> ControllerSession:
+        """A fresh session."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Fixed(Controller):
     def __post_init__(self) -> None:
         _check_count("k", self.k)
 
-    def _session(self) -> ControllerSession:
+    def begin(self) -> ControllerSession:
         return _FixedSession(self.k)
 
 
@@ -111,7 +105,7 @@ class Adaptive(Controller):
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         object.__setattr__(self, "bounds", _checked_bounds(self.bounds, smallest=1))
 
-    def _session(self) -> ControllerSession:
+    def begin(self) -> ControllerSession:
         return _AdaptiveSession(self)
 
 
@@ -160,7 +154,7 @@ class CostModel(Controller):
         if not 0 < self.budget < 1:
             raise ValueError(f"budget is {self.budget}: give a share of the time between 0 and 1, such as 0.01")
 
-    def _session(self) -> ControllerSession:
+    def begin(self) -> ControllerSession:
         return _CostModelSession(self)
 
 
@@ -292,6 +286,7 @@ class _CostModelSession(ControllerSession):
         self.options = options
         self.smallest, self.largest = options.bounds
         self.costs: dict[int, _Costs] = {}  # by rows
+        self.costs_by_length: dict[int, dict[int, _Costs]] = {}  # of prompts within a factor of four
         self.rows = 1
         self.has_proposal, self.row_has_proposal, first = (_Rate(_PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for _ in range(3))
         # By position, of the rows that have a proposal. What is not known of a position is taken from the one before.
@@ -333,9 +328,14 @@ class _CostModelSession(ControllerSession):
         else:
             self._count_towards_look()
 
-    def new_text(self) -> None:
+    def new_text(self, tokens: int) -> None:
         self.plain_in_a_row = _GAP
         self._forget(_REMEMBERED_AT_NEW_TEXT)
+        self.costs = self.costs_by_length.setdefault(tokens.bit_length() // 2, {})
+        if not self.costs:  # what drafting costs, and what it is worth, may be another matter at this length
+            self._forget(_REMEMBERED_AT_TRIAL)
+            self.first = deque(self._first_rounds())
+            self.trial_end = 0
 
     def predicted_speedup(self) -> float | None:
         if self.rows not in self.costs or 0 not in self.costs[self.rows].target.times:

@@ -222,7 +222,7 @@ class _Run:
         session = speculation.drafter.begin(self.model, state)
         speculation.watching = session.wants_hidden
         self.cached.ragged = self.cached.ragged and not session.aligned
-        speculation.controller.new_text()
+        speculation.controller.new_text(self.prompt)
         self._prefill(session)
         while self.active:
             started, making = time.perf_counter(), traced.making.milliseconds

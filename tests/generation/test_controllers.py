@@ -64,11 +64,11 @@ class Simulation:
         slow = self.random.uniform(3, 10) if self.random.random() < self.outliers else 1.0
         return 5.0 * time * slow * max(0.5, self.random.gauss(1, self.jitter))
 
-    def run(self, session: ControllerSession, texts: int = 1, tokens: int = TOKENS) -> float:
+    def run(self, session: ControllerSession, texts: int = 1, tokens: int = TOKENS, length: int = 128) -> float:
         """True time per token of the K that were chosen, without the luck of this run's drafts."""
         start = len(self.chosen)
         for _ in range(texts):
-            session.new_text()
+            session.new_text(length)
             done = 0.0
             while done < tokens:
                 k = session.choose()
@@ -202,10 +202,25 @@ def test_bounds_hold(bounds: tuple[int, int]) -> None:
 def test_a_text_may_end_at_any_k() -> None:
     session = CostModel().begin()
     for k in (1, 0, 1, 0, 0, 1) * 20:  # never what was chosen: so few tokens were left each time
-        session.new_text()
+        session.new_text(128)
         session.choose()
         session.observe(StepRecord(k, 1, (k,), (k,), k + 1, 0.1 * k, 1.0 + 0.1 * k, 0.0))
     assert session.choose() > 0
+
+
+def test_costs_are_those_of_the_length() -> None:
+    session = CostModel().begin()
+    short = Simulation([0.3], DRAFT["large"], TARGET["steep"])
+    long = Simulation([0.9], DRAFT["small"], TARGET["flat"])
+    short.run(session, texts=4, length=128)
+    assert sum(k > 0 for k in short.chosen) < 0.2 * len(short.chosen)
+    for length in (8192, 7000):
+        start = len(long.chosen)
+        long.run(session, length=length)
+        assert sum(k > 0 for k in long.chosen[start:]) > 0.8 * len(long.chosen[start:])
+    start = len(short.chosen)
+    short.run(session, length=100)
+    assert sum(k > 0 for k in short.chosen[start:]) < 0.2 * len(short.chosen[start:])
 
 
 def test_fixed() -> None:
@@ -226,8 +241,7 @@ def test_adaptive_goes_where_acceptance_leads() -> None:
 @pytest.mark.parametrize("options", [Fixed(2), Adaptive(), CostModel()])
 def test_a_session_can_be_copied_and_goes_on_through_texts(options: Controller) -> None:
     session = options.begin()
-    Simulation([0.7], DRAFT["small"], TARGET["flat"]).run(session)
-    assert options.begin(session) is session
+    Simulation([0.7], DRAFT["small"], TARGET["flat"]).run(session, texts=2)
     for twin in (copy.deepcopy(session), pickle.loads(pickle.dumps(session))):
         assert twin.choose() == session.choose()
 
