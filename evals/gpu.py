@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (the path is set before patchkit is imported: nothing has to be installed)
-"""Every check and benchmark that needs a GPU, in one command of at most nine minutes.
+"""Every check and benchmark that needs a GPU, in one command of at most ten minutes.
 
     python3 evals/gpu.py                               # on one H100 or H200
     python3 evals/gpu.py --sections correctness        # a part of it
@@ -15,6 +15,9 @@ bandwidth      int8_linear on those shapes, weight-only, and F.linear beside it.
                A share is (bytes of the int8 weights / time) / (bytes read + bytes written / time of a copy on the device)
 verification   verify_prefix, verify_prefix_sampled and kv_append on the shapes of Llama-3-8B and of a vocabulary of 50304, and torch's own
                operators beside them, which must agree
+linear         linear_attention in bf16 from 512 to 65536 tokens, beside SDPA (causal) and, where flash-linear-attention is installed, its
+               chunked kernel. The share is (8 bytes for every element of q / that copy bandwidth) / time; two replays of a CUDA
+               graph must give the same bits, and those of a plain call
 decode         one token after another through the shape of Pythia-2.8b with random fp16 weights at context 1024, in turns. The share is
                (bytes of weights and of keys and values / that copy bandwidth) / time
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -52,13 +56,14 @@ from patchkit.int8_weight import Int8Weight
 from patchkit.kernels import Op, available_ops
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
+from patchkit.kernels.linear_attention import linear_attention
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
 from patchkit.quality.environment import environment, version_of
 from patchkit.quality.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
 from patchkit.testing import TOLERANCES, logit_error
 
 # Seconds; what a section leaves unused goes to the next.
-LIMITS = {"correctness": 180, "bandwidth": 90, "verification": 30, "decode": 240}
+LIMITS = {"correctness": 180, "bandwidth": 90, "verification": 30, "linear": 60, "decode": 240}
 PASSED, FAILED, NOT_MEASURED, NO_TIME = "passed", "failed", "not measured", "no time"
 LEAST_SHARE, MOST_MS = 0.75, 2.2
 DTYPES = (torch.float16, torch.bfloat16)
@@ -76,6 +81,7 @@ class Sizes:
         shapes: (N, K) of int8_linear.
         verified: (R, T, V) of verify_prefix.
         appended: (B, G, T, C, K) of kv_append, V = K.
+        attended: (B, H, T, K) of linear_attention, V = K.
         model: of the decoded model's config.
         compiler: further options of the patch `compile`.
     """
@@ -88,6 +94,7 @@ class Sizes:
     bytes_of_weights: int = 2**30
     verified: tuple[tuple[int, int, int], ...] = ((1, 5, 50304), (1, 5, 128256), (8, 5, 128256), (8, 17, 128256))
     appended: tuple[tuple[int, int, int, int, int], ...] = ((1, 8, 5, 4096, 128), (8, 8, 5, 4096, 128), (8, 8, 17, 4096, 128))
+    attended: tuple[tuple[int, int, int, int], ...] = tuple((1, 32, 2**n, 128) for n in range(9, 17))
     warmup_seconds: float = 0.1
     repeats: int = 20
     model: dict[str, Any] = field(
@@ -115,6 +122,7 @@ TINY = Sizes(
     bytes_of_weights=2**14,
     verified=((1, 5, 33), (3, 2, 64)),
     appended=((1, 2, 3, 16, 8), (3, 2, 5, 16, 8)),
+    attended=((1, 2, 40, 16),),
     warmup_seconds=0.0,
     repeats=2,
     model=dict(
@@ -207,6 +215,83 @@ def exact_kv_append(
     return keys, values
 
 
+def exact_linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    state: Any = None,
+    normalizer: Any = None,
+    mask: Any = None,
+    kind: str = "elu1",
+    normalize: bool = True,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The definition of the op linear_attention in float64, by the matrix of all weights."""
+    maps = {"elu1": lambda x: torch.where(x > 0, x + 1, x.exp()), "relu": lambda x: x.clamp(min=0), "identity": lambda x: x}
+    shared, (fq, fk), values = q.shape[1] // k.shape[1], (maps[kind](x.double()) for x in (q, k)), v.double()
+    if mask is not None:
+        fk = torch.where(mask[:, None, :, None], fk, 0.0)
+    weights = (fq @ fk.repeat_interleave(shared, 1).mT).tril()
+    out, denominator = weights @ values.repeat_interleave(shared, 1), weights.sum(-1)
+    after, sums = fk.mT @ values, fk.sum(2)
+    if state is not None:
+        out, after = out + fq @ state.double().repeat_interleave(shared, 1), after + state.double()
+    if normalizer is not None:
+        denominator = denominator + (fq * normalizer.double().repeat_interleave(shared, 1)[:, :, None]).sum(-1)
+        sums = sums + normalizer.double()
+    if normalize:
+        out = torch.where(denominator[..., None] == 0, 0.0, out / denominator[..., None])
+    return out, denominator, after, sums
+
+
+def exact_mesa(
+    q: Any, k: Any, v: Any, regularizer: Any, state: Any = None, moments: Any = None, mask: Any = None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    """The definition of the op mesa in float64, all tokens at once."""
+    keys = k.double() if mask is None else torch.where(mask[:, None, :, None], k.double(), 0.0)
+    to_state, to_moments = ((keys[..., None] * x.double()[..., None, :]).cumsum(2) for x in (v, keys))
+    to_state = to_state if state is None else to_state + state.double()[:, :, None]
+    to_moments = to_moments if moments is None else to_moments + moments.double()[:, :, None]
+    readout = torch.linalg.inv(to_moments + torch.diag_embed(regularizer.double())[:, None]) @ to_state
+    out = q.double()[..., None, :] @ readout.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return out.squeeze(-2), to_state[:, :, -1], to_moments[:, :, -1]
+
+
+def exact_log_linear_attention(
+    q: Any, k: Any, v: Any, weights: Any, states: Any = None, past: int = 0, mask: Any = None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    """The definition of the op log_linear_attention in float64, token by token and level by level, each span summed anew.
+
+    A span from before the first token is known by its sum alone, which stands at the place of its first token.
+    """
+    keys = k.double() if mask is None else torch.where(mask[:, None, :, None], k.double(), 0.0)
+    sums = torch.cat([keys.new_zeros(*k.shape[:2], past, k.shape[-1], v.shape[-1]), keys[..., None] * v.double()[..., None, :]], 2)
+    first = 0
+    for bit in reversed(range(past.bit_length())):
+        if past >> bit & 1:
+            sums[:, :, first] = 0.0 if states is None else states[:, :, bit + 1].double()
+            first += 1 << bit
+    shared, tokens = q.shape[1] // k.shape[1], past + q.shape[2]
+
+    def spans(t: int) -> list[tuple[int, torch.Tensor]]:
+        found, first = [], 0
+        for bit in reversed(range(t.bit_length())):
+            if t >> bit & 1:
+                found.append((bit + 1, sums[:, :, first : first + (1 << bit)].sum(2)))
+                first += 1 << bit
+        return found
+
+    out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for t in range(past, tokens):
+        for level, span in [(0, sums[:, :, t]), *spans(t)]:
+            read = q[:, :, t - past, None].double() @ span.repeat_interleave(shared, 1)
+            out[:, :, t - past] += weights[:, :, t - past, level, None].double() * read.squeeze(-2)
+    last = sums.new_zeros(*k.shape[:2], weights.shape[-1], k.shape[-1], v.shape[-1])
+    for level, span in spans(tokens):
+        last[:, :, level] = span
+    return out, last
+
+
 # Forms that share no code with the op. Another op is held to its own reference on float64 arguments, and its rows say so.
 EXACT: dict[str, Callable[..., Any]] = {
     "int8_linear": exact_int8_linear,
@@ -214,6 +299,10 @@ EXACT: dict[str, Callable[..., Any]] = {
     "verify_prefix": exact_verify_prefix,
     "verify_prefix_sampled": exact_verify_prefix_sampled,
     "kv_append": exact_kv_append,
+    "linear_attention": exact_linear_attention,
+    "linear_attention_step": exact_linear_attention,
+    "log_linear_attention": exact_log_linear_attention,
+    "mesa": exact_mesa,
 }
 
 
@@ -462,6 +551,70 @@ def against_torch(found: Op, plain: Callable[..., Any], sizes: Sizes, args: tupl
     return row
 
 
+# -- linear ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear(sizes: Sizes, device: torch.device) -> Cases:
+    for shape in sizes.attended:
+        yield f"linear_attention, {' x '.join(map(str, shape))}", functools.partial(linear_against_softmax, sizes, device, shape)
+    yield "linear_attention: two replays of a graph", functools.partial(replayed, sizes, device)
+
+
+def attended(device: torch.device, shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(3)]
+
+
+@torch.no_grad()
+def linear_against_softmax(sizes: Sizes, device: torch.device, shape: tuple[int, int, int, int]) -> Row:
+    """Milliseconds per call of linear_attention, of SDPA and of flash-linear-attention's chunked kernel."""
+    q, k, v = attended(device, shape)
+    forms: dict[str, Callable[[], object]] = {
+        "linear": lambda: linear_attention(q, k, v),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }
+    if device.type == "cuda" and importlib.util.find_spec("fla"):
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        # It takes features, in the layout [B, T, H, K], and its normaliser is a cumulative sum: neither is timed.
+        theirs = [x.transpose(1, 2).contiguous() for x in (F.elu(q) + 1, F.elu(k) + 1, v)]
+        forms["fla"] = lambda: chunk_linear_attn(*theirs, normalize=False)
+    row: Row = {"tokens": shape[2], "backend": linear_attention.choose(q, k, v)}
+    for name, run in forms.items():
+        row[f"{name}_launched_ms"] = milliseconds(run, sizes, device)
+        row[f"{name}_graph_ms"] = milliseconds(captured(run), sizes, device) if device.type == "cuda" else None
+    timed = "graph" if device.type == "cuda" else "launched"
+    for name in forms.keys() - {"linear"}:
+        row[f"{name}_over_linear"] = row[f"{name}_{timed}_ms"] / row[f"linear_{timed}_ms"]
+    row["limit_ms"] = 8 * q.numel() / copy_bandwidth(sizes, device) * 1e3
+    row["share"] = row["limit_ms"] / row[f"linear_{timed}_ms"]
+    return row
+
+
+@torch.no_grad()
+def replayed(sizes: Sizes, device: torch.device) -> Row:
+    """The bits of a plain call and of two replays."""
+    if device.type != "cuda":
+        raise NotMeasured("CUDA graphs need a GPU")
+    q, k, v = attended(device, sizes.attended[len(sizes.attended) // 2])
+    results: list[tuple[torch.Tensor, ...]] = [()]
+
+    def run() -> None:
+        results[0] = linear_attention(q, k, v)
+
+    run()
+    plain = [x.clone() for x in results[0]]
+    replay = captured(run)
+    unequal = 0
+    for _ in range(2):
+        for x in results[0]:
+            x.fill_(torch.nan)
+        replay()
+        unequal += sum(not torch.equal(x, y) for x, y in zip(results[0], plain, strict=True))
+    row: Row = {"op": "linear_attention", "replays": 2}
+    return {**row, "message": f"{unequal} tensors of two replays are not those of a plain call"} if unequal else row
+
+
 # -- decode ----------------------------------------------------------------------------------------------------------------------
 
 UNPATCHED, STREAMING = "unpatched", "streaming"
@@ -587,6 +740,7 @@ SECTIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "correctness": correctness,
     "bandwidth": bandwidth,
     "verification": verification,
+    "linear": linear,
     "decode": decode,
 }
 
@@ -639,11 +793,15 @@ def bars(sections: dict[str, list[Row]], device_name: str) -> list[Row]:
     share = min(shares) if len(shares) == len(DTYPES) * len(Sizes().shapes) else None
     ms = compiled.get("ms") if "H100" in device_name else None
     ratio = int8.get("other_over_this", {}).get(COMPILED)
+    attended = [row for row in sections.get("linear", []) if row["status"] == PASSED and row.get("tokens", 0) >= 2048]
+    over_sdpa, over_fla = ([row[f"{name}_over_linear"] for row in attended if f"{name}_over_linear" in row] for name in ("sdpa", "fla"))
     table: list[tuple[str, str, Any, Callable[[Any], bool]]] = [
         ("wrong or failed rows of correctness", "0", wrong, lambda figure: figure == 0),
         ("int8_linear, 1 row: least share of the copy bandwidth", f">= {LEAST_SHARE}", share, lambda figure: figure >= LEAST_SHARE),
         (f"{COMPILED}: ms per token on an H100", f"<= {MOST_MS}", ms, lambda figure: figure <= MOST_MS),
         (f"{COMPILED} / {INT8_COMPILED}: ms per token", "> 1", ratio, lambda figure: figure > 1),
+        ("SDPA / linear_attention, from 2048 tokens on: the least", "> 1", min(over_sdpa, default=None), lambda figure: figure > 1),
+        ("fla / linear_attention, from 2048 tokens on: the least", ">= 1", min(over_fla, default=None), lambda figure: figure >= 1),
     ]
     return [
         {"bar": bar, "wanted": wanted, "figure": figure, "verdict": NOT_MEASURED if figure is None else "met" if met(figure) else "missed"}
@@ -676,8 +834,9 @@ def print_table(result: Row) -> None:
 
 
 SHOWN = (
-    "gb_per_second", "int8_graph_ms", "int8_launched_ms", "linear_graph_ms", "linear_launched_ms", "linear_over_int8", "share",
+    "gb_per_second", "int8_graph_ms", "int8_launched_ms", "linear_over_int8", "share",
     "op_graph_ms", "op_launched_ms", "torch_graph_ms", "torch_launched_ms", "torch_over_op",
+    "linear_graph_ms", "linear_launched_ms", "sdpa_graph_ms", "sdpa_over_linear", "fla_graph_ms", "fla_over_linear",
     "ms", "limit_ms", "back_to_back_ms", "other_over_this", "compile_milliseconds", "tokens", "near_ties", "largest_logit_error",
 )  # fmt: skip
 

@@ -58,12 +58,12 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     assert status == 0
     assert result["device"] == "cpu" and result["command"] == "python3 evals/gpu.py --device cpu --tiny"
     assert {"torch", "transformers", "triton", "python", "gpu"} <= result["environment"].keys()
-    assert list(result["sections"]) == list(result["seconds"]) == ["correctness", "bandwidth", "verification", "decode"]
+    assert list(result["sections"]) == list(result["seconds"]) == ["correctness", "bandwidth", "verification", "linear", "decode"]
     for rows in result["sections"].values():
         assert rows and {row["status"] for row in rows} <= {"passed", "not measured"}
         assert all(row["message"] for row in rows if row["status"] == "not measured")
 
-    correctness, bandwidth, verification, decode = ({row["name"]: row for row in rows} for rows in result["sections"].values())
+    correctness, bandwidth, verification, linear, decode = ({row["name"]: row for row in rows} for rows in result["sections"].values())
     checked = {(row["op"], row["backend"]) for row in correctness.values() if row["status"] == "passed"}
     assert {(name, "cpu") for name in OPS} <= checked
     assert all(row["error"] <= row["bound"] for row in correctness.values() if "error" in row)
@@ -72,6 +72,8 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     timed = bandwidth["int8_linear, 1 x 64 -> 96, torch.float16"]
     assert timed["int8_launched_ms"] > 0 and timed["linear_launched_ms"] > 0
     assert timed["int8_graph_ms"] is None and "share" not in timed
+    assert linear["linear_attention, 1 x 2 x 40 x 16"]["sdpa_over_linear"] > 0
+    assert linear["linear_attention: two replays of a graph"]["status"] == "not measured"
     assert {row["op"] for row in verification.values()} == {"verify_prefix", "verify_prefix_sampled", "kv_append"}
     assert all(row["op_launched_ms"] > 0 and row["torch_launched_ms"] > 0 and row["error"] <= row["bound"] for row in verification.values())
     assert "need a GPU" in decode[f"{gpu.COMPILED}: ms per token"]["message"]
@@ -231,6 +233,10 @@ def measured(share: float, ms: float, ratio: float, status: str = "passed") -> d
     return {
         "correctness": [{"name": "a", "status": status}],
         "bandwidth": [{"name": str(i), "status": "passed", "rows": 1, "share": share + i} for i in range(4)],
+        "linear": [
+            {"name": "512", "status": "passed", "tokens": 512, "sdpa_over_linear": 0.1},
+            {"name": "2048", "status": "passed", "tokens": 2048, "sdpa_over_linear": ratio, "fla_over_linear": ratio},
+        ],
         "decode": [
             {"name": f"{gpu.COMPILED}: ms per token", "status": "passed", "ms": ms},
             {"name": f"{gpu.INT8_COMPILED}: ms per token", "status": "passed", "ms": 1.0, "other_over_this": {gpu.COMPILED: ratio}},
@@ -241,10 +247,10 @@ def measured(share: float, ms: float, ratio: float, status: str = "passed") -> d
 @pytest.mark.parametrize(
     ("sections", "device", "verdicts"),
     [
-        (measured(0.8, 2.1, 1.2), "NVIDIA H100 80GB HBM3", ["met", "met", "met", "met"]),
-        (measured(0.7, 2.3, 0.9, "failed"), "NVIDIA H100 80GB HBM3", ["missed", "missed", "missed", "missed"]),
-        (measured(0.8, 2.1, 1.2, "no time"), "NVIDIA H200", ["not measured", "met", "not measured", "met"]),
-        ({}, "NVIDIA H100", ["not measured"] * 4),
+        (measured(0.8, 2.1, 1.2), "NVIDIA H100 80GB HBM3", ["met"] * 6),
+        (measured(0.7, 2.3, 0.9, "failed"), "NVIDIA H100 80GB HBM3", ["missed"] * 6),
+        (measured(0.8, 2.1, 1.2, "no time"), "NVIDIA H200", ["not measured", "met", "not measured", "met", "met", "met"]),
+        ({}, "NVIDIA H100", ["not measured"] * 6),
     ],
 )
 def test_bars(sections, device, verdicts):

@@ -14,7 +14,7 @@
     def _(x): ...
 
 An op is a `torch.library` custom op, ``torch.ops.patchkit.double``: torch.compile calls it without a graph break. One that writes into
-its arguments names them, ``@op(mutates=("x",))``, and returns nothing.
+its arguments names them, ``@op(mutates=("x",))``, and returns nothing, or new tensors.
 
 Which backend runs is decided before it runs, by predicates alone, and a backend that then fails raises: nothing falls back.
 The environment variable ``PATCHKIT_KERNELS`` chooses among them, at every call:
@@ -82,8 +82,13 @@ class Op:
         _LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         self._call = getattr(torch.ops.patchkit, self.name).default
+        self._backward: Callable[..., Any] = self._no_gradient
+        self._setup_context: Callable[..., None] | None = None
         if not mutates:  # torch takes no gradient for an op that mutates; `__call__` refuses it instead
-            self.autograd(self._no_gradient)
+            # Once: torch warns of a gradient that takes the place of another.
+            torch.library.register_autograd(
+                f"patchkit::{self.name}", self._run_backward, setup_context=self._run_setup_context, lib=_LIBRARY
+            )
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -112,7 +117,7 @@ class Op:
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
         """The gradient, as `torch.library.register_autograd` wants it. An op without one raises when it is asked for."""
-        torch.library.register_autograd(f"patchkit::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        self._backward, self._setup_context = backward, setup_context
 
     def samples(self, function: Samples) -> Samples:
         """Decorator: a generator of (label, arguments) on a device, the typical case first, then ugly shapes and every dtype."""
@@ -165,6 +170,13 @@ class Op:
         name = self.choose(*args)
         return (self.reference if name == "reference" else self.backends[name].run)(*args)
 
+    def _run_backward(self, ctx: Any, *gradients: Any) -> Any:
+        return self._backward(ctx, *gradients)
+
+    def _run_setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
+        if self._setup_context is not None:
+            self._setup_context(ctx, inputs, output)
+
     def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
         raise KernelError(f"patchkit's op {self.name} has no gradient: run it under torch.no_grad(), unpatch_model(model) before training")
 
@@ -177,7 +189,7 @@ def op(reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] 
     """Decorator: a reference function, annotated with tensors and plain types, becomes an `Op`.
 
     Args:
-        mutates: the names of the tensors that it writes into; it then returns None.
+        mutates: the names of the tensors that it writes into; it returns none of them.
 
     Raises:
         KernelError: it has no docstring: a definition says shapes, dtypes and its equation.

@@ -76,6 +76,51 @@ def test_rows_groups_ties_and_overflow_under_the_interpreter():
     assert "all hold" in done.stdout, done.stdout + done.stderr
 
 
+LINEAR = """
+import torch
+from patchkit.kernels.linear_attention import linear_attention, linear_attention_step
+from patchkit.testing import TOLERANCES
+tolerance = TOLERANCES[torch.float32].ratio
+
+def off(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+torch.manual_seed(0)
+q, k, v = torch.randn(2, 4, 70, 20), torch.randn(2, 2, 70, 20), torch.randn(2, 2, 70, 24)
+mask = torch.rand(2, 70) > 0.3
+state, normalizer = torch.randn(2, 2, 20, 24), torch.rand(2, 2, 20) * 5
+given = [x.requires_grad_() for x in (q, k, v, state, normalizer)]
+assert linear_attention.choose(*given, mask) == "triton"
+
+# The interpreter computes in fp32 what a GPU does in TF32, so the bound of fp32 holds here.
+found, expected = linear_attention(*given, mask), linear_attention.reference(*given, mask)
+assert all(off(a, b) < tolerance for a, b in zip(found, expected))
+weights = [torch.randn_like(x) for x in expected]
+gradients = [torch.autograd.grad(sum((x * w).sum() for x, w in zip(form, weights)), given) for form in (found, expected)]
+assert all(off(a, b) < 10 * tolerance for a, b in zip(*gradients))
+
+with torch.no_grad():
+    again = linear_attention(*given, mask)
+    assert all(map(torch.equal, found, again))
+    first = linear_attention(*(x[:, :, :33] for x in (q, k, v)), state, normalizer, mask[:, :33])
+    second = linear_attention(*(x[:, :, 33:] for x in (q, k, v)), *first[2:], mask[:, 33:])
+    assert off(torch.cat([first[0], second[0]], 2), expected[0]) < tolerance and off(second[2], expected[2]) < tolerance
+    outs, memory = [], [state.clone(), normalizer.clone()]
+    for t in range(70):
+        token = [x[:, :, t : t + 1] for x in (q, k, v)]
+        assert linear_attention_step.choose(*token, *memory, mask[:, t : t + 1]) == "triton"
+        outs.append(linear_attention_step(*token, *memory, mask[:, t : t + 1])[0])
+    assert off(torch.cat(outs, 2), expected[0]) < tolerance
+    assert all(off(a, b) < tolerance for a, b in zip(memory, expected[2:]))
+print("all hold")
+"""
+
+
+def test_linear_attention_and_its_gradient_under_the_interpreter():
+    done = interpreted("-c", LINEAR)
+    assert "all hold" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_it_compiles_within_bounds(name, capability):
