@@ -27,6 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 
 _PROBE_TOKENS = 4
 _PROBE_SHIFT = 101
+# An `AttentionLayer.obstacle` that matters only to patches that move keys.
+BAKED_IN = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
 # Keyword arguments of attention calls that hold tensors and do not change which key a query may see, or where it stands.
 _HARMLESS_TENSORS = {"s_aux", "position_ids", "position_embeddings", "cos", "sin", "labels", "token_type_ids", "input_ids"}
 
@@ -96,6 +98,9 @@ class AttentionLayer:
         mask_is_boolean: such a layer takes a mask that is True where a key is hidden; else one that is added to the scores.
         interface: it calls transformers' attention interface, so a registered attention function reaches it.
         obstacle: why nothing can be promised about evicting its keys; None when all is understood.
+        calls: how many times a forward calls that interface for this layer.
+        arguments: the keyword arguments of those calls that are set: not None, False or 0.
+        attends_stored: the keys and values of those calls are what is in the cache (in multi-head latent attention they are not).
     """
 
     index: int
@@ -109,6 +114,9 @@ class AttentionLayer:
     slopes: torch.Tensor | None = None
     mask_is_boolean: bool = False
     obstacle: str | None = None
+    calls: int = 0
+    arguments: tuple[str, ...] = ()
+    attends_stored: bool = False
 
 
 @dataclass(eq=False)
@@ -377,6 +385,10 @@ def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
         kind, window = _kind(target.config, index, cached)
         layer = AttentionLayer(index, names.get(id(module), f"layer {index}"), module, kind, window, interface=bool(calls))
         layers.append(layer)
+        layer.calls = len(calls)
+        given = [(name, value) for call in calls for name, value in call["kwargs"].items()]
+        layer.arguments = tuple(sorted({name for name, value in given if torch.is_tensor(value) or value not in (None, False, 0)}))
+        layer.attends_stored = all(call["key"].shape == keys.shape and call["value"].shape == cached.values.shape for call in calls)
         layer.obstacle = _obstacle(cached, calls, kind, window, probe.masks)
         if kind == "chunked":
             continue
@@ -436,9 +448,7 @@ def _find_positions(
     slot: Literal["keys", "values"] = "keys"
     keys, values = _rotation(cached.keys, frequencies, shift, first), _rotation(cached.values, frequencies, shift, first)
     if keys is None or values is None or (keys and values):
-        layer.obstacle = (
-            "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
-        )
+        layer.obstacle = BAKED_IN
         return
     if values:
         slot, keys = "values", values

@@ -15,7 +15,7 @@ from patchkit.patch import Stage, parse_spec
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
 
 # Options that make a patch act on 30 tokens of a tiny model, where its defaults would not. A patch without a row uses its defaults.
-SMALL = {"streaming": "streaming(sinks=2, window=6)"}
+SMALL = {"linear": "linear(window=6)", "streaming": "streaming(sinks=2, window=6)"}
 PATCHES = [name for name, cls in available_patches().items() if cls.__module__.startswith("patchkit.")]
 DIFFERS = TOLERANCES[torch.float32].differs
 

@@ -111,6 +111,10 @@ class StepCache(_compat.Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def layer(self, index: int) -> Any:
+        """The layer of this index."""
+        return self.layers[index]
+
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.seen
 
@@ -126,6 +130,9 @@ class LayerOfStep(StepCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[0].update(key_states, value_states)
+
+    def layer(self, index: int) -> Any:
+        return self.layers[0]
 
 
 class FixedLayer(_compat.CacheLayerMixin):

@@ -25,6 +25,7 @@ depends on a Python integer that changes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ import torch
 from patchkit import _compat
 from patchkit.cache.step import Sinks, StepCache, StepLayer
 from patchkit.errors import StreamError
-from patchkit.target import Rotary
+from patchkit.target import Rotary, same_rotary
 
 # Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
 ROLLBACK = 256
@@ -42,17 +43,65 @@ ROLLBACK = 256
 
 @dataclass(eq=False)
 class Lane:
-    """What the layers with one rule share: S sinks, a window of W tokens, one rotary embedding."""
+    """What the layers with one rule share: S sinks, a window of W tokens, one rotary embedding.
+
+    Attributes:
+        number: its place in `StepCache.masks`.
+        in_cache: sinks stand at their distance inside the cache (the paper's rule); else at their true distance.
+        sliding: it is the layers' own rule, which no patch asked for.
+    """
 
     sinks: int
     window: int
     rotary: Rotary | None
-    number: int = 0  # its place in `StepCache.masks`
+    number: int = 0
+    in_cache: bool = True
+    sliding: bool = False
 
     @property
     def capacity(self) -> int:
         """Tokens kept: S + W."""
         return self.sinks + self.window
+
+    def same_rule(self, other: Lane) -> bool:
+        """Whether the layers of both can share one lane."""
+        mine, its = ((lane.sinks, lane.window, lane.in_cache, lane.sliding) for lane in (self, other))
+        return type(self) is type(other) and mine == its and same_rotary(self.rotary, other.rotary)
+
+    @property
+    def steps_from(self) -> int:
+        """Tokens seen from which on a step needs `step_tensors`."""
+        return self.capacity
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether a query sees everything that is kept of its row."""
+        return True
+
+    def within(self, query: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Which earlier keys a query sees beside the sinks, by the token numbers of both and the query's row position (broadcast)."""
+        return key > query - self.window
+
+    def step_tensors(self, frame: Frame) -> list[torch.Tensor | None]:
+        """Of a one-token step: its slot [1], and the cosine and sine [B or 1, 1, 1, n] of the sinks' turn, if they turn."""
+        token = torch.tensor([frame.start], device=frame.device)
+        cos = sin = None
+        if self.sinks and self.rotary is not None:
+            offset = frame.excess(token) if self.in_cache else torch.zeros_like(frame.row_positions(token))
+            cos, sin = self.rotary.angles((offset - frame.base[:, None])[:, None])
+        return [self.slot(token), cos, sin]
+
+    def make_layer(self, index: int, stream: Stream, stock: Any) -> StreamLayer:
+        """The cache layer that takes the place of transformers' ``stock`` for attention layer ``index``."""
+        if isinstance(stock, _compat.LinearAttentionLayer):
+            return StreamLayerWithState(self, stream, stock.number_of_states)
+        return StreamLayer(self, stream)
+
+    def count(self, hits: Counter[str], frame: Frame) -> None:
+        """Count a forward for the report."""
+        hits["forwards"] += 1
+        hits["tokens"] += frame.tokens
+        hits["tokens evicted"] += max(0, frame.end - self.capacity) - max(0, frame.start - self.capacity)
 
     def slot(self, token: Any) -> Any:
         """The slot of token ``token`` (int or int64 tensor)."""
@@ -69,7 +118,6 @@ class Plan:
     Attributes:
         lanes: the lane of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
         main: the lane of the streaming layers; its S + W defines in-cache positions.
-        in_cache: sinks stand at their distance inside the cache (the paper's rule); else at their true distance.
         limit: frame positions stay below it. None: not bounded, because some rotary layers keep all keys.
         stock_layers: makes transformers' cache layers of a fresh cache.
         owns_all: every attention layer is in a lane, so no mask of transformers' own is needed.
@@ -78,7 +126,6 @@ class Plan:
 
     lanes: dict[int, Lane]
     main: Lane
-    in_cache: bool
     limit: int | None
     stock_layers: Callable[[], list[Any]]
     owns_all: bool = True
@@ -95,6 +142,9 @@ class Frame:
         many: the general form, for several tokens at once or when gradients are wanted; else the in-place step of one token.
         cached: keys come from a cache; else they are the T new ones as the model made them.
         steady: a step in which every query sees every slot, so that no mask is needed.
+        rows: B.
+        most_pads: the largest of ``pads``, as a plain number.
+        highest: the most tokens ever seen before this forward, those that were taken back included.
     """
 
     plan: Plan
@@ -106,6 +156,9 @@ class Frame:
     many: bool = True
     cached: bool = True
     steady: bool = False
+    rows: int = 1
+    most_pads: int = 0
+    highest: int = 0
     _turns: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -135,16 +188,24 @@ class Frame:
 
     def window_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [B or 1, 1, T, n] from where the model put the new tokens to their frame positions."""
-        return self._turn(rotary, "window", lambda tokens: self.excess(tokens) - self.base[:, None])
+        return self._turn(rotary, "window", self.start, lambda tokens: self.excess(tokens) - self.base[:, None])
 
     def sink_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from where the model put the queries to their in-cache positions (unbounded plans only)."""
-        return self._turn(rotary, "sinks", lambda tokens: -self.excess(tokens))
+        return self._turn(rotary, "sinks", self.start, lambda tokens: -self.excess(tokens))
 
-    def _turn(self, rotary: Rotary, name: str, offsets: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (id(rotary), name)
+    def unturn(self, rotary: Rotary, delay: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, of token numbers ``first`` to ``end - delay``, from their frame positions to no rotation at all."""
+        return self._turn(
+            rotary, f"back by {delay}", first, lambda tokens: self.base[:, None] - self.row_positions(tokens), self.end - delay
+        )
+
+    def _turn(
+        self, rotary: Rotary, name: str, first: int, offsets: Callable[[torch.Tensor], torch.Tensor], end: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (id(rotary), name, first)
         if key not in self._turns:
-            tokens = torch.arange(self.start, self.end, device=self.device)
+            tokens = torch.arange(first, self.end if end is None else end, device=self.device)
             self._turns[key] = tuple(t[:, None] for t in rotary.angles(offsets(tokens)))
         return self._turns[key]
 
@@ -172,7 +233,7 @@ class Frame:
         pads = 0 if self.pads is None else self.pads[:, None, None]
         query, key = queries[None, :, None], keys[:, None, :]
         row = key - pads
-        seen = (key >= 0) & (row >= 0) & (key <= query) & ((key > query - lane.window) | (row < lane.sinks))
+        seen = (key >= 0) & (row >= 0) & (key <= query) & (lane.within(query, key, query - pads) | (row < lane.sinks))
         # A padding query sees itself, so that no row of the softmax is empty.
         return (seen | ((key == query) & (row < 0)))[:, None]
 
@@ -197,7 +258,7 @@ class Stream:
         self.frame: Frame | None = None
         self.broken = False
         self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
-        self._steady: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
+        self._steady: dict[int, list[Any]] = {}
         self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
 
     def set_pads(self, pads: torch.Tensor) -> None:
@@ -205,8 +266,8 @@ class Stream:
         self.pads, self.most_pads = pads, int(pads.max())
         self._schedule_rebase()
 
-    def begin(self, tokens: int, layers: list[StreamLayer], device: torch.device, in_place: bool) -> Frame:
-        """Open the frame of a forward of ``tokens`` new tokens; ``in_place`` when no gradient is wanted.
+    def begin(self, tokens: int, layers: list[StreamLayer], device: torch.device, in_place: bool, batch: int = 1) -> Frame:
+        """Open the frame of a forward of ``tokens`` new tokens in each row of ``batch``; ``in_place`` when no gradient is wanted.
 
         Raises:
             StreamError: an earlier forward did not reach its end.
@@ -220,10 +281,23 @@ class Stream:
             rows, base = self._rows_and_base()
             due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
             self.rebase(torch.where(due, rows, base), layers)
-        capacities = [lane.capacity for lane in self.lanes]
-        steady = not many and (self.pads is None or self.seen >= self.most_pads + max(capacities))
-        self.frame = Frame(self.plan, self.seen, tokens, self.pads, self.base, device, many=many, steady=steady)
-        if not many and self.seen >= min(capacities):
+        lanes = self.lanes
+        filled = self.pads is None or self.seen >= self.most_pads + max(lane.capacity for lane in lanes)
+        steady = not many and filled and all(lane.sees_all for lane in lanes)
+        self.frame = Frame(
+            self.plan,
+            self.seen,
+            tokens,
+            self.pads,
+            self.base,
+            device,
+            many=many,
+            steady=steady,
+            rows=batch,
+            most_pads=self.most_pads,
+            highest=max(self.highest, self.seen),
+        )
+        if not many and self.seen >= min(lane.steps_from for lane in lanes):
             self._prepare_step(self.frame)
         return self.frame
 
@@ -248,12 +322,12 @@ class Stream:
         self._schedule_rebase()
 
     def take_back(self, count: int, layers: list[StreamLayer]) -> None:
-        """Count ``count`` tokens as not seen; rows that are no longer full return to the frame of a fresh stream."""
+        """Count ``count`` tokens as not seen; no row is left before its frame, and those no longer full are in that of a fresh stream."""
         self.seen -= count
         rows, base = self._rows_and_base()
-        unfilled = (rows < self.plan.main.capacity) & (base > 0)
-        if bool(unfilled.any()):
-            self.rebase(torch.where(unfilled, 0, base), layers)
+        back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
+        if bool((back != base).any()):
+            self.rebase(back, layers)
 
     @property
     def lanes(self) -> list[Lane]:
@@ -272,27 +346,19 @@ class Stream:
             self.rebase_at = int(origin.min()) + self.plan.limit
 
     def _prepare_step(self, frame: Frame) -> None:
-        """Put the slot and the sinks' turn of this step into tensors whose addresses never change."""
-        token = torch.tensor([frame.start], device=frame.device)
+        """Put what this step needs of each lane into tensors whose addresses never change."""
         for lane in self.lanes:
-            cos = sin = None
-            if lane.sinks and lane.rotary is not None:
-                offset = frame.excess(token) if self.plan.in_cache else torch.zeros_like(frame.row_positions(token))
-                cos, sin = lane.rotary.angles((offset - self.base[:, None])[:, None])
-            slot = lane.slot(token)
-            held = self._steady.get(id(lane))
-            if held is None or held[0].device != slot.device or (cos is not None and (held[1] is None or held[1].shape != cos.shape)):
-                self._steady[id(lane)] = slot, cos, sin
+            fresh, held = lane.step_tensors(frame), self._steady.get(id(lane))
+            if held is None or any(_layout(kept) != _layout(new) for kept, new in zip(held, fresh, strict=True)):
+                self._steady[id(lane)] = fresh
                 self.step = None
                 continue
-            held[0].copy_(slot)
-            if cos is not None and sin is not None:
-                assert held[1] is not None and held[2] is not None
-                held[1].copy_(cos)
-                held[2].copy_(sin)
+            for kept, new in zip(held, fresh, strict=True):
+                if kept is not None and new is not None:
+                    kept.copy_(new)
 
-    def steady(self, lane: Lane) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The slot [1] of this step, and the cosine and sine [B or 1, 1, 1, n] of the sinks' turn."""
+    def steady(self, lane: Lane) -> list[Any]:
+        """What `Lane.step_tensors` says of this step."""
         return self._steady[id(lane)]
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -311,7 +377,7 @@ class Stream:
             return None
         if any(frame.start < lane.sinks for lane in lanes):  # a step writes all sinks anew, so there must be all
             return None
-        if frame.start < min(lane.capacity for lane in lanes):
+        if frame.start < min(lane.steps_from for lane in lanes):
             self._prepare_step(frame)
         for layer in layers:
             layer.before_fixed_step(frame)
@@ -337,6 +403,10 @@ class Stream:
         step.masks_open = full
 
 
+def _layout(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.device)
+
+
 class StreamLayer(_compat.CacheLayerMixin):
     """One layer's sinks and window: keys [B, G, S+W, K] and values [B, G, S+W, V], allocated once."""
 
@@ -352,7 +422,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         super().__init__()
         self.lane = lane
         self.stream = stream
-        self.is_sliding = lane.sinks == 0 and lane is not stream.plan.main
+        self.is_sliding = lane.sliding
         self._forget()
 
     def _forget(self) -> None:
@@ -429,7 +499,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     # -- one token, steady state -------------------------------------------------------------------------------------------
 
     def _step(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, cos, sin = self.stream.steady(self.lane)
+        slot, cos, sin = self.stream.steady(self.lane)[:3]
         slot = slot.to(k.device)
         self._before_overwriting(frame, slot)
         self.keys.index_copy_(2, slot, k)
@@ -461,13 +531,16 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def fixed(self) -> StepLayer:
         """This layer as compiled code sees it."""
-        slot, cos, sin = self.stream.steady(self.lane)
+        return StepLayer(self.keys, self.values, self.stream.steady(self.lane)[0], self._fixed_sinks())
+
+    def _fixed_sinks(self) -> Sinks | None:
+        """What a compiled step turns the sinks with; None where they stay as they are."""
+        _, cos, sin = self.stream.steady(self.lane)[:3]
         if self.raw is None or self.raw_quarter is None or cos is None or sin is None:
-            return StepLayer(self.keys, self.values, slot)
+            return None
         rotary = self.lane.rotary
         assert rotary is not None
-        sinks = Sinks(rotary.slot == "values", rotary.cached_start, self.raw, self.raw_quarter, cos, sin)
-        return StepLayer(self.keys, self.values, slot, sinks)
+        return Sinks(rotary.slot == "values", rotary.cached_start, self.raw, self.raw_quarter, cos, sin)
 
     # -- several tokens ----------------------------------------------------------------------------------------------------
 
@@ -528,7 +601,7 @@ class StreamLayer(_compat.CacheLayerMixin):
                 self._capture_sinks()
             assert self.raw is not None and self.raw_quarter is not None
             raw = self.raw
-            if not self.stream.plan.in_cache:
+            if not self.lane.in_cache:
                 cos, sin = self.lane.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
                 raw = raw * cos + self.raw_quarter * sin
             self._rotated(keys, values).copy_(raw)
@@ -603,7 +676,9 @@ class StreamLayer(_compat.CacheLayerMixin):
         lane, seen = self.lane, self.stream.seen
         if not self.is_initialized or count == 0 or seen <= lane.capacity:
             return
-        tokens = torch.arange(max(seen - count, lane.capacity), seen, device=self.keys.device)
+        first = max(seen - count, lane.capacity)
+        # Later ones pushed out tokens that are taken back themselves.
+        tokens = torch.arange(first, min(first + lane.window, seen), device=self.keys.device)
         assert self.log is not None
         for ring, log in zip((self.keys, self.values), self.log, strict=True):
             ring.index_copy_(2, lane.slot(tokens), log.index_select(2, (tokens - lane.window) % ROLLBACK))
@@ -665,11 +740,7 @@ class StreamingCache(_compat.Cache):
 
     def _layer(self, index: int, stock: Any) -> Any:
         lane = self.plan.lanes.get(index)
-        if lane is None:
-            return stock
-        if isinstance(stock, _compat.LinearAttentionLayer):
-            return StreamLayerWithState(lane, self.stream, stock.number_of_states)
-        return StreamLayer(lane, self.stream)
+        return stock if lane is None else lane.make_layer(index, self.stream, stock)
 
     @property
     def own_layers(self) -> list[StreamLayer]:
@@ -711,7 +782,7 @@ class StreamingCache(_compat.Cache):
         # Other layers first: one of them may refuse, and nothing must be half done.
         layers: list[Any] = self.layers
         for layer in layers:
-            if type(layer) is not StreamLayer:
+            if not isinstance(layer, StreamLayer) or isinstance(layer, StreamLayerWithState):
                 layer.crop(tokens_to_remove)
         for own in self.own_layers:
             own.roll_back(count)
@@ -736,6 +807,6 @@ class StreamingCache(_compat.Cache):
         for layer in self.layers:
             if isinstance(layer, StreamLayer):
                 layer.select_rows(index)
-            if type(layer) is not StreamLayer:
+            if not isinstance(layer, StreamLayer) or isinstance(layer, StreamLayerWithState):
                 other(layer)
         self.stream.select_rows(index)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,50 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.trained_for import TrainedFor
 
 Init = Literal["tie", "copy", "random"]
 _FORMAT = "patchkit heads 1"
 _ROPE_BASE = 10000.0
-
-
-@dataclass(frozen=True)
-class TrainedFor:
-    """The model that heads belong to.
-
-    Attributes:
-        hidden_size, embedding_size, vocabulary: D, E and V.
-        fingerprint: of the LM head's weight, in bfloat16, so that it is the same in every precision the model is loaded in.
-    """
-
-    model_type: str
-    hidden_size: int
-    embedding_size: int
-    vocabulary: int
-    fingerprint: str
-
-    @classmethod
-    def of(cls, model: Any) -> TrainedFor:
-        """The facts about ``model``.
-
-        Raises:
-            UnsupportedModel: it has no LM head of one weight [V, D], or no input embeddings.
-        """
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        weight = getattr(head, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not hasattr(embeddings, "weight"):
-            raise UnsupportedModel(
-                f"{type(model).__name__} has no LM head of one weight matrix, which draft heads share: use another drafter, such as "
-                "PromptLookup"
-            )
-        rows = torch.linspace(0, len(weight) - 1, min(len(weight), 256), device=weight.device).long()
-        sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
-        return cls(
-            model_type=model.config.model_type,
-            hidden_size=weight.shape[1],
-            embedding_size=embeddings.weight.shape[1],
-            vocabulary=weight.shape[0],
-            fingerprint=hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16],
-        )
 
 
 class Heads(nn.Module):

@@ -156,8 +156,8 @@ def _decoder_layers(target: Target) -> list[nn.Module]:
 def _refuse_stream(plan: Any) -> None:
     if not plan.owns_all:
         raise UnsupportedModel(
-            "streaming with layers= (or beside chunked layers) leaves caches that grow, so no two steps would be one graph: "
-            "leave compile out, or stream all layers"
+            "streaming or linear with layers= (or beside chunked layers) leaves caches that grow, so no two steps would be one graph: "
+            "leave compile out, or patch all layers"
         )
     if plan.has_alibi:
         raise UnsupportedModel("streaming makes an ALiBi bias anew at every step, which cannot be compiled: leave one of the two out")
@@ -263,7 +263,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     steps.step = step
     steps.kind = _kind(step, kwargs)
     if runtime is not None:
-        runtime.masks = step.masks
+        runtime.masks, runtime.step = step.masks, step
     graphs = _uses_cudagraphs(steps.patch, decoder)
     if graphs:
         torch.compiler.cudagraph_mark_step_begin()
@@ -275,7 +275,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     finally:
         steps.step = None
         if runtime is not None:
-            runtime.masks = None
+            runtime.masks = runtime.step = None
     if graphs:  # the next step writes over the memory of this one's output
         output = type(output)(**{name: value.clone() if torch.is_tensor(value) else value for name, value in output.items()})
     if isinstance(cache, FixedCache):
@@ -292,6 +292,9 @@ def _call_layer(steps: Steps, index: int, *args: Any, **kwargs: Any) -> Any:
     if step is None:
         return layer._call_impl(*args, **kwargs)
     mine = LayerOfStep(step, index)
+    runtime = steps.decoder.__dict__.get("_patchkit_streaming")
+    if runtime is not None:
+        runtime.step = mine
     args = tuple(mine if value is step else value for value in args)
     kwargs = {name: mine if value is step else value for name, value in kwargs.items()}
     return steps.run((type(layer), *steps.kind), _run_call, layer, args, kwargs)

@@ -27,11 +27,12 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.attention import AttentionOutput, alias_of, original_function, swap_mask_builder
+from patchkit.cache.step import StepCache
 from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
-from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
+from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Stage, register_patch
-from patchkit.target import AttentionLayer, Rotary, Target, same_rotary
+from patchkit.target import AttentionLayer, Rotary, Target
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
 QUERY_BLOCK = 512
@@ -68,43 +69,17 @@ class StreamingLLM(Patch):
                 raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
         if self.positions not in ("cache", "true"):
             raise ValueError(f"positions={self.positions!r}: give 'cache' (distance inside the cache) or 'true' (true distance)")
-        if self.layers is not None:
-            if not self.layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
-                raise ValueError(f"layers={self.layers!r}: give layer indices such as [0, 1], or None for all")
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", check_layers(self.layers))
 
     def check(self, target: Target) -> None:
         self._plan(target)
 
     def apply(self, target: Target, handle: Handle) -> None:
         plan, owned = self._plan(target)
-        configs = _compat.attention_configs(target.model)
-        runtime = Runtime(plan, handle.hits, tuple({config._attn_implementation or "eager" for config in configs}))
-        masked = _masked_implementation(target)
-        handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
-        handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
-        handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
-        handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, target.model, runtime))
-        for config in configs:
-            handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))
+        runtime = open_stream(target, handle, plan)
         for layer in owned:
-            lane = plan.lanes[layer.index]
-            if layer.alibi is not None:
-                handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
-                handle.pre_hook(layer.module, _before_alibi_attention, with_kwargs=True)
-            else:
-                attend = functools.partial(_attention, runtime, lane, layer.rotary, masked)
-                handle.set_attribute(layer.module, "_patchkit_attention", attend)
-        streaming = [layer for layer in owned if layer.kind == "full"]
-        sliding = [layer for layer in target.attention_layers if layer.kind == "sliding"]
-        chunked = [layer for layer in target.attention_layers if layer.kind == "chunked"]
-        others = [layer for layer in target.attention_layers if layer.kind == "full" and layer not in streaming]
-        handle.changed("attention layers", len(streaming))
-        for kept, what in ((sliding, "sliding-window"), (chunked, "chunked")):
-            if kept:
-                handle.left_alone(f"{len(kept)} {what} layers", f"they keep their own rule, over {_listed(_windows(kept))} tokens")
-        if others:
-            handle.left_alone(f"{len(others)} attention layers", "not in layers=: they keep all keys, so memory grows")
+            stream_layer(target, handle, runtime, layer)
+        report_layers(target, handle, plan)
         if plan.limit is None:
             handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
 
@@ -113,7 +88,7 @@ class StreamingLLM(Patch):
         layers = target.attention_layers
         name = type(target.model).__name__
         full = [layer for layer in layers if layer.kind == "full"]
-        chosen = full if self.layers is None else self._chosen(layers)
+        chosen = full if self.layers is None else chosen_layers(layers, self.layers)
         for layer in layers:
             if layer.obstacle is not None and (layer in chosen or layer.kind != "full"):
                 raise UnsupportedModel(f"streaming would not be exact on {name}: in layer {layer.index} ({layer.name}), {layer.obstacle}")
@@ -121,54 +96,153 @@ class StreamingLLM(Patch):
             raise NothingMatched(
                 f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): nothing to add"
             )
-        if any(layer.rotary is not None for layer in layers):
-            if "position_ids" not in _compat.argument_names(target.decoder):
-                raise UnsupportedModel(
-                    f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded"
-                )
-            capacity, limit = self.sinks + self.window, target.position_limit
-            if limit is not None and capacity > limit:
-                raise UnsupportedModel(
-                    f"sinks + window = {capacity} is more than the {limit} positions that {name} was made for: "
-                    f"use window={max(1, limit - self.sinks)} or less"
-                )
-        bounded = all(layer in chosen or layer.kind == "sliding" for layer in layers)
-        owned = [layer for layer in layers if layer in chosen or (bounded and layer.kind == "sliding")]
-        made: list[Lane] = []
-        lanes: dict[int, Lane] = {}
-        for layer in owned:
-            sinks, window = (self.sinks, self.window) if layer in chosen else (0, layer.window or 1)
-            lane = next((x for x in made if (x.sinks, x.window) == (sinks, window) and same_rotary(x.rotary, layer.rotary)), None)
-            if lane is None:
-                lane = Lane(sinks, window, layer.rotary, number=len(made))
-                made.append(lane)
-            lanes[layer.index] = lane
-        for layer in owned:
-            if any(other.module is layer.module and lanes[other.index] is not lanes[layer.index] for other in owned):
-                raise UnsupportedModel(f"streaming would not be exact on {name}: layers with different rules share the module {layer.name}")
-        frame_limit = None
-        if bounded:
-            capacity = self.sinks + self.window
-            frame_limit = max(capacity, min(target.position_limit or FRAME_POSITIONS, max(2 * capacity, FRAME_POSITIONS)))
-        plan = Plan(
-            lanes,
-            main=lanes[chosen[0].index],
-            in_cache=self.positions == "cache",
-            limit=frame_limit,
-            stock_layers=functools.partial(_stock_layers, target.config),
-            owns_all=bounded,
-            has_alibi=any(layer.alibi is not None for layer in owned),
-        )
-        return plan, owned
+        lanes = {layer.index: Lane(self.sinks, self.window, layer.rotary, in_cache=self.positions == "cache") for layer in chosen}
+        return make_plan(target, "streaming", lanes)
 
-    def _chosen(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
-        assert self.layers is not None
-        by_index = {layer.index: layer for layer in layers}
-        for index in self.layers:
-            if index not in by_index or by_index[index].kind != "full":
-                known = [layer.index for layer in layers if layer.kind == "full"]
-                raise NothingMatched(f"layers={list(self.layers)}: layer {index} has no full attention. Layers that do: {_listed(known)}")
-        return [by_index[index] for index in sorted(set(self.layers))]
+
+# -- what patches that stream share ----------------------------------------------------------------------------------------
+
+
+def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The option ``layers``, as a tuple.
+
+    Raises:
+        ValueError: it is neither None nor layer indices.
+    """
+    if layers is None:
+        return None
+    if not isinstance(layers, tuple | list) or not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise ValueError(f"layers={layers!r}: give layer indices such as [0, 1], or None for all")
+    return tuple(layers)
+
+
+def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> list[AttentionLayer]:
+    """The layers with these indices, in order.
+
+    Raises:
+        NothingMatched: one does not exist, or has no full attention.
+    """
+    by_index = {layer.index: layer for layer in layers}
+    for index in indices:
+        if index not in by_index or by_index[index].kind != "full":
+            known = [layer.index for layer in layers if layer.kind == "full"]
+            raise NothingMatched(f"layers={list(indices)}: layer {index} has no full attention. Layers that do: {_listed(known)}")
+    return [by_index[index] for index in sorted(set(indices))]
+
+
+def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool = True) -> tuple[Plan, list[AttentionLayer]]:
+    """The plan of one patch, and the layers in it: the chosen ones and, where all others slide, those too.
+
+    Args:
+        chosen: a lane for each chosen layer; layers with equal lanes will share one.
+        movable: positions can be bounded, because no layer has them baked in.
+
+    Raises:
+        UnsupportedModel: the model does not stream in this way.
+    """
+    layers, name = target.attention_layers, type(target.model).__name__
+    capacity, limit = next(iter(chosen.values())).capacity, target.position_limit
+    if not movable or any(layer.rotary is not None for layer in layers):
+        if "position_ids" not in _compat.argument_names(target.decoder):
+            raise UnsupportedModel(f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded")
+        if limit is not None and capacity > limit:
+            first = next(iter(chosen.values()))
+            raise UnsupportedModel(
+                f"sinks + window = {capacity} is more than the {limit} positions that {name} was made for: "
+                f"use window={max(1, limit - first.sinks)} or less"
+            )
+    owns_all = all(layer.index in chosen or layer.kind == "sliding" for layer in layers)
+    owned = [layer for layer in layers if layer.index in chosen or (owns_all and layer.kind == "sliding")]
+    made: list[Lane] = []
+    lanes: dict[int, Lane] = {}
+    for layer in owned:
+        wanted = chosen.get(layer.index) or Lane(0, layer.window or 1, layer.rotary, sliding=True)
+        lane = next((lane for lane in made if lane.same_rule(wanted)), None)
+        if lane is None:
+            lane = wanted
+            lane.number = len(made)
+            made.append(lane)
+        lanes[layer.index] = lane
+    for layer in owned:
+        if any(other.module is layer.module and lanes[other.index] is not lanes[layer.index] for other in owned):
+            raise UnsupportedModel(f"{patch} would not be exact on {name}: layers with different rules share the module {layer.name}")
+    frame_limit = None
+    if owns_all and movable:
+        frame_limit = max(capacity, min(limit or FRAME_POSITIONS, max(2 * capacity, FRAME_POSITIONS)))
+    plan = Plan(
+        lanes,
+        main=lanes[next(iter(chosen))],
+        limit=frame_limit,
+        stock_layers=functools.partial(_stock_layers, target.config),
+        owns_all=owns_all,
+        has_alibi=any(layer.alibi is not None for layer in owned),
+    )
+    return plan, owned
+
+
+def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
+    """The stream of this model: a new one, or that of another patch, which from now on has both plans.
+
+    Raises:
+        PatchConflict: both plans have rules for one layer.
+    """
+    runtime: Runtime | None = target.decoder.__dict__.get("_patchkit_streaming")
+    if runtime is not None:
+        handle.set_attribute(runtime, "plan", _joined(target, runtime.plan, plan))
+        handle.set_attribute(runtime, "counters", [*runtime.counters, (plan.main, handle.hits)])
+        return runtime
+    configs = _compat.attention_configs(target.model)
+    runtime = Runtime(plan, [(plan.main, handle.hits)], tuple({config._attn_implementation or "eager" for config in configs}))
+    handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
+    handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
+    handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
+    handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, target.model, runtime))
+    for config in configs:
+        handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))
+    return runtime
+
+
+def _joined(target: Target, first: Plan, second: Plan) -> Plan:
+    both = sorted(first.lanes.keys() & second.lanes.keys())
+    if both:
+        raise PatchConflict(f"two patches have rules for attention layers {_listed(both)}: give each layers of its own with layers=")
+    lanes = dict(sorted({**first.lanes, **second.lanes}.items()))
+    for number, lane in enumerate(dict.fromkeys(lanes.values())):
+        lane.number = number
+    return Plan(
+        lanes,
+        main=first.main if first.main.in_cache else second.main,  # in-cache positions are counted by it
+        limit=None,
+        stock_layers=first.stock_layers,
+        owns_all=all(layer.index in lanes for layer in target.attention_layers),
+        has_alibi=first.has_alibi or second.has_alibi,
+    )
+
+
+def stream_layer(target: Target, handle: Handle, runtime: Runtime, layer: AttentionLayer) -> None:
+    """Make one layer attend by the streaming rule of its lane."""
+    lane = runtime.plan.lanes[layer.index]
+    if layer.alibi is not None:
+        handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
+        handle.pre_hook(layer.module, _before_alibi_attention, with_kwargs=True)
+    else:
+        attend = functools.partial(_attention, runtime, lane, layer.rotary, _masked_implementation(target))
+        handle.set_attribute(layer.module, "_patchkit_attention", attend)
+
+
+def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
+    """Say which layers were changed, and which not, and why."""
+    layers = target.attention_layers
+    changed = [layer for layer in layers if layer.kind == "full" and layer.index in plan.lanes]
+    sliding, chunked = ([layer for layer in layers if layer.kind == kind] for kind in ("sliding", "chunked"))
+    others = [layer for layer in layers if layer.kind == "full" and layer not in changed]
+    handle.changed("attention layers", len(changed))
+    for kept, what in ((sliding, "sliding-window"), (chunked, "chunked")):
+        if kept:
+            handle.left_alone(f"{len(kept)} {what} layers", f"they keep their own rule, over {_listed(_windows(kept))} tokens")
+    if others:
+        why = "not in layers=: unless another patch has them, they keep all keys, so memory grows"
+        handle.left_alone(f"{len(others)} attention layers", why)
 
 
 # -- run time --------------------------------------------------------------------------------------------------------------
@@ -176,15 +250,20 @@ class StreamingLLM(Patch):
 
 @dataclass(eq=False)
 class Runtime:
-    """What the hooks of one patched model share. ``frame`` is set while its decoder runs."""
+    """What the hooks of one patched model share. ``frame`` is set while its decoder runs.
+
+    Attributes:
+        counters: the lane that each patch has brought, and the patch's hits.
+    """
 
     plan: Plan
-    hits: Counter[str]
+    counters: list[tuple[Lane, Counter[str]]]
     implementations: tuple[str, ...]
     frame: Frame | None = None
     cache: StreamingCache | None = None
     outer_mask_builder: Any = None
     masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
+    step: StepCache | None = None  # that step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
@@ -226,11 +305,13 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     _notice_padding(stream, kwargs.get("attention_mask"), batch, tokens)
     _refuse_packing(kwargs.get("position_ids"), kwargs.get("attention_mask"), stream.seen, tokens)
     if cache is not None:
-        runtime.frame = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled())
+        runtime.frame = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled(), batch=batch)
         runtime.cache = cache
     else:
         base = torch.zeros(1, dtype=torch.int64, device=inputs.device)
-        runtime.frame = Frame(runtime.plan, 0, tokens, stream.pads, base, inputs.device, cached=False)
+        runtime.frame = Frame(
+            runtime.plan, 0, tokens, stream.pads, base, inputs.device, cached=False, rows=batch, most_pads=stream.most_pads
+        )
     if "position_ids" in _compat.argument_names(decoder):
         kwargs["position_ids"] = runtime.frame.position_ids().expand(batch, -1)
     builder = functools.partial(_placeholder_mask, runtime.frame) if runtime.plan.owns_all else None
@@ -250,10 +331,8 @@ def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> N
         return
     if cache is not None:
         cache.stream.commit()
-    capacity = runtime.plan.main.capacity
-    runtime.hits["forwards"] += 1
-    runtime.hits["tokens"] += frame.tokens
-    runtime.hits["tokens evicted"] += max(0, frame.end - capacity) - max(0, frame.start - capacity)
+    for lane, hits in runtime.counters:
+        lane.count(hits, frame)
 
 
 def _placeholder_mask(frame: Frame, *args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -308,17 +387,17 @@ def _attention(
             window_query = rotary.turn(query, cos, sin, rotary.start)
             if not frame.cached:
                 key = rotary.turn(key, cos, sin, rotary.start)
-        elif runtime.plan.limit is None and runtime.plan.in_cache and frame.end > runtime.plan.main.capacity:
+        elif runtime.plan.limit is None and lane.in_cache and frame.end > runtime.plan.main.capacity:
             cos, sin = (t.to(query.device) for t in frame.sink_turn(rotary))
             sink_query = rotary.turn(query, cos, sin, rotary.start)
-    split = sink_query is not window_query and lane.sinks > 0 and runtime.plan.in_cache
+    split = sink_query is not window_query and lane.sinks > 0 and lane.in_cache
     if split and kwargs.get("scaling") is None:  # the default would be taken from the doubled key dimension
         kwargs["scaling"] = query.shape[-1] ** -0.5
 
     outputs = []
     for block in queries.split(QUERY_BLOCK):
         rows = slice(int(block[0]) - frame.start, int(block[-1]) + 1 - frame.start)
-        columns = _columns(frame, lane, keys.shape[-1], rows)
+        columns = visible_columns(frame, lane, keys.shape[-1], rows)
         block_keys, k, v = keys[:, columns], key[:, :, columns], value[:, :, columns]
         q = window_query[:, :, rows]
         if split:
@@ -333,7 +412,7 @@ def _attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
 
 
-def _columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
+def visible_columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
     """Indices of the keys that queries ``rows`` of the forward can see: the sinks, and one window behind the first of them."""
     # Keys are in order of time from column `ordered` on, where token i is in column i + offset. Every row's sinks are before
     # that, or among the first most_pads + S tokens.
@@ -389,7 +468,7 @@ def _before_alibi_attention(
     tokens, keys = torch.arange(frame.start, frame.end, device=given.device), frame.key_tokens(lane).to(given.device)
     query_row, key_row = frame.row_positions(tokens)[:, :, None], (keys if pads is None else keys - pads[:, None])[:, None, :]
     distance = query_row - key_row
-    if frame.plan.in_cache:
+    if lane.in_cache:
         distance = torch.where(key_row < lane.sinks, query_row.clamp(max=lane.capacity - 1) - key_row, distance)
     bias = -layer.slopes.to(given.device)[:, None, None] * distance[:, None]  # [B or 1, H, T, n]
     rows = given.shape[0] // len(layer.slopes)  # a model gives one bias per row, or one for all

@@ -215,6 +215,19 @@ def test_rollback_over_several_single_steps():
             close(out.logits[:, 0], expected[:, start])
 
 
+@pytest.mark.parametrize("positions", ["cache", "true"])
+def test_rollback_of_more_tokens_than_the_window_holds_and_across_a_rebase(positions):
+    """Frame positions are bounded by 512 here: the first wrong tokens pass that, and are taken back."""
+    model, ids = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW, positions)), tokens(length=520)
+    expected = feed(model, ids, [520])[0]
+    cache = feed(model, ids[:, :480], [480])[1]
+    cache.activate_past_recording()
+    _, cache = feed(model, tokens(length=60, seed=9), [20] + [1] * 40, cache=cache)
+    assert cache.stream.base.max() > 480
+    cache.crop(-60)
+    close(feed(model, ids[:, 480:], [1] * 20 + [20], cache=cache)[0], expected[:, 480:])
+
+
 def test_rollback_of_what_was_not_recorded_is_refused_and_changes_nothing():
     model, ids = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW)), tokens(length=20)
     expected = feed(model, ids, [20])[0]

@@ -58,9 +58,10 @@ class SelfDraft(Drafter):
         target.views[id(self)] = view
 
     def prepared(self, target: Target) -> Drafter:
-        windows = [getattr(patch, "window", None) for patch in self._resolved()]
+        from patchkit.patches.streaming import StreamingLLM
+
         # What a window would drop need not be fed.
-        context = next((window for window in windows if window), None)
+        context = next((patch.window for patch in self._resolved() if isinstance(patch, StreamingLLM)), None)
         return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
 
     def begin(self, model: Any, state: State) -> Session:

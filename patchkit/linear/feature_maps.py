@@ -1,0 +1,114 @@
+"""Feature maps: what linear attention puts in the place of the exponential, ``exp(q . k) -> map(q) . map(k)``.
+
+A map is a module for all heads of one layer; some have weights to train. Every map but `Identity` gives features that are at least 0,
+so that attention weights are.
+
+Shapes: B batch, H heads, T tokens, K head dimension, F features.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_maps: dict[str, type[FeatureMap]] = {}
+
+
+class FeatureMap(nn.Module):
+    """Base class; a subclass with ``kind="name"`` is known to `make_feature_map` under that name.
+
+    Attributes:
+        kind: its name.
+        fused: the op `linear_attention` computes it itself, from the name; it has no weights.
+        n_features: F.
+    """
+
+    kind: ClassVar[str]
+    fused: ClassVar[bool] = False
+
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind = kind
+        _maps[kind] = cls
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.n_features = head_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, H, T, F] float32 of queries or keys [B, H, T, K]."""
+        raise NotImplementedError
+
+
+class Identity(FeatureMap, kind="identity"):
+    """No map: weights may be negative, so use it without a normaliser, or with features that were mapped before."""
+
+    fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+class EluPlusOne(FeatureMap, kind="elu1"):
+    """``elu(x) + 1``. Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236, equation 7."""
+
+    fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(x.float()) + 1
+
+
+class Relu(FeatureMap, kind="relu"):
+    """``max(x, 0)``."""
+
+    fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().relu()
+
+
+class Hedgehog(FeatureMap, kind="hedgehog"):
+    """``[softmax(W x), softmax(-W x)]`` with a trained W for each head, at first the identity; F = 2 K.
+
+    Zhang et al. 2024, "The Hedgehog & the Porcupine", https://arxiv.org/abs/2402.04347, section 4.2, with the softmax over features.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads, head_dim)
+        self.n_features = 2 * head_dim
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mapped = x.float() @ self.weight.float().mT
+        return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)
+
+
+class T2R(FeatureMap, kind="t2r"):
+    """``relu(W x + b)`` with a trained W, at first the identity, and b for each head. Kasai et al. 2021, "Finetuning Pretrained
+    Transformers into RNNs", https://arxiv.org/abs/2103.13076, equation 5."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads, head_dim)
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, head_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ self.weight.float().mT + self.bias.float()).relu()
+
+
+def available_feature_maps() -> list[str]:
+    """The names of all feature maps."""
+    return sorted(_maps)
+
+
+def make_feature_map(kind: str, heads: int, head_dim: int) -> FeatureMap:
+    """The map of this name for ``heads`` heads of dimension ``head_dim``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if kind not in _maps:
+        raise ValueError(f"feature_map={kind!r} is unknown: give one of {', '.join(available_feature_maps())}")
+    return _maps[kind](heads, head_dim)

@@ -1,0 +1,230 @@
+"""`LinearState`: what the conversion of a softmax model learned, and its file.
+
+A file is safetensors. Tensors: ``layers.{index}.{name}`` for everything in that layer's `HybridAttention.state_dict`, and for each
+projection that was adapted ``lora.{module}.A`` [r, in] and ``lora.{module}.B`` [out, r], already scaled: W' = W + B A. The metadata
+say with which window, sinks and horizon it was trained, and for which model; it is refused for any other.
+
+Shapes: H heads, G kv heads, K head dimension, V value dimension, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.linear.feature_maps import available_feature_maps
+from patchkit.linear.hybrid import HybridAttention
+from patchkit.target import Target
+from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
+
+_FORMAT = "patchkit linear 1"
+_REMEDY = "Convert this model: patchkit linearize MODEL --text FILE --out STATE"
+
+
+class HeadSizes(NamedTuple):
+    """H, G, K and V of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass
+class LinearState:
+    """The converted attention of one model.
+
+    Attributes:
+        feature_map, window, sinks, horizon: as in `HybridAttention` and `hybrid_attention`; what it was trained with.
+        parts: the hybrid attention of each converted layer, by the layer's index in the cache, on the CPU in float32.
+        lora: (A [r, in], B [out, r]) of each adapted projection, by its name in ``model.named_modules()``: W' = W + B A.
+        trained_for: the model it belongs to.
+        float16_fingerprint: what that model's fingerprint is when it is loaded in float16, which rounds weights below 1e-5.
+    """
+
+    feature_map: str
+    window: int
+    sinks: int
+    horizon: int | None
+    parts: dict[int, HybridAttention]
+    trained_for: TrainedFor
+    float16_fingerprint: str
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the converted layers, ascending."""
+        return sorted(self.parts)
+
+    @classmethod
+    def start(cls, target: Target, feature_map: str, window: int, sinks: int, horizon: int | None, layers: list[int]) -> LinearState:
+        """Untrained attention for these layers of a model."""
+        sizes = head_sizes(target)
+        parts = {index: HybridAttention(feature_map, *sizes[index], horizon=horizon) for index in layers}
+        trained_for = TrainedFor.of(target.model)
+        weight = lm_head_weight(target.model)
+        assert weight is not None
+        return cls(feature_map, window, sinks, horizon, parts, trained_for, fingerprint(weight.half()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors by their names in a file, and under "metadata" its metadata: what `load_state` takes."""
+        tensors: dict[str, Any] = {}
+        for index in self.layers:
+            for name, tensor in self.parts[index].state_dict().items():
+                tensors[f"layers.{index}.{name}"] = tensor.detach().clone()
+        for name, (a, b) in self.lora.items():
+            tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a.detach().clone(), b.detach().clone()
+        tensors["metadata"] = {
+            "format": _FORMAT,
+            "feature_map": self.feature_map,
+            "window": str(self.window),
+            "sinks": str(self.sinks),
+            "horizon": json.dumps(self.horizon),
+            "layers": json.dumps(self.layers),
+            "trained_for": json.dumps(asdict(self.trained_for)),
+            "float16_fingerprint": self.float16_fingerprint,
+        }
+        return tensors
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a safetensors file with tensors of ``dtype``."""
+        tensors = self.state_dict()
+        metadata = tensors.pop("metadata")
+        save_file({name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+    def check_fits(self, model: Any) -> None:
+        """Refuse a model that this state was not trained for.
+
+        Raises:
+            UnsupportedModel: other sizes, or another LM head.
+        """
+        have, wanted = TrainedFor.of(model), self.trained_for
+        if (have.hidden_size, have.vocabulary) != (wanted.hidden_size, wanted.vocabulary):
+            what = (
+                f"a hidden size of {wanted.hidden_size} and {wanted.vocabulary} tokens, and this one has {have.hidden_size} and "
+                f"{have.vocabulary}"
+            )
+        elif have.fingerprint not in (wanted.fingerprint, self.float16_fingerprint):
+            what = "another LM head: the sizes agree, the weights do not"
+        else:
+            return
+        raise UnsupportedModel(f"this linear attention was converted from a {wanted.model_type} model with {what}. {_REMEDY}")
+
+
+def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_target: Any) -> LinearState:
+    """The converted attention of a model.
+
+    Args:
+        source: a file that `LinearState.save` wrote, "bundled" for the one that ships for stdlib-7m, a dict as of
+            `LinearState.state_dict`, or a state, which is only checked.
+        model_or_target: the model that it is for, unpatched, or its `Target`.
+
+    Raises:
+        PatchError: no such file, not a file of linear attention, or tensors missing, left over or of wrong shapes.
+        UnsupportedModel: it belongs to another model.
+    """
+    target = model_or_target if isinstance(model_or_target, Target) else Target(model_or_target)
+    if isinstance(source, LinearState):
+        source.check_fits(target.model)
+        return source
+    if isinstance(source, Mapping):
+        where, tensors = "the state dict", dict(source)
+        metadata = tensors.pop("metadata", None) or {}
+    else:
+        where, tensors, metadata = _read(source)
+    if metadata.get("format") != _FORMAT:
+        raise PatchError(f"{where} holds no linear attention of patchkit: give a file that patchkit linearize wrote, or 'bundled'")
+    try:
+        facts = {name: json.loads(metadata[name]) for name in ("window", "sinks", "horizon", "layers", "trained_for")}
+        state = LinearState(
+            metadata["feature_map"],
+            facts["window"],
+            facts["sinks"],
+            facts["horizon"],
+            {},
+            TrainedFor(**facts["trained_for"]),
+            metadata["float16_fingerprint"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PatchError(f"the metadata of {where} cannot be used ({type(error).__name__}: {error}). {_REMEDY}") from error
+    if state.feature_map not in available_feature_maps():
+        raise PatchError(f"{where} uses the feature map {state.feature_map!r}, which does not exist here. {_REMEDY}")
+    state.check_fits(target.model)
+    _fill(state, facts["layers"], tensors, where, target)
+    return state
+
+
+def head_sizes(target: Target) -> dict[int, HeadSizes]:
+    """The sizes of each layer that calls transformers' attention interface, by its index in the cache."""
+    return {
+        call["layer"]: HeadSizes(call["query"].shape[1], call["key"].shape[1], call["query"].shape[-1], call["value"].shape[-1])
+        for call in target._probe.calls
+    }
+
+
+def _read(source: str | Path) -> tuple[str, dict[str, Any], dict[str, str]]:
+    if str(source) == "bundled":
+        from patchkit.models import bundled_path
+
+        source = bundled_path() / "linear_state.safetensors"
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise PatchError(f"there is no file of linear attention at {path}: write one with patchkit linearize, or give 'bundled'")
+    try:
+        with safe_open(path, "pt") as file:
+            return str(path), {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise PatchError(f"{path} cannot be read as safetensors ({error}): convert the model again with patchkit linearize") from error
+
+
+def _fill(state: LinearState, layers: list[int], tensors: dict[str, Any], where: str, target: Target) -> None:
+    """Put every one of ``tensors`` in its place in ``state``.
+
+    Raises:
+        PatchError: one is missing, has another shape than the model asks for, or has no place.
+    """
+    sizes, modules = head_sizes(target), dict(target.model.named_modules())
+    left = dict(tensors)
+    for index in layers:
+        if index not in sizes:
+            raise PatchError(f"{where} converts layer {index}, and the model has attention in layers {sorted(sizes)}. {_REMEDY}")
+        part = HybridAttention(state.feature_map, *sizes[index], horizon=state.horizon)
+        if f"layers.{index}.readout" in left:
+            part.add_readout()
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                parameter.copy_(_taken(left, f"layers.{index}.{name}", tuple(parameter.shape), where))
+        state.parts[index] = part.requires_grad_(False)
+    for key in [key for key in left if key.startswith("lora.") and key.endswith(".A")]:
+        name = key[len("lora.") : -len(".A")]
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise PatchError(f"{where} adapts {name}, which is no projection of this {type(target.model).__name__}. {_REMEDY}")
+        rows, columns = in_and_out(modules[name])[::-1]
+        rank = left[key].shape[0]
+        state.lora[name] = (_taken(left, key, (rank, columns), where), _taken(left, f"lora.{name}.B", (rows, rank), where))
+    if left:
+        raise PatchError(f"{where} holds {sorted(left)[0]!r}, which has no place in the converted layers {layers}. {_REMEDY}")
+
+
+def in_and_out(module: Any) -> tuple[int, int]:
+    """The numbers of inputs and outputs of a linear layer; transformers' `Conv1D` keeps its weight as [in, out]."""
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, torch.nn.Linear) else (first, second)
+
+
+def _taken(tensors: dict[str, Any], name: str, shape: tuple[int, ...], where: str) -> torch.Tensor:
+    if name not in tensors:
+        raise PatchError(f"{where} lacks the tensor {name!r} {list(shape)}. {_REMEDY}")
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise PatchError(f"{name!r} of {where} is {list(tensor.shape)}, and this model asks for {list(shape)}. {_REMEDY}")
+    return tensor.float()
