@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +158,8 @@ class Traced:
 
     def _make(self, arguments: tuple[torch.Tensor, ...]) -> Any:
         """A trace, or None where it cannot be made."""
-        name, step = type(self.model).__name__, _Step(self.model)
+        name, turned = type(self.model).__name__, {} if self.verifies else self._turned()
+        step = _Step(self.model, list(turned.values()))
         try:
             looks = self._looks(step, arguments) if self.verifies else None
             if looks is not None:
@@ -165,7 +167,7 @@ class Traced:
                 return None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of values taken from shapes
-                with _Products(arguments[0].numel() >= _MANY, {} if self.verifies else self._turned()):
+                with _Products(arguments[0].numel() >= _MANY, turned):
                     return torch.jit.trace(step, arguments, check_trace=False)
         except Exception as error:
             _logger.debug("patchkit: %s runs untraced (%s: %s)", name, type(error).__name__, str(error).strip()[:200])
@@ -248,11 +250,18 @@ class _Products(TorchFunctionMode):
 
 
 class _Step(nn.Module):
-    """A forward as a function of tensors only."""
+    """A forward as a function of tensors only.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        constants: tensors that a trace will meet beside the model's own. As buffers they are freed with the trace; TorchScript keeps
+            what stands in its code until the process ends.
+    """
+
+    def __init__(self, model: Any, constants: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.model = model
+        for number, constant in enumerate(constants):
+            self.register_buffer(f"constant_{number}", constant)
 
     def forward(
         self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, *buffers: torch.Tensor
