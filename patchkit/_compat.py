@@ -70,6 +70,12 @@ def mask_function(implementation: str) -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, lambda *args, **kwargs: None)
 
 
+def has_global_hooks() -> bool:
+    """Whether something is run before or after the forward of every module in this process."""
+    module: Any = importlib.import_module("torch.nn.modules.module")
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
 def attention_configs(model: Any) -> list[Any]:
     """Every config object through which a module of ``model`` looks its attention implementation up, each once."""
     configs: dict[int, Any] = {}
@@ -240,6 +246,8 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "torch.cpu:_is_vnni_supported": (),
     "torch._C:_len_torch_dispatch_stack": None,
     "torch.compiler:reset": (),
+    "torch.nn.modules.module:_global_forward_hooks": None,
+    "torch.nn.modules.module:_global_forward_pre_hooks": None,
 }
 
 

@@ -6,7 +6,8 @@ of a second, where compiling takes ten.
 A trace would also replay what the model decided by looking into a tensor. For drafts that does no harm, since no draft decides what
 the text will be. A trace that verifies is only made if nothing looks: the forward must run on tensors without values. Nor is it made
 where Python may do more than the model's code: with hooks, other patches, modules of other libraries. Both kinds are compared with
-the model at the first shapes they meet, on other tokens at another place: one trace serves all of them.
+the model at the first shapes they meet, on other tokens at another place: one trace serves all of them. One that verifies is compared
+once more in every text.
 
 Shapes: R rows, T tokens, C slots of the cache, V vocabulary, D hidden size.
 """
@@ -81,6 +82,7 @@ class Traced:
         # A trace keeps the parameters that it was made with; one that drafts, copies of some.
         versions = [0 if verifies or parameter.is_inference() else parameter._version for parameter in model.parameters()]
         self.parameters = hash(tuple(zip(map(id, model.parameters()), versions, strict=True)))
+        self.compared: set[Any] = set()  # kinds of trace that were compared with the model since this text began
 
     @staticmethod
     def serves(model: Any, cache: Any, verifies: bool) -> bool:
@@ -129,21 +131,33 @@ class Traced:
         """What runs a forward with arguments of these shapes; None, with a line in the log, if that has to be the model."""
         tokens, mask = arguments[:2]
         traces = _traces.setdefault(self.model, {})
-        # Code that asks for the number of rows asks whether there is more than one.
-        shape = tuple(tokens.shape)
-        many = shape[0] > 1, self.verifies and tokens.numel() >= _MANY
-        key = (self.verifies, self.parameters, many, mask.dtype, torch.is_inference_mode_enabled())
+        # Code that asks for the number of rows or tokens asks whether there is more than one.
+        many = len(tokens) > 1, tokens.shape[1] > 1, self.verifies and tokens.numel() >= _MANY
+        kind = many, mask.dtype, torch.is_inference_mode_enabled()
+        shape = *tokens.shape, mask.shape[-1]
+        key = (self.verifies, self.parameters, *kind)
         trace = traces.get(key)
-        if trace is not None and (trace.run is None or shape in trace.agrees or _proven(trace)):
+        # What else a trace has taken over from the model (buffers, numbers in modules, code) may have been changed since the last text.
+        due = self.verifies and kind not in self.compared
+        if trace is not None and (trace.run is None or (not due and (shape in trace.agrees or _proven(trace)))):
             return trace.run if trace.agrees.get(shape, True) else None
         started = time.perf_counter()
+        self.compared.add(kind)
         arguments = (*arguments[:4], *(buffer.clone() for buffer in arguments[4:]))
-        if trace is None:
-            trace = traces[key] = _Trace(self._make(arguments))
-        if trace.run is not None:
+        agreed = trace is not None and trace.agrees.get(shape, _proven(trace))
+        if trace is not None:
             trace.agrees[shape] = self._agrees(trace, arguments)
+        if trace is None or (agreed and not trace.agrees[shape]):
+            # Other weights, or something else that was changed: older traces are of no use.
+            outdated = [each for each in traces if each[0] == self.verifies and (trace is not None or each[1] != self.parameters)]
+            for each in outdated:
+                del traces[each]
+            if outdated:
+                _looks.pop(self.model, None)
+            trace = traces[key] = _Trace(self._make(arguments))
+            trace.agrees[shape] = trace.run is not None and self._agrees(trace, arguments)
         making.milliseconds += 1000 * (time.perf_counter() - started)
-        return trace.run if trace.agrees.get(shape) else None
+        return trace.run if trace.agrees[shape] else None
 
     def _looks(self, step: nn.Module, arguments: tuple[torch.Tensor, ...]) -> str | None:
         """Where the model looks into a tensor, found out once."""
@@ -186,14 +200,16 @@ class Traced:
         wanted = [output.clone() for output in _Step(self.model)(*elsewhere)]
         try:
             with _as_traced():
-                off = max(logit_error(ours, theirs) for ours, theirs in zip(trace.run(*elsewhere), wanted, strict=True))
+                errors = [logit_error(ours, theirs) for ours, theirs in zip(trace.run(*elsewhere), wanted, strict=True)]
         except RuntimeError as error:  # a size that became a constant of the trace
             _logger.debug(
                 "patchkit: %s runs untraced at %s (%s)", type(self.model).__name__, tuple(tokens.shape), str(error).strip()[-200:]
             )
             return False
-        if off > TOLERANCES[self.model.dtype].logits:
-            _logger.debug("patchkit: %s runs untraced at %s: its trace is off by %.2g", type(self.model).__name__, tuple(tokens.shape), off)
+        if not all(error <= TOLERANCES[self.model.dtype].logits for error in errors):  # nor is a NaN
+            _logger.debug(
+                "patchkit: %s runs untraced at %s: its trace is off by %s", type(self.model).__name__, tuple(tokens.shape), errors
+            )
             return False
         return True
 
@@ -216,6 +232,8 @@ def _is_only_speculative(model: Any) -> bool:
 def _runs_its_own_code(model: Any) -> bool:
     """Whether no module has a hook (but for ours on the decoder), a forward of its own, or a class of another library."""
     decoder = _compat.decoder_of(model)
+    if _compat.has_global_hooks():
+        return False
     for module in model.modules():
         if not type(module).__module__.startswith(("transformers.", "torch.nn.")) or "forward" in vars(module):
             return False

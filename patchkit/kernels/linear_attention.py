@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from patchkit.errors import KernelError
 from patchkit.kernels import native, triton
@@ -57,7 +56,7 @@ def linear_attention(
         state [B, G, F, V] and normalizer [B, G, F] float32 after the last token.
 
     Raises:
-        KernelError: an unknown feature map, a number of heads that kv heads do not divide, or chunk < 1.
+        KernelError: an unknown feature map, shapes or devices that do not fit together, or chunk < 1.
     """
     fq, fk, values, state, normalizer = _prepared(q, k, v, state, normalizer, mask, feature_map, chunk)
     outs, denominators = [], []
@@ -81,11 +80,11 @@ def _prepared(
     chunk: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features of the queries [B, G, h, T, F] and of the keys, values, state and normalizer, in the dtype that is computed in."""
-    _check(q, k, feature_map, chunk)
+    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
     dtype = torch.promote_types(q.dtype, torch.float32)
     fq, fk = features(q.to(dtype), feature_map).unflatten(1, (k.shape[1], -1)), features(k.to(dtype), feature_map)
     if mask is not None:
-        fk = fk * mask[:, None, :, None]
+        fk = fk.masked_fill(~mask[:, None, :, None], 0)
     if state is None:
         state = fk.new_zeros(*k.shape[:2], fk.shape[-1], v.shape[-1])
     if normalizer is None:
@@ -93,21 +92,48 @@ def _prepared(
     return fq, fk, v.to(dtype), state.to(dtype), normalizer.to(dtype)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, feature_map: str, chunk: int = 1) -> None:
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    feature_map: str,
+    chunk: int = 1,
+    state: torch.Tensor | None = None,
+    normalizer: torch.Tensor | None = None,
+) -> None:
+    """Refuse what does not fit together: a kernel would read memory that is not its own."""
     if feature_map not in FEATURE_MAPS:
         raise KernelError(
             f"feature_map={feature_map!r} is unknown: give one of {', '.join(FEATURE_MAPS)}, maps with weights are applied before"
         )
-    if q.shape[1] % k.shape[1]:
-        raise KernelError(f"{q.shape[1]} query heads cannot share {k.shape[1]} kv heads evenly")
     if chunk < 1:
         raise KernelError(f"chunk={chunk}: give at least 1")
+    (batch, heads, tokens, width), (groups, value_width) = q.shape, (k.shape[1], v.shape[-1])
+    if tokens < 1:
+        raise KernelError("there is no token: give at least one")
+    if heads % groups:
+        raise KernelError(f"{heads} query heads cannot share {groups} kv heads evenly")
+    wanted = {
+        "k": (k, (batch, groups, tokens, width)),
+        "v": (v, (batch, groups, tokens, value_width)),
+        "mask": (mask, (batch, tokens)),
+        "state": (state, (batch, groups, width, value_width)),
+        "normalizer": (normalizer, (batch, groups, width)),
+    }
+    if mask is not None and mask.dtype != torch.bool:
+        raise KernelError(f"mask is {mask.dtype}: give bool, False for padding")
+    for name, (given, shape) in wanted.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise KernelError(f"{name} has shape {tuple(given.shape)}; with q of shape {tuple(q.shape)} it has to be {shape}")
+        if given is not None and given.device != q.device:
+            raise KernelError(f"{name} is on {given.device}, q on {q.device}: move one of them")
 
 
 def features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     """``f(x)``, elementwise."""
     if feature_map == "elu1":
-        return F.elu(x) + 1
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # elu(x) + 1 would cancel
     return x.relu() if feature_map == "relu" else x
 
 
@@ -211,7 +237,7 @@ def _backward(ctx: Any, d_out: Any, d_denominator: Any, d_state: Any, d_normaliz
     q_raw, k_raw, values = q.to(dtype), k.to(dtype), v.to(dtype)
     fq, fk = features(q_raw, ctx.feature_map), features(k_raw, ctx.feature_map)
     if mask is not None:
-        fk = fk * mask[:, None, :, None]
+        fk = fk.masked_fill(~mask[:, None, :, None], 0)
     d_out = d_out.to(dtype)
     if ctx.normalize:
         d_out = torch.where(denominator[..., None] == 0, 0, d_out / denominator[..., None])
@@ -240,7 +266,7 @@ def _backward(ctx: Any, d_out: Any, d_denominator: Any, d_state: Any, d_normaliz
     d_v = d_v + fk @ d_state
     d_k = d_k * _slope(k_raw, ctx.feature_map)
     if mask is not None:
-        d_k = d_k * mask[:, None, :, None]
+        d_k = d_k.masked_fill(~mask[:, None, :, None], 0)
     return (
         (d_q * _slope(q_raw, ctx.feature_map)).to(q.dtype),
         d_k.to(k.dtype),
@@ -292,7 +318,7 @@ def _(
     chunk: int = 64,
 ) -> Four:
     """`native/linear_attention.cpp`: everything in one pass, in chunks of 64 whatever ``chunk`` is."""
-    _check(q, k, feature_map, chunk)
+    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
     (batch, heads, tokens, width), groups, value_width = q.shape, k.shape[1], v.shape[-1]
     # Named, so that they live until the call is over.
     q32, k32, v32 = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k, v))
@@ -402,11 +428,11 @@ def _(
     normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state is updated where it lies and then read once, for all heads that share it."""
-    _check(q, k, feature_map)
+    _check(q, k, v, mask, feature_map, 1, state, normalizer)
     dtype = state.dtype
     fq, fk = features(q.to(dtype), feature_map), features(k.to(dtype), feature_map)
     if mask is not None:
-        fk = fk * mask[:, None, :, None]
+        fk = fk.masked_fill(~mask[:, None, :, None], 0)
     state.addcmul_(fk.mT, v.to(dtype))
     normalizer.add_(fk[:, :, 0])
     grouped = fq.unflatten(1, (k.shape[1], -1)).squeeze(3)
@@ -441,7 +467,7 @@ def _(
     """`patchkit.kernels.triton.linear_attention`: three launches, in tiles of its own whatever ``chunk`` is."""
     from patchkit.kernels.triton.linear_attention import run
 
-    _check(q, k, feature_map, chunk)
+    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
     return run(q, k, v, state, normalizer, mask, feature_map, normalize)
 
 
@@ -463,5 +489,5 @@ def _(
     """`patchkit.kernels.triton.linear_attention`: one launch."""
     from patchkit.kernels.triton.linear_attention import run_step
 
-    _check(q, k, feature_map)
+    _check(q, k, v, mask, feature_map, 1, state, normalizer)
     return run_step(q, k, v, state, normalizer, mask, feature_map, normalize)

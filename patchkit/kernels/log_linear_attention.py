@@ -65,15 +65,17 @@ def log_linear_attention(
 
 def _prepared(q: Any, k: Any, v: Any, weights: Any, states: Any, past: int, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
     """Queries [B, G, h, T, K], keys, values, weights [B, G, h, T, L] and states, in the dtype that is computed in."""
-    _check(q, k, "identity", chunk)
+    _check(q, k, v, mask, "identity", chunk)
     needed = (past + q.shape[2]).bit_length() + 1
     if weights.shape[-1] < needed:
         raise KernelError(f"{past + q.shape[2]} tokens have {needed} levels, weights are given for {weights.shape[-1]}")
     if chunk & (chunk - 1):
         raise KernelError(f"chunk={chunk}: give a power of two")
     dtype, groups = torch.promote_types(q.dtype, torch.float32), k.shape[1]
-    keys = k.to(dtype) if mask is None else k.to(dtype) * mask[:, None, :, None]
+    keys = k.to(dtype) if mask is None else k.to(dtype).masked_fill(~mask[:, None, :, None], 0)
     shape = *k.shape[:2], weights.shape[-1], k.shape[-1], v.shape[-1]
+    if states is not None and tuple(states.shape) != shape:
+        raise KernelError(f"states have shape {tuple(states.shape)}; with these weights, keys and values it has to be {shape}")
     states = keys.new_zeros(shape) if states is None else states.to(dtype).clone()
     return q.to(dtype).unflatten(1, (groups, -1)), keys, v.to(dtype), weights.to(dtype).unflatten(1, (groups, -1)), states
 

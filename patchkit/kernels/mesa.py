@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from patchkit.errors import KernelError
 from patchkit.kernels.linear_attention import _check, _not_on_cpu
 from patchkit.kernels.op import op
 
@@ -45,8 +46,11 @@ def mesa(
 
     Returns:
         out [B, H, T, V] in q's dtype, state [B, G, K, V] and moments [B, G, K, K] float32 after the last token.
+
+    Raises:
+        KernelError: shapes or devices that do not fit together, or (on a CPU) a regularizer that is not positive.
     """
-    queries, keys, values, state, moments = _prepared(q, k, v, state, moments, mask, chunk)
+    queries, keys, values, state, moments = _prepared(q, k, v, regularizer, state, moments, mask, chunk)
     ridge = torch.diag_embed(regularizer.to(queries.dtype))
     outs = []
     for t in range(q.shape[2]):
@@ -56,11 +60,13 @@ def mesa(
     return torch.stack(outs, 3).flatten(1, 2).to(q.dtype), state, moments
 
 
-def _prepared(q: Any, k: Any, v: Any, state: Any, moments: Any, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
+def _prepared(q: Any, k: Any, v: Any, regularizer: Any, state: Any, moments: Any, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
     """Queries [B, G, h, T, K], keys, values, state and moments, in the dtype that is computed in."""
-    _check(q, k, "identity", chunk)
+    _check(q, k, v, mask, "identity", chunk)
+    if regularizer.device.type == "cpu" and not bool((regularizer > 0).all()):  # elsewhere the question would wait for the device
+        raise KernelError("the regularizer has to be positive: a matrix of fewer keys than dimensions has no inverse without it")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(dtype) if mask is None else k.to(dtype) * mask[:, None, :, None]
+    keys = k.to(dtype) if mask is None else k.to(dtype).masked_fill(~mask[:, None, :, None], 0)
     width = k.shape[-1]
     state = keys.new_zeros(*k.shape[:2], width, v.shape[-1]) if state is None else state.to(dtype)
     moments = keys.new_zeros(*k.shape[:2], width, width) if moments is None else moments.to(dtype)
@@ -113,7 +119,7 @@ def _(
 ) -> Three:
     """Two factorisations per chunk instead of a solution per token; in fp64, because a small regularizer cancels in the difference."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values, state, moments = (x.double() for x in _prepared(q, k, v, state, moments, mask, chunk))
+    queries, keys, values, state, moments = (x.double() for x in _prepared(q, k, v, regularizer, state, moments, mask, chunk))
     ridge = torch.diag_embed(regularizer.to(queries.dtype))
     out = queries.new_empty(*queries.shape[:4], v.shape[-1])
     for start in range(0, q.shape[2], chunk):

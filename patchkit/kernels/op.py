@@ -178,7 +178,7 @@ class Op:
             self._setup_context(ctx, inputs, output)
 
     def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
-        raise KernelError(f"patchkit's op {self.name} has no gradient: run it under torch.no_grad(), unpatch_model(model) before training")
+        raise KernelError(f"patchkit's op {self.name} has no gradient: run it under torch.no_grad(); unpatch_model before training a model")
 
 
 @overload

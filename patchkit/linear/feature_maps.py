@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 _maps: dict[str, type[FeatureMap]] = {}
@@ -57,7 +56,8 @@ class EluPlusOne(FeatureMap, kind="elu1"):
     fused = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.elu(x.float()) + 1
+        x = x.float()
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # elu(x) + 1 would cancel
 
 
 class Relu(FeatureMap, kind="relu"):

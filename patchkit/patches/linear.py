@@ -23,7 +23,7 @@ from torch import nn
 from patchkit.attention import AttentionOutput
 from patchkit.cache.linear import LinearLane, LinearLayer, LinearStep, LinearStepLayer
 from patchkit.cache.streaming import Frame, Lane, Plan
-from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
+from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.kernels.linear_attention import linear_attention
 from patchkit.linear.feature_maps import available_feature_maps
@@ -111,10 +111,12 @@ class LinearAttention(Patch):
                 stream_layer(target, handle, runtime, layer)
         report_layers(target, handle, plan)
         if state is not None:
-            for name, (a, b) in state.lora.items():
+            inside = tuple(f"{layer.name}." for layer in owned if isinstance(runtime.plan.lanes[layer.index], LinearLane))
+            adapted = {name: pair for name, pair in state.lora.items() if name.startswith(inside)}
+            for name, (a, b) in adapted.items():
                 _adapt(target.model.get_submodule(name), a, b, handle)
-            if state.lora:
-                handle.changed("adapted projections", len(state.lora))
+            if adapted:
+                handle.changed("adapted projections", len(adapted))
         else:
             handle.left_alone("quality", "not that of the original model without conversion: run `patchkit linearize`")
         if any(layer.obstacle == BAKED_IN for layer in owned):
@@ -222,14 +224,28 @@ def _adapt(module: Any, a: torch.Tensor, b: torch.Tensor, handle: Handle) -> Non
         (original.detach().float() + change).to(original.dtype), requires_grad=original.requires_grad
     )
     handle.state_dict_hook(module, functools.partial(_save_original, original))
+    guard = module.register_load_state_dict_pre_hook(_refuse_loading)
+    handle.on_undo(functools.partial(_remove, guard))
+
+
+def _remove(guard: Any) -> None:
+    guard.remove()
 
 
 def _put_back(module: Any, original: nn.Parameter) -> None:
+    adapted = module._parameters["weight"]
+    if (adapted.dtype, adapted.device) != (original.dtype, original.device):  # the model was moved meanwhile
+        original.data = original.data.to(adapted.device, adapted.dtype)
     module._parameters["weight"] = original
 
 
 def _save_original(original: nn.Parameter, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     state_dict[f"{prefix}weight"] = original.detach()
+
+
+def _refuse_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if f"{prefix}weight" in state_dict:
+        raise PatchConflict(f"{prefix}weight is adapted by the patch linear: unpatch_model first, then load weights, then patch again")
 
 
 # -- run time --------------------------------------------------------------------------------------------------------------
@@ -275,6 +291,8 @@ def _attention(
         return original(module, query, key, value, attention_mask, **kwargs)
     else:
         _refuse_arguments(module, kwargs)
+        if hybrid.part.factor.device != query.device:  # the model was moved since it was patched
+            hybrid.part.to(query.device)
         cached: Any = None if runtime.cache is None else runtime.cache.layers[hybrid.index]
         if frame.many:
             out = _several_tokens(hybrid, cached, frame, query, key, value, scaling)

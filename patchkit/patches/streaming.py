@@ -285,7 +285,7 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
         return None
     if kwargs.get("output_attentions"):
-        raise StreamError("output_attentions is not available while streaming: the attention function runs over blocks of the window")
+        raise StreamError("output_attentions is not available with streaming or linear: their attention runs over blocks of the window")
     inputs = kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs["inputs_embeds"]

@@ -169,3 +169,32 @@ def test_bad_input_is_refused_by_name():
             linear_attention(q, k, v, *rest)
     with pytest.raises(KernelError, match="4 query heads cannot share 3 kv heads"):
         linear_attention(q, k.repeat(1, 2, 1, 1)[:, :3], v)
+    (t, width), (b, g, _, out) = q.shape[2:], v.shape
+    for given, name in (
+        ((q[:, :, :-1], k, v), "k has shape"),
+        ((q, k[..., :-1], v), "k has shape"),
+        ((q, k, v[:, :1]), "v has shape"),
+        ((q, k, v, torch.zeros(1, 1, width, out)), "state has shape"),
+        ((q, k, v, None, torch.zeros(b, g, 1)), "normalizer has shape"),
+        ((q, k, v, None, None, torch.ones(b, t - 1, dtype=torch.bool)), "mask has shape"),
+        ((q, k, v, None, None, torch.ones(b, t)), "mask is torch.float32"),
+        ((q[:, :, :0], k[:, :, :0], v[:, :, :0]), "there is no token"),
+    ):
+        with pytest.raises(KernelError, match=name):
+            linear_attention(*given)
+
+
+def test_what_is_masked_may_be_anything():
+    q, k, v = drawn()
+    mask = torch.arange(k.shape[2]).expand(2, -1) >= 7
+    wanted = linear_attention(q, k, v, None, None, mask)[0]
+    k[:, :, :7] = torch.nan
+    assert torch.equal(linear_attention(q, k, v, None, None, mask)[0], wanted)
+
+
+def test_features_far_below_zero_are_exact():
+    q, k, v = drawn(t=9)
+    found, expected = linear_attention(q - 20, k - 20, v), matrix_form(q - 20, k - 20, v)
+    assert off(found[0], expected[0]) < TOLERANCE and off(found[1], expected[1]) < TOLERANCE
+    tiny = torch.full((1, 1, 3, 4), 1e-20)
+    assert linear_attention(tiny, tiny, v[:1, :1, :3], None, None, None, "relu")[0].isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patchkit.errors import KernelError
 from patchkit.kernels.mesa import mesa
 from patchkit.kernels.op import VARIABLE
 from patchkit.testing import TOLERANCES
@@ -75,3 +76,9 @@ def test_padding_is_as_if_it_were_not_there():
     for row in range(2):
         alone = mesa(*(x[row : row + 1, :, mask[row]] for x in (q, k, v)), regularizer)[0]
         assert off(out[row : row + 1, :, mask[row]], alone) < TOLERANCE
+
+
+def test_a_regularizer_that_is_not_positive_is_refused():
+    q, k, v, regularizer = drawn()
+    with pytest.raises(KernelError, match="has to be positive"):
+        mesa(q, k, v, regularizer - regularizer.min())

@@ -423,6 +423,32 @@ def test_adapted_weights_come_go_and_are_not_saved(family, tmp_path):
     assert_restored(before, model)
 
 
+def test_adapted_weights_are_not_loaded_over_and_follow_the_model():
+    model = tiny_model("llama")
+    state = trained(model, "plain", lora=True)
+    ((name, _),) = state.lora.items()
+    patch_model(model, LinearAttention(state_dict=state))
+    weight = model.get_submodule(name).weight.clone()
+    with pytest.raises(PatchConflict, match=f"{name}.weight is adapted by the patch linear"):
+        model.load_state_dict(model.state_dict())
+    assert torch.equal(model.get_submodule(name).weight, weight)
+    model.to(torch.bfloat16)
+    unpatch_model(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model(tokens())
+    model.load_state_dict(model.state_dict())
+
+
+def test_layers_left_alone_keep_their_projections():
+    model = tiny_model("llama")
+    state = trained(model, "plain", lora=True)
+    ((name, _),) = state.lora.items()
+    weight = model.get_submodule(name).weight
+    with patched(model, LinearAttention(state_dict=state, layers=[1]), verbose=False):
+        assert model.get_submodule(name).weight is weight
+        assert "adapted projections" not in report(model).patches[0].changed
+
+
 def test_a_state_says_the_options_and_others_are_refused():
     model = tiny_model("llama")
     state = trained(model, "router")

@@ -191,8 +191,9 @@ extern "C" int patchkit_linear_attention(
                         float sum = 0.0f;
                         for (int64_t lane = 0; lane < kLanes; ++lane) sum += partial[lane];
                         to_denominator[t + i] = sum;
-                        const float scale = !normalize ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
-                        for (int64_t j = 0; j < value_width; ++j) to[(t + i) * value_width + j] = result[i * value_wide + j] * scale;
+                        const float divisor = normalize ? sum : 1.0f;
+                        for (int64_t j = 0; j < value_width; ++j)
+                            to[(t + i) * value_width + j] = divisor == 0.0f ? 0.0f : result[i * value_wide + j] / divisor;
                     }
                 }
             }
