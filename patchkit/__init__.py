@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
     from patchkit.handle import Handle as Handle
+    from patchkit.linear.conversion import linearize as linearize
     from patchkit.patch import Patch as Patch
     from patchkit.patch import Stage as Stage
     from patchkit.patch import available_patches as available_patches
@@ -56,6 +57,7 @@ _HOMES = {
         "UnsupportedModel",
     ),
     "handle": ("Handle",),
+    "linear.conversion": ("linearize",),
     "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
     "target": ("Target",),
 }
