@@ -213,7 +213,7 @@ def heads(kind: str = "eagle", steps: int = 350, depth: int = 3, batch: int = 16
 def linear(
     transfer_steps: int = 40, lora_steps: int = 200, batch: int = 4, length: int = 1024, distill: float = 0.5, seed: int = 0
 ) -> None:
-    """Convert stdlib-7m to linear attention, write the state beside it, and record what each stage gained."""
+    """Convert stdlib-7m to linear attention, and record what each stage gained."""
     model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE)
     heldout, _ = load_tokens("heldout")
     WORK.mkdir(exist_ok=True)
@@ -221,7 +221,7 @@ def linear(
         model, load_tokens("train")[0], transfer_steps=transfer_steps, lora_steps=lora_steps, batch=batch, length=length,
         distill=distill, seed=seed, heldout=heldout[: 32 * CONTEXT + 1].long(), checkpoint=WORK / "linear.pt",
     )  # fmt: skip
-    path = MODELS / "stdlib-7m" / "linear_state.safetensors"
+    path = WORK / "linear_state.safetensors"
     result.state.save(path, torch.bfloat16)
     options = dict(transfer_steps=transfer_steps, lora_steps=lora_steps, batch=batch, length=length, distill=distill, seed=seed)
     command = "python evals/train_stdlib.py linear " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())

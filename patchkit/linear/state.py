@@ -123,8 +123,7 @@ def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_ta
     """The converted attention of a model.
 
     Args:
-        source: a file that `LinearState.save` wrote, "bundled" for the one that ships for stdlib-7m, a dict as of
-            `LinearState.state_dict`, or a state, which is only checked.
+        source: a file that `LinearState.save` wrote, a dict as of `LinearState.state_dict`, or a state, which is only checked.
         model_or_target: the model that it is for, unpatched, or its `Target`.
 
     Raises:
@@ -141,7 +140,7 @@ def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_ta
     else:
         where, tensors, metadata = _read(source)
     if metadata.get("format") != _FORMAT:
-        raise PatchError(f"{where} holds no linear attention of patchkit: give a file that patchkit linearize wrote, or 'bundled'")
+        raise PatchError(f"{where} holds no linear attention of patchkit: give a file that patchkit linearize wrote")
     try:
         facts = {name: json.loads(metadata[name]) for name in ("window", "sinks", "horizon", "layers", "trained_for")}
         state = LinearState(
@@ -171,13 +170,9 @@ def head_sizes(target: Target) -> dict[int, HeadSizes]:
 
 
 def _read(source: str | Path) -> tuple[str, dict[str, Any], dict[str, str]]:
-    if str(source) == "bundled":
-        from patchkit.models import bundled_path
-
-        source = bundled_path() / "linear_state.safetensors"
     path = Path(source).expanduser()
     if not path.is_file():
-        raise PatchError(f"there is no file of linear attention at {path}: write one with patchkit linearize, or give 'bundled'")
+        raise PatchError(f"there is no file of linear attention at {path}: write one with patchkit linearize")
     try:
         with safe_open(path, "pt") as file:
             return str(path), {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  not a dict

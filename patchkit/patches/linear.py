@@ -65,8 +65,8 @@ class LinearAttention(Patch):
             The others keep all keys.
         min_length: a query with fewer tokens before it sees all of them by softmax, as unpatched.
         horizon: number of old tokens from which on their weight grows no more; None for never.
-        state_dict: what `patchkit linearize` has learned for this model: its file, "bundled" for stdlib-7m, the dict of tensors, or the
-            `LinearState`. Feature map, window, sinks and horizon are then its own, and may be left out.
+        state_dict: what `patchkit linearize` has learned for this model: its file, the dict of tensors, or the `LinearState`.
+            Feature map, window, sinks and horizon are then its own, and may be left out.
 
     Raises:
         ValueError: an option out of range.
