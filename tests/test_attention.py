@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from patchkit import attention_patch, patch, patch_model, patched, report, unpatch_model
+from patchkit import _compat, attention_patch, patch, patch_model, patched, report, unpatch_model
+from patchkit.attention import masks_from
 from patchkit.errors import UnsupportedModel
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 
@@ -87,3 +88,31 @@ def test_a_model_that_shares_the_config_runs_on_unpatched(implementation):
         assert torch.equal(other(input_ids=tokens(), attention_mask=torch.ones(1, 20)).logits, expected)
         unpatch_model(one)
     assert one.config._attn_implementation == implementation
+
+
+@torch.no_grad()
+def test_masked_attention_of_groups_reads_keys_once_and_only_within_the_context(monkeypatch):
+    model = tiny_model("llama")
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert heads > groups
+    keys = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query, key, *args, **kwargs):
+        keys.append(key.shape[1])
+        return sdpa(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :3] = 0
+    logits, read = [], []
+    for inside in (False, True, False):
+        keys.clear()
+        if inside:
+            with masks_from(_compat.attention_configs(model), None):
+                logits.append(model(input_ids=tokens(2), attention_mask=mask).logits[:, 3:])
+        else:
+            logits.append(model(input_ids=tokens(2), attention_mask=mask).logits[:, 3:])
+        read.append(set(keys))
+    assert read == [{heads}, {groups}, {heads}]
+    assert torch.equal(logits[0], logits[2]) and logit_error(logits[1], logits[0]) <= CLOSE
