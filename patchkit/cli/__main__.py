@@ -1,0 +1,5 @@
+"""`python -m patchkit.cli`."""
+
+from patchkit.cli import main
+
+main()

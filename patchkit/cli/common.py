@@ -1,0 +1,163 @@
+"""What the commands share: the application, options, loading and patching, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from patchkit.errors import PatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from patchkit.api import Report
+    from patchkit.patch import Patch
+
+# torch and transformers take seconds to import, so each command imports what it needs.
+
+
+class UsageError(PatchError):
+    """The command is well-formed, but what it was given cannot be used."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns a PatchError of any command into one line and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PatchError as error:
+            stderr().print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Change how a Hugging Face causal language model runs: in one line, reversibly, with evidence.",
+)
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="'bundled', a model directory, or a hub id.")]
+PatchesOption = Annotated[
+    str, typer.Option("--patches", metavar="SPEC", help="Patches, such as 'streaming(sinks=4, window=508)'; default none.")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs, such as 'cpu' or 'cuda'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
+    import torch
+    import transformers
+
+    from patchkit.models import load_model
+
+    # What goes wrong is said by patchkit; the rest of transformers' remarks would bury it.
+    transformers.logging.set_verbosity_error()
+    loaded: Any
+    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype.value))
+    try:
+        return loaded.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the model cannot go to device {device!r} ({str(error).splitlines()[0]}): use --device cpu") from error
+
+
+def parse(spec: str) -> list[Patch]:
+    """The patches of a spec, before anything large is loaded. An empty spec means none."""
+    from patchkit.patch import parse_spec
+
+    return parse_spec(spec) if spec.strip() else []
+
+
+def patch(model: PreTrainedModel, chosen: list[Patch]) -> None:
+    from patchkit.api import patch_model
+
+    if chosen:
+        patch_model(model, *chosen, verbose=False)
+
+
+def report(model: PreTrainedModel, chosen: list[Patch]) -> Report:
+    """What the patches changed, with their counters so far; empty for an unpatched model."""
+    from patchkit.api import Report, report
+
+    return report(model) if chosen else Report([])
+
+
+def number_list(text: str, option: str, smallest: int) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 2,4,8", param_hint=option) from None
+    if min(numbers) < smallest:
+        raise typer.BadParameter(f"{min(numbers)} is too small: give at least {smallest}", param_hint=option)
+    return list(dict.fromkeys(numbers))
+
+
+def stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text ({error.reason} at byte {error.start}): pipe text in") from error
+
+
+def stderr() -> Console:
+    return Console(stderr=True)
+
+
+def progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=stderr())
+
+
+def emit(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(_plain(result), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: infinities and NaN become null, objects their text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def print_table(console: Console, title: str | None, headings: list[str], rows: list[list[str]], right: bool = False) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if right and index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def word(value: Any) -> str:
+    return "-" if value is None else str(value)
