@@ -40,6 +40,9 @@ class FeatureMap(nn.Module):
         """Features [B, H, T, F] float32 of queries or keys [B, H, T, K]."""
         raise NotImplementedError
 
+    def start_behind(self, turn: torch.Tensor) -> None:
+        """Start as if inputs were multiplied by ``turn`` [K, K] first; a map without weights of its own cannot."""
+
 
 class Identity(FeatureMap, kind="identity"):
     """No map: weights may be negative, so use it without a normaliser, or with features that were mapped before."""
@@ -84,6 +87,9 @@ class Hedgehog(FeatureMap, kind="hedgehog"):
         mapped = x.float() @ self.weight.float().mT
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)
 
+    def start_behind(self, turn: torch.Tensor) -> None:
+        self.weight.data.copy_(turn.mT)
+
 
 class T2R(FeatureMap, kind="t2r"):
     """``relu(W x + b)`` with a trained W, at first the identity, and b for each head. Kasai et al. 2021, "Finetuning Pretrained
@@ -96,6 +102,9 @@ class T2R(FeatureMap, kind="t2r"):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x.float() @ self.weight.float().mT + self.bias.float()).relu()
+
+    def start_behind(self, turn: torch.Tensor) -> None:
+        self.weight.data.copy_(turn.mT)
 
 
 def available_feature_maps() -> list[str]:
