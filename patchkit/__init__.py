@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from patchkit.api import unpatch_model as unpatch_model
     from patchkit.api import with_patches as with_patches
     from patchkit.attention import attention_patch as attention_patch
+    from patchkit.cache.refresh import DynamicSinks as DynamicSinks
+    from patchkit.cache.refresh import Reencode as Reencode
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
     from patchkit.errors import NothingMatched as NothingMatched
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
     "attention": ("attention_patch",),
+    "cache.refresh": ("DynamicSinks", "Reencode"),
     "errors": (
         "IrreversiblePatch",
         "KernelError",

@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import Patch, available_patches, parse_spec
-
-if TYPE_CHECKING:
-    import os
+from patchkit.patch import NO_PATCH, Patch, available_patches, parse_spec, read_spec
 
 # The instance attribute of a patched model that holds its root Handle.
 _ATTRIBUTE = "_patchkit"
 
 _logger = logging.getLogger("patchkit")
+
+# What names patches: an object, a spec string, or a file that holds one.
+Given = Patch | str | os.PathLike[str]
 
 M = TypeVar("M")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,6 +39,7 @@ class PatchReport:
         left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
         hits: run-time counters since the model was patched.
         measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
+        same_up_to: texts of at most this many tokens have the logits of the unpatched model; 0 where length plays no part.
         modules: what was done to each module, for patches that say it, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
     """
 
@@ -48,6 +50,7 @@ class PatchReport:
     hits: dict[str, int]
     measured: dict[str, str] = field(default_factory=dict)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    same_up_to: int = 0
 
     def __str__(self) -> str:
         text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
@@ -74,7 +77,7 @@ class Report:
         return "\n".join(map(str, self.patches))
 
 
-def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], lossless: bool = False, verbose: bool = True) -> M:
+def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = False, verbose: bool = True) -> M:
     """Patch a loaded causal language model in place, and log one line that says what was changed and what was left alone.
 
     Everything is checked before anything is touched; an exception half-way undoes what was done. Patches are applied in the
@@ -83,7 +86,8 @@ def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], lossles
 
     Args:
         model: a transformers decoder-only model with a language-modelling head, or such a model in PEFT's wrapper.
-        patches: `Patch` objects and spec strings such as "streaming(window=1020) + mlp_int8", or lists of them.
+        patches: `Patch` objects, spec strings such as "streaming(window=1020) + mlp_int8", and files with such a string
+            (`Path("tuned.spec")` or "@tuned.spec"), or lists of these. "none" is no patch.
         lossless: the patches make a view of the model that only drafts, and the model itself verifies: `generate` gives what the
             unpatched model gives, faster where drafts are cheap and often right. Weights are shared.
         verbose: log the line at level INFO of the logger "patchkit" (else DEBUG). Where the program has not configured
@@ -100,7 +104,7 @@ def patch_model(model: M, *patches: Patch | str | Sequence[Patch | str], lossles
         PatchError: the installed transformers or torch is not supported.
     """
     chosen = _resolve(patches)
-    return _patch(model, _drafting(chosen) if lossless else chosen, verbose)
+    return _patch(model, _drafting(chosen) if lossless and chosen else chosen, verbose)
 
 
 def unpatch_model(model: M) -> M:
@@ -116,7 +120,7 @@ def unpatch_model(model: M) -> M:
 
 
 @contextlib.contextmanager
-def patched(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> Iterator[M]:
+def patched(model: M, *patches: Given | Sequence[Given], verbose: bool = True) -> Iterator[M]:
     """`patch_model` for the length of a with block. The model is unpatched at the end, also after an exception.
 
     Raises:
@@ -132,7 +136,7 @@ def patched(model: M, *patches: Patch | str | Sequence[Patch | str], verbose: bo
         unpatch_model(model)
 
 
-def with_patches(*patches: Patch | str | Sequence[Patch | str], verbose: bool = True) -> Callable[[F], F]:
+def with_patches(*patches: Given | Sequence[Given], verbose: bool = True) -> Callable[[F], F]:
     """Decorate a function that returns a model, or a tuple with exactly one model in it: what it returns is patched.
 
     Spec strings are read when the function is decorated, so a typo is found before a model is loaded.
@@ -160,9 +164,7 @@ def with_patches(*patches: Patch | str | Sequence[Patch | str], verbose: bool = 
     return decorate
 
 
-def from_pretrained(
-    model: str | os.PathLike[str], *, patches: Patch | str | Sequence[Patch | str], verbose: bool = True, **kwargs: Any
-) -> Any:
+def from_pretrained(model: str | os.PathLike[str], *, patches: Given | Sequence[Given], verbose: bool = True, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(model, **kwargs)`, patched. Spec strings are read before anything is loaded.
 
     Args:
@@ -187,10 +189,14 @@ def report(model: Any) -> Report:
 
 def _resolve(patches: Sequence[Any]) -> list[Patch]:
     """Patch objects from whatever the user gave, in the order of application."""
+    if not any(True for _ in _flat(patches)):
+        raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches())}, or {NO_PATCH!r}")
     chosen: list[Patch] = []
     for given in _flat(patches):
         if isinstance(given, str):
             chosen.extend(parse_spec(given))
+        elif isinstance(given, os.PathLike):
+            chosen.extend(read_spec(given))
         elif isinstance(given, type) and issubclass(given, Patch):
             raise SpecError(f"{given.__name__} is a class: write {given.__name__}()")
         elif not isinstance(given, Patch):
@@ -199,8 +205,6 @@ def _resolve(patches: Sequence[Any]) -> list[Patch]:
             raise SpecError(f"{type(given).__name__} is not registered: decorate the class with @register_patch('a_name')")
         else:
             chosen.append(given)
-    if not chosen:
-        raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches()) or 'none'}")
     names = [patch.name for patch in chosen]
     for name in names:
         if names.count(name) > 1:
@@ -238,9 +242,10 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
 
     _compat.self_check()
     started = time.perf_counter()
-    target = Target(base)
+    target = Target(base, tuple(chosen))
     for patch in chosen:
         patch.check(target)
+    same_up_to = [patch.promises(target).same_up_to for patch in chosen]
 
     handle = Handle(base)
     try:
@@ -248,8 +253,9 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         handle.on_undo(compiled.restore)
         was_compiled = compiled.set_aside()
         handle.set_attribute(base, _ATTRIBUTE, handle)
-        for patch in chosen:
+        for patch, length in zip(chosen, same_up_to, strict=True):
             view = handle.for_patch(patch)
+            view.same_up_to = length
             patch.apply(target, view)
             if not any(view.counts.values()):
                 raise NothingMatched(f"{patch.spec} changed nothing in {type(base).__name__}: leave it out, or choose other options")
@@ -311,7 +317,14 @@ def _report_of(handle: Handle) -> Report:
     return Report(
         [
             PatchReport(
-                patch.name, patch.spec, dict(view.counts), dict(view.reasons), dict(view.hits), dict(view.measured), dict(view.modules)
+                patch.name,
+                patch.spec,
+                dict(view.counts),
+                dict(view.reasons),
+                dict(view.hits),
+                dict(view.measured),
+                dict(view.modules),
+                view.same_up_to,
             )
             for patch, view in handle.views
         ]
@@ -320,7 +333,7 @@ def _report_of(handle: Handle) -> Report:
 
 def _announce(handle: Handle, seconds: float, verbose: bool, was_compiled: bool) -> None:
     _prepare_logger()
-    line = " | ".join(map(str, _report_of(handle).patches))
+    line = " | ".join(map(str, _report_of(handle).patches)) or "no patch"
     _logger.log(logging.INFO if verbose else logging.DEBUG, "patchkit: %s  (%.2f s)", line, seconds)
     if was_compiled:
         _logger.warning("patchkit: the model was compiled before it was patched, and now runs uncompiled: call model.compile() again")

@@ -34,6 +34,7 @@ class Handle:
         views: on the root handle, each patch with its view, in the order of application.
         hits: run-time counters, kept by the patch and shown by `patchkit.report`.
         counts, reasons, measured, modules: what `changed`, `left_alone`, `measure` and `describe` were told.
+        same_up_to: what the patch promised about this model (`Promises.same_up_to`).
         final: why the edits can no longer be undone; None while they can.
     """
 
@@ -45,6 +46,7 @@ class Handle:
         self.reasons: dict[str, str] = {}
         self.measured: dict[str, str] = {}
         self.modules: dict[str, dict[str, Any]] = {}
+        self.same_up_to = 0
         self.final: str | None = None
         self._steps: list[Callable[[], object]] = []
         self._last: list[tuple[str, Callable[[], object]]] = []

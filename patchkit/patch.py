@@ -8,16 +8,27 @@ import difflib
 import enum
 import importlib
 import keyword
+import os
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from patchkit.errors import PatchConflict, SpecError
 
+# The spec of no patch.
+NO_PATCH = "none"
+
 if TYPE_CHECKING:
+    import torch
+
+    from patchkit.api import PatchReport
     from patchkit.handle import Handle
     from patchkit.target import Target
+
+    # (model without the patch, token ids [1, T], what the patch reports) -> logits [1, T, V]
+    Definition = Callable[[Any, torch.Tensor, PatchReport], torch.Tensor]
 
 
 class Stage(enum.IntEnum):
@@ -30,7 +41,58 @@ class Stage(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Patch:
+class Promises:
+    """What a patch promises about a model, beside the same model without this one patch; `patchkit prove` checks each.
+
+    Attributes:
+        same_logits: logits are the same, up to rounding.
+        same_tokens: greedy `generate` gives the same tokens.
+        same_up_to: texts of at most this many tokens have the same logits; beyond it the patch begins to act.
+        definition: works out the patched logits by definition, in a way that shares no code with the patch.
+        any_feeding: logits do not depend on how tokens are fed: as a whole, in chunks, one by one.
+        greedy: greedy `generate` takes the likeliest token of the patched model's own forwards.
+        bounded: the cache stops growing after ``same_up_to`` tokens.
+        rounds: it rounds weights or activations, so that differences in the last bit of its inputs may jump by a step of its own; the
+            modules that it reports with an ``snr_db`` keep that signal-to-noise ratio in 16 bits too, and do not overflow.
+    """
+
+    same_logits: bool = False
+    same_tokens: bool = False
+    same_up_to: int = 0
+    definition: Definition | None = None
+    any_feeding: bool = True
+    greedy: bool = True
+    bounded: bool = False
+    rounds: bool = False
+
+
+class Spelled:
+    """What a spec string writes as a call: a patch, or the value of an option that has options of its own, `refresh=reencode(every=64)`.
+
+    A subclass is a frozen dataclass with a ``name``. The field of an option names the classes that it takes, beside literals, as
+    ``metadata={"objects": (Reencode, ...)}``.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def spec(self) -> str:
+        """The spec string of this object, with every option that differs from its default: `streaming(window=508)`.
+
+        `parse_spec` reads it back, unless an option is an object that no spec string can spell (a draft model, say); such a
+        value is shown as `<ClassName>`.
+        """
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
+        options = [
+            f"{field.name}={_spell(getattr(self, field.name))}"
+            for field in fields
+            if field.init and not _is_default(field, getattr(self, field.name))
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+@dataclass(frozen=True)
+class Patch(Spelled):
     """One technique with its options. Options are frozen fields, validated in `__post_init__`; a patch holds no run-time state.
 
     A subclass is a frozen dataclass, sets `stage`, and is registered under its spec name:
@@ -44,10 +106,13 @@ class Patch:
     `__post_init__` raises a ValueError that names the value and the remedy.
     """
 
-    name: ClassVar[str]
     stage: ClassVar[Stage]
     # Whether logits stay those of the model without the patch, up to rounding. A patch that is not exact must be seen to act.
     exact: ClassVar[bool] = False
+    # The run-time counters (`handle.hits`) of which one moves when the patch does what it is for; empty: any that it keeps.
+    acts: ClassVar[tuple[str, ...]] = ()
+    # A spec under which the patch shows what it does on texts of some 500 tokens; None: its defaults do.
+    example: ClassVar[str | None] = None
 
     def check(self, target: Target) -> None:
         """Refuse a model that this patch cannot serve, by raising a `PatchError`. Must not touch the model."""
@@ -56,27 +121,29 @@ class Patch:
         """Edit the model, every edit through `handle`. An exception undoes everything that went through the handle."""
         raise NotImplementedError(f"{type(self).__name__} has no apply(target, handle): define it")
 
+    def promises(self, target: Target) -> Promises:
+        """What the patch, with these options, promises about this model. ``target`` is unpatched, and `check` has passed."""
+        return Promises(same_logits=self.exact, same_tokens=self.exact)
+
+    def exercised(self) -> Patch:
+        """The same patch with options under which all that it does happens within a short text."""
+        return self
+
+    @classmethod
+    def candidates(cls, target: Target) -> Sequence[Patch]:
+        """The options that `patchkit tune` tries on this model; none where the patch needs what only the user has."""
+        missing = dataclasses.MISSING
+        required = [name for name, field in _options(cls).items() if field.default is missing and field.default_factory is missing]
+        return [] if required else [cls()]
+
     @property
     def irreversible(self) -> bool:
         """Whether, with these options, the patch cannot be undone."""
         return False
 
-    @property
-    def spec(self) -> str:
-        """The spec string of this patch, with every option that differs from its default: `streaming(window=508)`.
-
-        `parse_spec` reads it back, unless an option is an object that no spec string can spell (a draft model, say); such a
-        value is shown as `<ClassName>`.
-        """
-        options = [
-            f"{field.name}={_spell(getattr(self, field.name))}"
-            for field in dataclasses.fields(self)
-            if field.init and not _is_default(field, getattr(self, field.name))
-        ]
-        return f"{self.name}({', '.join(options)})" if options else self.name
-
 
 P = TypeVar("P", bound=Patch)
+S = TypeVar("S", bound=Spelled)
 
 _registry: dict[str, type[Patch]] = {}
 _discovered = False
@@ -130,13 +197,33 @@ def available_patches() -> dict[str, type[Patch]]:
 def parse_spec(text: str) -> list[Patch]:
     """Read a spec string: `streaming(sinks=4, window=1020) + mlp_int8`.
 
-    Option values are Python literals (int, float, string, list, tuple, dict, None, True, False); a bare word is a string.
+    Option values are Python literals (int, float, string, list, tuple, dict, None, True, False); a bare word is a string. Options that
+    take objects are written as calls: `streaming(refresh=reencode(every=64))`. `none` is no patch, and `@FILE` what the file says
+    (`read_spec`).
 
     Raises:
         SpecError: bad syntax, an unknown patch or option (with the nearest valid name), or a value that the patch refuses.
     """
-    if not text.strip():
-        raise SpecError(f"empty spec: name at least one patch, available: {_listed(available_patches())}")
+    return read_spec(text.strip()[1:]) if text.strip().startswith("@") else _parsed(text)
+
+
+def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
+    """Read the spec string in a UTF-8 file, such as `patchkit tune` writes: over one line or several, with comments after `#`.
+
+    Raises:
+        SpecError: the file cannot be read, or what it says.
+    """
+    try:
+        return _parsed(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"the spec file {os.fspath(path)!r} cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"the spec file {os.fspath(path)!r} is not UTF-8 text: give one that `patchkit tune` wrote") from error
+    except SpecError as error:
+        raise SpecError(f"the spec file {os.fspath(path)!r}: {error}") from error
+
+
+def _parsed(text: str) -> list[Patch]:
     try:
         # In brackets, so that a spec may run over several lines (YAML).
         tree = ast.parse(f"({text.strip()}\n)", mode="eval")
@@ -145,7 +232,32 @@ def parse_spec(text: str) -> list[Patch]:
             f"cannot read the spec {text!r}: {getattr(error, 'msg', error)}. "
             "Write it like 'streaming(sinks=4, window=1020) + mlp_int8', and quote values that are not single words"
         ) from None
+    if isinstance(tree.body, ast.Tuple) and not tree.body.elts:  # nothing, or nothing but comments
+        raise SpecError(f"empty spec: name at least one patch, or write none; available: {_listed(available_patches())}")
+    if isinstance(tree.body, ast.Name) and tree.body.id == NO_PATCH:
+        return []
     return [_patch_of(node, text) for node in _summands(tree.body)]
+
+
+def parse_object(text: str, kind: str, classes: Sequence[type[S]]) -> S:
+    """Read one object of ``classes`` as a spec string writes it: `reencode(every=64)`. ``kind`` says in errors what it is.
+
+    Raises:
+        SpecError: bad syntax, an unknown name or option, or a value that the class refuses.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise SpecError(f"cannot read the {kind} {text!r}: {getattr(error, 'msg', error)}. Write it like '{classes[0].name}'") from None
+    return _object_of(node, kind, classes)
+
+
+def _object_of(node: ast.expr, kind: str, classes: Sequence[type[S]]) -> S:
+    by_name = {each.name: each for each in classes}
+    word = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(word, ast.Name) or word.id not in by_name:
+        raise SpecError(_unknown(kind, ast.unparse(word), by_name))
+    return _made(by_name[word.id], node)
 
 
 def _summands(node: ast.expr) -> Iterable[ast.expr]:
@@ -158,8 +270,7 @@ def _summands(node: ast.expr) -> Iterable[ast.expr]:
 
 
 def _patch_of(node: ast.expr, text: str) -> Patch:
-    call = node if isinstance(node, ast.Call) else None
-    word = call.func if call else node
+    word = node.func if isinstance(node, ast.Call) else node
     if not isinstance(word, ast.Name):
         raise SpecError(
             f"{ast.unparse(node)!r} in the spec {text!r} is not a patch: join patches with '+', like 'streaming(window=1020) + mlp_int8'"
@@ -167,7 +278,12 @@ def _patch_of(node: ast.expr, text: str) -> Patch:
     patches = available_patches()
     if word.id not in patches:
         raise SpecError(_unknown("patch", word.id, patches))
-    cls = patches[word.id]
+    return _made(patches[word.id], node)
+
+
+def _made(cls: type[S], node: ast.expr) -> S:
+    """An object of ``cls`` as ``node`` writes it: its bare name, or a call with options."""
+    call = node if isinstance(node, ast.Call) else None
     if call and call.args:
         raise SpecError(
             f"{cls.name}: {ast.unparse(call.args[0])!r} is given without its option's name: write {cls.name}(option=value), "
@@ -188,8 +304,11 @@ def _patch_of(node: ast.expr, text: str) -> Patch:
         raise SpecError(f"{ast.unparse(node)}: {error}") from error
 
 
-def _value_of(node: ast.expr, cls: type[Patch], option: str) -> Any:
+def _value_of(node: ast.expr, cls: type[Spelled], option: str) -> Any:
     written = f"{cls.name}: {option}={ast.unparse(node)}"
+    objects = _options(cls)[option].metadata.get("objects", ())
+    if objects and not isinstance(node, ast.Constant):
+        return _object_of(node, f"{option} of {cls.name}", objects)
     try:
         value = ast.literal_eval(_Words().visit(node))
     except (ValueError, TypeError, SyntaxError):
@@ -209,8 +328,9 @@ class _Words(ast.NodeTransformer):
         return ast.copy_location(ast.Constant(node.id), node)
 
 
-def _options(cls: type[Patch]) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(cls) if field.init}
+def _options(cls: type[Spelled]) -> dict[str, dataclasses.Field[Any]]:
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {field.name: field for field in fields if field.init}
 
 
 def _unknown(kind: str, word: str, known: Iterable[str]) -> str:
@@ -238,6 +358,8 @@ _SPELT = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 def _spell(value: Any) -> str:
+    if isinstance(value, Spelled):
+        return value.spec
     if isinstance(value, str):
         return value if _is_word(value) else repr(value)
     if isinstance(value, list):

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch import nn
 from patchkit import _compat
 from patchkit.attention import alias_of, recorded
 from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from patchkit.patch import Patch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -152,10 +155,12 @@ class Target:
     """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward.
 
     Attributes:
+        patches: all that are being applied, in that order.
         views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
     """
 
     model: Any
+    patches: tuple[Patch, ...] = ()
     views: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @cached_property

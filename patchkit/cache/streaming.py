@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,6 +36,9 @@ from patchkit import _compat
 from patchkit.cache.step import Sinks, StepCache, StepLayer
 from patchkit.errors import StreamError
 from patchkit.target import Rotary, same_rotary
+
+if TYPE_CHECKING:
+    from patchkit.cache.refresh import Refresh
 
 # Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
 ROLLBACK = 256
@@ -122,6 +125,7 @@ class Plan:
         stock_layers: makes transformers' cache layers of a fresh cache.
         owns_all: every attention layer is in a lane, so no mask of transformers' own is needed.
         has_alibi: some layers add a bias that is linear in the distance.
+        refresh: what is done about the cache every so many tokens; None: nothing.
     """
 
     lanes: dict[int, Lane]
@@ -130,6 +134,11 @@ class Plan:
     stock_layers: Callable[[], list[Any]]
     owns_all: bool = True
     has_alibi: bool = False
+    refresh: Refresh | None = None
+
+    def new_cache(self) -> StreamingCache:
+        """An empty cache."""
+        return StreamingCache(self) if self.refresh is None else self.refresh.new_cache(self)
 
 
 @dataclass(eq=False)
@@ -321,6 +330,16 @@ class Stream:
         self.base = base
         self._schedule_rebase()
 
+    def place(self, rows: torch.Tensor, base: torch.Tensor) -> None:
+        """Say that what is kept of the batch rows [n] stands in frames with these origins [n]."""
+        if self.pads is None:
+            self.base = base[:1].to(self.base.device)
+        else:
+            moved = self.base.expand(len(self.pads)).clone()
+            moved[rows] = base.to(moved.device)
+            self.base = moved
+        self._schedule_rebase()
+
     def take_back(self, count: int, layers: list[StreamLayer]) -> None:
         """Count ``count`` tokens as not seen; no row is left before its frame, and those no longer full are in that of a fresh stream."""
         self.seen -= count
@@ -413,6 +432,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    log_length = ROLLBACK
     keys: Any  # a tensor once initialized, as in every cache layer of transformers
     values: Any
     dtype: Any
@@ -431,7 +451,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         # The sinks' rotated dimensions, unturned, in float32, and the same a quarter turn on; kept once tokens are evicted.
         self.raw: torch.Tensor | None = None
         self.raw_quarter: torch.Tensor | None = None
-        # Evicted tokens, in slot ``token % ROLLBACK``, while the past is recorded.
+        # Evicted tokens, in slot ``token % log_length``, while `logs`.
         self.log: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # -- transformers' contract of a cache layer ---------------------------------------------------------------------------
@@ -496,6 +516,11 @@ class StreamLayer(_compat.CacheLayerMixin):
             self.stream.recorded_since = self.stream.highest = self.stream.seen
         self.stream.recording = value
 
+    @property
+    def logs(self) -> bool:
+        """Whether evicted tokens are kept in the log."""
+        return self.stream.recording
+
     # -- one token, steady state -------------------------------------------------------------------------------------------
 
     def _step(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -514,7 +539,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         """Keep what the token's slot [1] holds, and still is needed."""
         if self.lane.sinks and self.raw is None:
             self._capture_sinks()
-        if self.stream.recording:
+        if self.logs:
             token = torch.tensor([frame.start - self.lane.window], device=self.keys.device)
             self._write_log(token, self.keys.index_select(2, slot), self.values.index_select(2, slot))
         if self.stream.pads is not None:
@@ -562,8 +587,8 @@ class StreamLayer(_compat.CacheLayerMixin):
         # Tokens that this forward pushes out of the window, and the row of token i in `keys`: i + offset.
         dropped = range(max(lane.sinks, start - lane.window), max(lane.sinks, end - lane.window))
         offset = lane.capacity - start if start >= lane.capacity else 0
-        if self.stream.recording and dropped:
-            tokens = torch.arange(max(dropped.start, dropped.stop - ROLLBACK), dropped.stop, device=k.device)
+        if self.logs and dropped:
+            tokens = torch.arange(max(dropped.start, dropped.stop - self.log_length), dropped.stop, device=k.device)
             self._write_log(tokens, keys.index_select(2, tokens + offset), values.index_select(2, tokens + offset))
         kept = max(0, frame.tokens - lane.window)
         slots = lane.slot(torch.arange(start + kept, end, device=k.device))
@@ -647,9 +672,9 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def _write_log(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if self.log is None:
-            self.log = k.new_zeros(*k.shape[:2], ROLLBACK, k.shape[-1]), v.new_zeros(*v.shape[:2], ROLLBACK, v.shape[-1])
+            self.log = k.new_zeros(*k.shape[:2], self.log_length, k.shape[-1]), v.new_zeros(*v.shape[:2], self.log_length, v.shape[-1])
         for log, x in zip(self.log, (k, v), strict=True):
-            log.index_copy_(2, tokens % ROLLBACK, x)
+            log.index_copy_(2, tokens % self.log_length, x)
 
     def turn_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Turn every key of the ring, and of the log, by one angle [B or 1, 1, 1, n] per row."""
@@ -661,6 +686,15 @@ class StreamLayer(_compat.CacheLayerMixin):
         for keys, values in [(self.keys[:, :, self.lane.sinks :], self.values[:, :, self.lane.sinks :]), *([self.log] if self.log else [])]:
             part = self._rotated(keys, values)
             part.copy_(rotary.turn(part, cos, sin, 0))
+
+    def overwrite(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace what is kept of the batch rows [n], in the same slots: keys [n, G, S+W, K] (sinks at their row positions), values."""
+        rows = rows.to(self.keys.device)
+        self.keys[rows], self.values[rows] = keys, values
+        if self.raw is not None and self.raw_quarter is not None:
+            self.raw[rows] = self._rotated(keys, values)[:, :, : self.lane.sinks].float()
+            assert self.lane.rotary is not None
+            self.raw_quarter.copy_(self.lane.rotary.quarter_turn(self.raw))
 
     def can_roll_back(self, count: int) -> bool:
         """Whether the tokens that the last ``count`` ones pushed out of the window are on record."""

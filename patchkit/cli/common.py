@@ -59,7 +59,7 @@ class Dtype(str, Enum):
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="'bundled', a model directory, or a hub id.")]
 PatchesOption = Annotated[
-    str, typer.Option("--patches", metavar="SPEC", help="Patches, such as 'streaming(sinks=4, window=508)'; default none.")
+    str, typer.Option("--patches", metavar="SPEC", help="Patches, such as 'streaming(sinks=4, window=508)', or @FILE; default none.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs, such as 'cpu' or 'cuda'.")]

@@ -78,6 +78,7 @@ class Compile(Patch):
 
     stage = Stage.COMPILE
     exact = True
+    acts = ("compiled steps",)
 
     mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     fullgraph: bool = True
@@ -95,6 +96,10 @@ class Compile(Patch):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give True or False")
         if not isinstance(self.backend, str):
             raise ValueError(f"backend={self.backend!r}: give the name of a backend, one of torch.compiler.list_backends()")
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[Compile]:
+        return [cls(), cls(mode="reduce-overhead")]
 
     def check(self, target: Target) -> None:
         _compat.compiler_check()

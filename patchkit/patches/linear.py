@@ -13,6 +13,7 @@ and in sinks, which stand at their true distance.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from patchkit.kernels.linear_attention import linear_attention
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, softmax_part
 from patchkit.linear.state import LinearState, head_sizes, load_state
-from patchkit.patch import Patch, Stage, register_patch
+from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.patches.streaming import (
     Runtime,
     check_layers,
@@ -40,6 +41,7 @@ from patchkit.patches.streaming import (
     stream_layer,
     visible_columns,
 )
+from patchkit.quality.definitions import hybrid_logits
 from patchkit.target import BAKED_IN, AttentionLayer, Rotary, Target
 
 # Arguments of attention calls that change nothing about which keys are seen and how they are weighed, or that are served here.
@@ -50,6 +52,8 @@ _UNDERSTOOD = {
 # Queries of long forwards that are computed at once: with a window, and where every query has a mask of its own.
 _QUERY_BLOCK = 4096
 _MASKED_BLOCK = 256
+# A window that a short text fills several times.
+_SHORT_WINDOW = 24
 
 
 @register_patch("linear")
@@ -73,6 +77,7 @@ class LinearAttention(Patch):
     """
 
     stage = Stage.ATTENTION
+    acts = ("tokens taken into the state",)
 
     feature_map: str = "elu1"
     window: int = 64
@@ -96,6 +101,10 @@ class LinearAttention(Patch):
         if isinstance(self.state_dict, dict):
             object.__setattr__(self, "state_dict", _StateDict(self.state_dict))
 
+    @classmethod
+    def candidates(cls, target: Target) -> list[LinearAttention]:
+        return []  # without a converted state, which is the user's, the quality is not that of the model
+
     def check(self, target: Target) -> None:
         self._plan(target)
 
@@ -118,7 +127,10 @@ class LinearAttention(Patch):
             if adapted:
                 handle.changed("adapted projections", len(adapted))
         else:
-            handle.left_alone("quality", "not that of the original model without conversion: run `patchkit linearize`")
+            handle.left_alone(
+                "quality",
+                "not that of the original model without conversion (stdlib-7m: perplexity 826 instead of 12): run `patchkit linearize`",
+            )
         if any(layer.obstacle == BAKED_IN for layer in owned):
             limit = target.position_limit
             handle.left_alone(
@@ -126,6 +138,22 @@ class LinearAttention(Patch):
             )
         elif plan.limit is None:
             handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
+
+    def promises(self, target: Target) -> Promises:
+        plan, owned, state = self._plan(target)
+        parts = {layer.name: plan.main.parts[layer.index] for layer in owned if isinstance(plan.main, LinearLane) and layer.kind == "full"}
+        window, sinks = (self.window, self.sinks) if state is None else (state.window, state.sinks)
+        adapted = {} if state is None else state.lora
+        definition = functools.partial(hybrid_logits, parts=parts, sinks=sinks, window=window, min_length=self.min_length, adapted=adapted)
+        changed = adapted or any(part.readout is not None for part in parts.values())
+        reach = 0 if changed else max(sinks + window, self.min_length)
+        return Promises(same_up_to=reach, definition=definition, bounded=plan.owns_all)
+
+    def exercised(self) -> LinearAttention:
+        if self.state_dict is not None:  # the window it was trained with
+            return self
+        short = min(self.window, _SHORT_WINDOW)
+        return dataclasses.replace(self, window=short, min_length=min(self.min_length, 2 * short))
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer], LinearState | None]:
         """The lanes of all layers that patchkit will keep, and the converted state; every refusal is raised here."""

@@ -29,7 +29,8 @@ from patchkit.errors import NothingMatched, SlowerPatch, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.int8_weight import FreedWeight, Int8Weight
 from patchkit.kernels.int8_experts_linear import int8_experts_linear
-from patchkit.patch import Patch, Stage, register_patch
+from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.quality.definitions import rounded_logits
 from patchkit.target import Target
 
 _logger = logging.getLogger("patchkit")
@@ -91,6 +92,13 @@ class MLPInt8(Patch):
     @property
     def irreversible(self) -> bool:
         return not self.keep_original
+
+    def promises(self, target: Target) -> Promises:
+        return Promises(definition=rounded_logits, rounds=True)
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[MLPInt8]:
+        return [cls(mode=mode) for mode in ("auto", "dynamic", "weight_only")]
 
     def check(self, target: Target) -> None:
         self._blocks(target)

@@ -13,6 +13,7 @@ and that K follows from what was measured, 0 included.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -32,7 +33,7 @@ from patchkit.generation.drafters.draft_model import DraftModel
 from patchkit.generation.drafters.prompt_lookup import PromptLookup
 from patchkit.generation.loop import Speculation, Unserved, speculate
 from patchkit.handle import Handle
-from patchkit.patch import Patch, Stage, register_patch
+from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.target import Target
 
 _logger = logging.getLogger("patchkit")
@@ -58,6 +59,8 @@ class Speculative(Patch):
 
     stage = Stage.GENERATION
     exact = True
+    acts = ("proposed",)
+    example = "speculative(k=4)"
 
     draft: Any = "prompt_lookup"
     k: Any = "cost_model"
@@ -68,6 +71,24 @@ class Speculative(Patch):
         self._controller()
         self._acceptance()
         _drafter(self.draft, None)
+
+    def promises(self, target: Target) -> Promises:
+        lossless = self._acceptance().lossless
+        return Promises(same_logits=True, same_tokens=lossless, greedy=lossless)
+
+    def exercised(self) -> Speculative:
+        return dataclasses.replace(self, k=4)  # drafts in every round, whether or not that pays
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[Speculative]:
+        """Prompt lookup, and for the bundled model what was trained to draft for it."""
+        from patchkit.generation.drafters.eagle import Eagle
+
+        try:
+            Eagle(heads="bundled").check(target)
+        except UnsupportedModel:
+            return [cls()]
+        return [cls(), *(cls(draft=draft) for draft in ("eagle", "medusa", "stdlib-1m-draft"))]
 
     def check(self, target: Target) -> None:
         name = type(target.model).__name__

@@ -17,8 +17,10 @@ product is ``q_window . k`` or ``q_sink . k``. Any attention function of transfo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,17 +29,23 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.attention import AttentionOutput, alias_of, original_function, swap_mask_builder
+from patchkit.cache.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
 from patchkit.cache.step import StepCache
 from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import Patch, Stage, register_patch
+from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.quality.definitions import window_logits
 from patchkit.target import AttentionLayer, Rotary, Target
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
 QUERY_BLOCK = 512
 # Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
 FRAME_POSITIONS = 1024
+# A window that a short text fills several times.
+_SHORT_WINDOW = 24
+# Tokens of the largest window that `patchkit tune` tries, with its sinks.
+_TRIED_WINDOW = 2048
 
 
 @register_patch("streaming")
@@ -50,17 +58,22 @@ class StreamingLLM(Patch):
         window: W, last tokens that are visible, the current one included.
         positions: "cache" gives sinks the distance they have inside the cache (the paper's rule); "true" their true distance.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
+        refresh: what is done every so many tokens about what was forgotten: `Reencode` or `DynamicSinks`
+            (`patchkit.cache.refresh`); None for nothing.
 
     Raises:
         ValueError: an option out of range.
     """
 
     stage = Stage.ATTENTION
+    acts = ("tokens evicted",)
+    example = "streaming(window=252)"
 
     sinks: int = 4
     window: int = 1020
     positions: Literal["cache", "true"] = "cache"
     layers: tuple[int, ...] | None = None
+    refresh: Refresh | None = dataclasses.field(default=None, metadata={"objects": (Reencode, DynamicSinks)})
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 1)):
@@ -70,18 +83,69 @@ class StreamingLLM(Patch):
         if self.positions not in ("cache", "true"):
             raise ValueError(f"positions={self.positions!r}: give 'cache' (distance inside the cache) or 'true' (true distance)")
         object.__setattr__(self, "layers", check_layers(self.layers))
+        if self.refresh is not None and not isinstance(self.refresh, Refresh):
+            raise ValueError(f"refresh={self.refresh!r}: give Reencode(every=64), DynamicSinks(n=16, every=64) or None")
+        if self.refresh is not None and self.positions != "cache":
+            raise ValueError(f"positions={self.positions!r} with refresh={self.refresh.spec}: a refresh needs positions='cache'")
+
+    @property
+    def capacity(self) -> int:
+        """C: tokens that a query sees at most."""
+        return self._lane(None).capacity
+
+    def _lane(self, rotary: Rotary | None) -> Lane:
+        if self.refresh is None:
+            return Lane(self.sinks, self.window, rotary, in_cache=self.positions == "cache")
+        return self.refresh.lane(self.sinks, self.window, rotary)
 
     def check(self, target: Target) -> None:
         self._plan(target)
+        if self.refresh is None or self.refresh.can_roll_back:
+            return
+        for other in target.patches:
+            if other.stage in (Stage.GENERATION, Stage.COMPILE):
+                raise PatchConflict(
+                    f"refresh={self.refresh.spec} counts the attention of every token, which {other.name} would take back or hide: "
+                    "leave one of the two out, or use refresh=reencode"
+                )
 
     def apply(self, target: Target, handle: Handle) -> None:
         plan, owned = self._plan(target)
         runtime = open_stream(target, handle, plan)
         for layer in owned:
             stream_layer(target, handle, runtime, layer)
+        if plan.refresh is not None:
+            handle.pre_hook(target.decoder, functools.partial(_before_refreshed_forward, handle.hits), with_kwargs=True, prepend=True)
+            handle.hook(target.decoder, _after_refreshed_forward, with_kwargs=True, always_call=True)
         report_layers(target, handle, plan)
         if plan.limit is None:
             handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
+
+    def promises(self, target: Target) -> Promises:
+        plan, owned = self._plan(target)
+        modules = tuple(layer.name for layer in owned if layer.kind == "full")
+        definition = functools.partial(
+            window_logits, modules=modules, sinks=self.sinks, window=self.window, in_cache=self.positions == "cache"
+        )
+        if isinstance(self.refresh, Reencode):
+            definition = functools.partial(
+                _reencoded_logits, plain=definition, sinks=self.sinks, window=self.window, every=self.refresh.every
+            )
+        known = self.refresh is None or isinstance(self.refresh, Reencode)
+        return Promises(same_up_to=plan.main.capacity, definition=definition if known else None, bounded=plan.owns_all)
+
+    def exercised(self) -> StreamingLLM:
+        short = min(self.window, _SHORT_WINDOW)
+        refresh: Any = self.refresh
+        if refresh is not None:
+            refresh = dataclasses.replace(refresh, every=min(refresh.every, _SHORT_WINDOW))
+        return dataclasses.replace(self, window=short, refresh=refresh)
+
+    @classmethod
+    def candidates(cls, target: Target) -> list[StreamingLLM]:
+        """Four sinks, and all that the model was made for (at most 2048 tokens), a half, a quarter, an eighth."""
+        most = min(target.position_limit or _TRIED_WINDOW, _TRIED_WINDOW)
+        return [cls(window=most // share - cls.sinks) for share in (1, 2, 4, 8) if most // share > cls.sinks]
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
         """The lanes of all layers that patchkit will keep; every refusal is raised here."""
@@ -96,8 +160,24 @@ class StreamingLLM(Patch):
             raise NothingMatched(
                 f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): nothing to add"
             )
-        lanes = {layer.index: Lane(self.sinks, self.window, layer.rotary, in_cache=self.positions == "cache") for layer in chosen}
-        return make_plan(target, "streaming", lanes)
+        plan, owned = make_plan(target, "streaming", {layer.index: self._lane(layer.rotary) for layer in chosen})
+        plan.refresh = self.refresh
+        obstacle = None if self.refresh is None else self.refresh.obstacle(plan, chosen)
+        if self.refresh is not None and obstacle is not None:
+            raise UnsupportedModel(f"refresh={self.refresh.spec} does not go with {name}: {obstacle}. Leave refresh out")
+        return plan, owned
+
+
+def _reencoded_logits(
+    model: Any, ids: torch.Tensor, facts: Any, *, plain: Callable[..., torch.Tensor], sinks: int, window: int, every: int
+) -> torch.Tensor:
+    """The definition of streaming with `Reencode`, from that of streaming without: every R tokens a text begins anew."""
+    size = sinks + window
+    pieces = [plain(model, ids[:, : size + every], facts)]
+    for start in range(size + every, ids.shape[1], every):
+        text = torch.cat([ids[:, :sinks], ids[:, start - window : start + every]], 1)
+        pieces.append(plain(model, text, facts)[:, size:])
+    return torch.cat(pieces, 1)
 
 
 # -- what patches that stream share ----------------------------------------------------------------------------------------
@@ -226,7 +306,8 @@ def stream_layer(target: Target, handle: Handle, runtime: Runtime, layer: Attent
         handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
         handle.pre_hook(layer.module, _before_alibi_attention, with_kwargs=True)
     else:
-        attend = functools.partial(_attention, runtime, lane, layer.rotary, _masked_implementation(target))
+        watch = functools.partial(_watch, runtime, layer.index) if isinstance(lane, DynamicLane) else None
+        attend = functools.partial(_attention, runtime, lane, layer.rotary, _masked_implementation(target), watch)
         handle.set_attribute(layer.module, "_patchkit_attention", attend)
 
 
@@ -264,6 +345,7 @@ class Runtime:
     outer_mask_builder: Any = None
     masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
     step: StepCache | None = None  # that step
+    cut: Cut | None = None  # of a forward that was cut at refreshes, until it returns
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
@@ -294,7 +376,7 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if use_cache is None:
         use_cache = getattr(decoder.config, "use_cache", True)
     if cache is None and use_cache:
-        cache = StreamingCache(runtime.plan)
+        cache = runtime.plan.new_cache()
         kwargs["past_key_values"] = cache
     if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
         raise StreamError(
@@ -346,6 +428,7 @@ def _attention(
     lane: Lane,
     rotary: Rotary | None,
     masked: str,
+    watch: Any,
     original: Any,
     module: nn.Module,
     query: torch.Tensor,
@@ -359,6 +442,7 @@ def _attention(
     Args:
         query: [B, H, T, K], key: [B, G, S, K], value: [B, G, S, V]; keys as `StreamLayer.update` returned them.
         masked: the implementation that runs when a mask is needed.
+        watch: is shown queries, keys, masks, the keys' token numbers and the scaling; None if nobody is.
 
     Returns:
         [B, T, H, V] and no attention weights.
@@ -372,12 +456,16 @@ def _attention(
     # An eager function may add the mask without asking whether there is one.
     no_mask = query.new_zeros(1, 1, 1, 1) if additive and original_function(masked, module) is original else None
     if frame.steady:
+        if watch is not None:
+            watch(query, key, None, frame.key_tokens(lane), kwargs.get("scaling"))
         return original(module, query, key, value, no_mask, **kwargs)
     run = original_function(masked, module)
     queries = torch.arange(frame.start, frame.end, device=query.device)
     keys = frame.key_tokens(lane).to(query.device)
     if not frame.many:
         mask = no_mask if frame.pads is None else _mask(frame, lane, queries, keys, query, additive)
+        if watch is not None:
+            watch(query, key, mask, keys, kwargs.get("scaling"))
         return run(module, query, key, value, mask, **kwargs)
 
     window_query = sink_query = query
@@ -408,8 +496,17 @@ def _attention(
             k = torch.cat([torch.where(is_sink, zero, k), torch.where(is_sink, k, zero)], -1)
             q = torch.cat([q, sink_query[:, :, rows]], -1)
         mask = _mask(frame, lane, block, block_keys, q, additive)
+        if watch is not None:
+            watch(q, k, mask, block_keys, kwargs.get("scaling"))
         outputs.append(run(module, q, k, v, mask, **kwargs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+
+
+def _watch(runtime: Runtime, index: int, query: torch.Tensor, key: torch.Tensor, mask: Any, tokens: torch.Tensor, scaling: Any) -> None:
+    """Show what a layer attends to to its cache layer, if it has one."""
+    if runtime.cache is not None:
+        layer: Any = runtime.cache.layers[index]
+        layer.observe(runtime.frame, query, key, mask, tokens, scaling)
 
 
 def visible_columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
@@ -440,6 +537,111 @@ def _masked_implementation(target: Target) -> str:
     if own in ("eager", "sdpa"):
         return own
     return "sdpa" if getattr(target.model, "_supports_sdpa", False) else "eager"
+
+
+# -- refresh ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Cut:
+    """A forward that is run in pieces, with refreshes between them.
+
+    Attributes:
+        outputs: of the pieces before the last.
+        ids: [B, T] of the last piece; None if it was given as embeddings.
+        keeps_cache: the caller asked for the cache.
+    """
+
+    outputs: list[Any]
+    ids: torch.Tensor | None
+    keeps_cache: bool
+
+
+def _before_refreshed_forward(
+    hits: Counter[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Refresh the cache where that is due; a forward that goes beyond such a place is run up to it first, and goes on with the rest."""
+    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    runtime.cut = None
+    kwargs = _compat.by_name(decoder, args, kwargs)
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if decoder.training or not (cache is None or (isinstance(cache, RefreshedCache) and cache.plan is runtime.plan)):
+        return None
+    ids = kwargs.get("input_ids")
+    batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(decoder.config, "use_cache", True)
+    keeps_cache = cache is not None or bool(use_cache)
+    if cache is None:
+        cache = runtime.plan.new_cache()
+        assert isinstance(cache, RefreshedCache)
+    start = cache.stream.seen
+    end = start + tokens
+    _notice_padding(cache.stream, mask, batch, tokens)
+    _refuse_packing(kwargs.get("position_ids"), mask, start, tokens)
+    cut = Cut([], ids, keeps_cache)
+    if cache.refresh_at() >= end:
+        runtime.cut = cut if keeps_cache else None
+        return ((), {**kwargs, "past_key_values": cache}) if keeps_cache else None
+    if tokens > 1 and torch.is_grad_enabled():
+        raise StreamError("a refresh cuts this forward, and gradients do not pass through it: call the model under torch.no_grad()")
+    run = functools.partial(_run_uncounted, runtime, decoder)
+    try:
+        while (due := cache.refresh_at()) < end:
+            if due > cache.stream.seen:
+                cut.outputs.append(decoder(**_piece(kwargs, cache, start, end, due)))
+            hits["refreshes"] += cache.refresh(run)
+    except BaseException:
+        cache.stream.broken = True
+        raise
+    last = _piece(kwargs, cache, start, end, end)
+    cut.ids, runtime.cut = last.get("input_ids"), cut
+    return (), last
+
+
+def _after_refreshed_forward(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Put the pieces together; runs after a failed forward too, with no output."""
+    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    cut, runtime.cut = runtime.cut, None
+    if cut is None or output is None:
+        return None
+    kwargs["past_key_values"].remember(cut.ids)
+    return _joined_outputs([*cut.outputs, output], cut.keeps_cache) if cut.outputs else None
+
+
+def _piece(kwargs: dict[str, Any], cache: RefreshedCache, start: int, end: int, stop: int) -> dict[str, Any]:
+    """The arguments of a forward over tokens ``start`` to ``end``, for those from the first that the cache has not seen to ``stop``."""
+    part = slice(cache.stream.seen - start, stop - start)
+    batched = {name: x[:, part] for name, x in kwargs.items() if torch.is_tensor(x) and x.ndim > 1 and x.shape[1] == end - start}
+    piece = {**kwargs, **batched, "past_key_values": cache, "use_cache": True, "position_ids": None}
+    if kwargs.get("attention_mask") is not None:
+        piece["attention_mask"] = kwargs["attention_mask"][:, :stop]
+    return {name: value for name, value in piece.items() if value is not None}
+
+
+def _run_uncounted(runtime: Runtime, decoder: nn.Module, ids: torch.Tensor, cache: StreamingCache) -> None:
+    counters, runtime.counters = runtime.counters, []
+    try:
+        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    finally:
+        runtime.counters = counters
+
+
+def _joined_outputs(outputs: list[Any], keeps_cache: bool) -> Any:
+    """One output of all pieces: tensors [B, T, ...] one after the other, and the cache of the last."""
+    last = outputs[-1]
+    if isinstance(last, _compat.Cache):
+        return last if keeps_cache else None
+    if last is None:
+        return None
+    if torch.is_tensor(last) and last.ndim == 3:
+        return torch.cat(outputs, 1)
+    if isinstance(last, dict):
+        return type(last)(**{name: _joined_outputs([output[name] for output in outputs], keeps_cache) for name in last})
+    if isinstance(last, tuple):
+        return tuple(_joined_outputs(list(each), keeps_cache) for each in zip(*outputs, strict=True))
+    raise StreamError(f"a refresh cuts this forward, and a {type(last).__name__} of its pieces cannot be put together: feed fewer tokens")
 
 
 # -- ALiBi -----------------------------------------------------------------------------------------------------------------
@@ -568,7 +770,7 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
     generation_config.cache_implementation = kind
     made = model_kwargs.get("past_key_values")
     if given is None and made is not None:
-        cache = StreamingCache(runtime.plan)
+        cache = runtime.plan.new_cache()
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
