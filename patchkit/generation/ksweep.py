@@ -143,13 +143,18 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, le
         texts = [ids[:length] for ids in (encode(tokenizer, text) for text in read_texts(files)) if len(ids) >= 2 * length]
         texts = [texts[index * len(texts) // count] for index in range(min(count, len(texts)))]
     else:
-        texts = [encode(tokenizer, text) for text in _prompts_of(Path(source))[:count]]
+        texts = [encode(tokenizer, text) for text in read_prompts(Path(source))[:count]]
     if not texts:
         raise TextError(f"{source} has no prompt of {length} tokens: give a smaller --prompt-tokens, or a file with --prompts")
     return [torch.tensor([ids]) for ids in texts]
 
 
-def _prompts_of(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a UTF-8 file: every line that is not blank, or those in the list of a `.json` file.
+
+    Raises:
+        TextError: no such file, or no list of texts.
+    """
     content = read_text(path)
     if path.suffix != ".json":
         return [line for line in content.splitlines() if line.strip()]
