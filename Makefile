@@ -8,7 +8,7 @@ FLOOR_PINS := transformers==5.15.*
 # Two workers of one thread each: more threads would only fight for the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-floor check format bench gpu coverage clean help
+.PHONY: demo test test-floor check format bench matrix gpu coverage clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ format: $(VENV)/.installed  ## mend what ruff can mend
 
 bench: $(VENV)/.installed  ## the timed bars; figures go to evals/results/
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-only -s $(ARGS)
+
+matrix: $(VENV)/.installed  ## every patch on the offline tasks of lm-eval, with the bundled model: writes evals/results/matrix.md
+	$(BIN)/python -m pytest tests/benchmarks/bench_matrix.py --benchmark-only -s $(ARGS)
 
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
 	$(PYTHON) evals/gpu.py $(ARGS)

@@ -1,0 +1,346 @@
+"""`patchkit eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from patchkit.cli.common import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    UsageError,
+    app,
+    emit,
+    load,
+    parse,
+    print_table,
+    stderr,
+)
+from patchkit.errors import IrreversiblePatch, PatchError
+from patchkit.patch import Patch, available_patches, parse_spec
+
+BASELINE = "unpatched"
+# Options of lm-eval that have another place here, or none.
+_REFUSED = {
+    "model": "the model is the first argument",
+    "output_path": "use --out",
+    "wandb_args": "results are in lm-eval's format in --out, from where they can be logged",
+    "trackio_args": "results are in lm-eval's format in --out, from where they can be logged",
+}
+# Options of lm-eval that change no result, so a run that was broken off may be taken up with others.
+_IRRELEVANT = (
+    "config tasks model output_path include_path use_cache cache_requests hf_hub_log_args verbosity show_config write_out "
+    "check_integrity log_samples wandb_args wandb_config_args trackio_args"
+)
+
+
+@dataclass
+class Cell:
+    """One task under one spec: what lm-eval returned, or why there is no score."""
+
+    spec: str
+    task: str
+    results: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    def figures(self) -> dict[tuple[str, str], str]:
+        """Value and standard error by subtask and metric."""
+        found = {}
+        for task, metrics in self.results.get("results", {}).items():
+            for name, value in metrics.items():
+                metric, _, kind = name.partition(",")
+                if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+                    error = metrics.get(f"{metric}_stderr,{kind}")
+                    found[task, metric] = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+        return found
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    model: ModelArgument,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas; patchkit's own, which need no network: 'patchkit_*'.")],
+    patches: Annotated[list[str] | None, typer.Option("--patches", metavar="SPEC", help="Patches; may be given several times.")] = None,
+    every_patch: Annotated[
+        bool, typer.Option("--every-patch", help="Every registered patch by itself, with options for short texts.")
+    ] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="The unpatched model too.")] = False,
+    limit: Annotated[float | None, typer.Option(help="Documents per task, or below 1 their share.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results as they come, and leave out what is there.", file_okay=False)] = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate with lm-evaluation-harness, patched beside unpatched. All other options are lm-eval's own (lm_eval run --help)."""
+    if model.startswith("-"):
+        raise UsageError(f"{model!r} stands where the model should: give the model first, and then the options")
+    if limit is not None and limit <= 0:
+        raise UsageError(f"--limit {limit:g} leaves no documents: give a number, or below 1 a share")
+    chosen = {name: spec for spec in patches or [] if (name := " + ".join(patch.spec for patch in parse(spec)))}
+    if every_patch:
+        examples = {name: cls.example or name for name, cls in available_patches().items()}
+        chosen = {parse_spec(example)[0].spec: example for example in examples.values()} | chosen
+    if baseline or not chosen:
+        chosen = {BASELINE: "", **chosen}
+    if out:
+        try:
+            out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{out} cannot be created ({error.strerror}): create its parent folder, or give another --out") from error
+    with contextlib.redirect_stdout(sys.stderr), _one_description_of_the_machine():
+        config, manager = _harness(tasks, limit, device, out, context.args)
+        cells = []
+        for cell in _run(model, dtype, {name: parse(spec) for name, spec in chosen.items()}, config, manager, out):
+            cells.append(cell)
+            _say(cell)
+            if out and cell.results:
+                (out / "table.md").write_text(_markdown(cells), encoding="utf-8")
+    if int(os.environ.get("RANK", 0)):
+        return
+    if as_json:
+        emit({"model": model, "cells": [asdict(cell) for cell in cells]})
+    else:
+        console = Console()
+        console.width = max(console.width, 50 + 20 * len(chosen))
+        print_table(console, None, *_table(cells), right=True)
+    unscored = [name for name in chosen if not any(cell.results for cell in cells if cell.spec == name)]
+    if unscored:
+        raise PatchError("; ".join(f"no score for {cell.spec}: {cell.error}" for cell in cells if cell.spec in unscored))
+
+
+def task_folder() -> Path:
+    """The folder of patchkit's own tasks: in a checkout, or where an installation put it."""
+    checkout = Path(__file__).parents[2] / "evals" / "tasks"
+    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data")) / "share" / "patchkit" / "tasks"
+
+
+def _harness(tasks: str, limit: float | None, device: str, out: Path | None, extra: list[str]) -> tuple[Any, Any]:
+    """lm-eval's configuration and tasks, from its own parser."""
+    try:
+        import patchkit.quality.lm_eval_model  # noqa: F401
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    from lm_eval._cli.harness import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import setup_logging
+
+    given = ["run", "--tasks", tasks, "--device", device, *([] if limit is None else ["--limit", str(limit)]), *extra]
+    parsed, unknown = HarnessCLI()._parser.parse_known_args(given)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}: it is neither one of patchkit eval nor of lm-eval (see lm_eval run --help)")
+    for name, remedy in _REFUSED.items():
+        if getattr(parsed, name, None):
+            raise UsageError(f"--{name} is not an option of patchkit eval: {remedy}")
+    parsed.output_path = out and str(out)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        config = EvaluatorConfig.from_cli(parsed)
+        if config.verbosity:
+            setup_logging(config.verbosity)
+        config.include_path = [task_folder(), *([config.include_path] if config.include_path else [])]
+        manager = config.process_tasks(config.metadata)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(f"lm-eval refuses this: {error}") from error
+    return config, manager
+
+
+def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, manager: Any, out: Path | None) -> Iterator[Cell]:
+    """Every task under every spec, as they come; what ``out`` holds already is read from there."""
+    finished = _finished(out) if out else {}
+    lm = None
+    for name, patches in chosen.items():
+        lm = lm or _load(model, dtype, config)
+        runs = {_label(task): _identity(lm, model, name, _label(task), config) for task in config.tasks}
+        if all(_key(run) in finished for run in runs.values()):
+            yield from (Cell(name, task, finished[_key(run)]) for task, run in runs.items())
+            continue
+        try:
+            with _patched(lm, patches):
+                for task in config.tasks:
+                    run = runs[_label(task)]
+                    if _key(run) in finished:
+                        yield Cell(name, _label(task), finished[_key(run)])
+                        continue
+                    try:
+                        yield Cell(name, _label(task), _evaluated(lm, task, run, config, manager, out))
+                    except (PatchError, OSError, ValueError) as error:
+                        yield Cell(name, _label(task), error=str(error))
+        except IrreversiblePatch:
+            lm = None
+        except PatchError as error:
+            yield from (Cell(name, task, error=str(error)) for task in runs)
+
+
+def _load(model: str, dtype: Dtype, config: Any) -> Any:
+    from patchkit.quality.lm_eval_model import PatchkitLM
+
+    sizes: dict[str, Any] = {"batch_size": config.batch_size or 1, "max_batch_size": config.max_batch_size or 64}
+    if not config.model_args and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        loaded, tokenizer = load(model, dtype, config.device)
+        return PatchkitLM(loaded, tokenizer=tokenizer, **sizes)
+    options = {"dtype": dtype.value, "device": config.device, **sizes, **config.model_args}
+    try:
+        return PatchkitLM(model, **options)
+    except PatchError:
+        raise
+    except Exception as error:  # as in patchkit.models: foreign files can raise nearly anything
+        raise UsageError(f"lm-eval cannot load {model} with {config.model_args} ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def _patched(lm: Any, patches: list[Patch]) -> Iterator[None]:
+    from patchkit.api import patch_model, unpatch_model
+
+    if patches:
+        patch_model(lm.model, patches, verbose=False)
+    try:
+        yield
+    finally:
+        if patches:
+            unpatch_model(lm.model)
+
+
+def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: Any, out: Path | None) -> dict[str, Any]:
+    """What lm-eval returns for one task, written to ``out`` in its format; nothing in all processes but the first."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import sanitize_model_name
+
+    folder = out / re.sub(r"[^A-Za-z0-9=._-]+", "_", run["spec"]).strip("_") if out else None
+    tracker = EvaluationTracker(**{**config.hf_hub_log_args, "output_path": folder and str(folder)})
+    seeds = config.seed or [None] * 4
+    results: Any = simple_evaluate(
+        model=lm,
+        tasks=[task],
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        device=config.device,
+        # Answers of one spec must not be taken for those of another.
+        use_cache=config.use_cache and f"{config.use_cache}_{hashlib.sha256(_key(run).encode()).hexdigest()[:16]}",
+        cache_requests=config.cache_requests.get("cache_requests", False),
+        rewrite_requests_cache=config.cache_requests.get("rewrite_requests_cache", False),
+        delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
+        limit=config.limit,
+        samples=config.samples,
+        check_integrity=config.check_integrity,
+        write_out=config.write_out,
+        log_samples=config.log_samples,
+        evaluation_tracker=tracker,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+        gen_kwargs=config.gen_kwargs,
+        task_manager=manager,
+        predict_only=config.predict_only,
+        random_seed=seeds[0],
+        numpy_random_seed=seeds[1],
+        torch_random_seed=seeds[2],
+        fewshot_random_seed=seeds[3],
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        metadata=config.metadata,
+    )
+    if results is None:
+        return {}
+    results["config"]["patchkit"]["run"] = run
+    samples = results.pop("samples", None)
+    if config.show_config:
+        print(json.dumps(results["configs"], indent=2, default=str))
+    if folder:
+        names = tracker.general_config_tracker
+        names.model_name, names.model_name_sanitized = run["model"], sanitize_model_name(run["model"])
+        try:
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for name in results["configs"] if samples else []:
+                tracker.save_results_samples(task_name=name, samples=samples[name])
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written ({error.strerror}): give another --out") from error
+    return results
+
+
+def _identity(lm: Any, model: str, spec: str, task: str, config: Any) -> dict[str, Any]:
+    """What a result depends on: two runs with the same are the same."""
+    from patchkit.quality.environment import version_of
+    from patchkit.trained_for import fingerprint, lm_head_weight
+
+    head = lm_head_weight(lm.model)
+    return {
+        "model": model,
+        "head": None if head is None else fingerprint(head),
+        "dtype": str(lm.model.dtype),
+        "spec": spec,
+        "task": task,
+        "options": {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT.split()},
+        "versions": {name: version_of(name) for name in ("patchkit", "lm_eval", "transformers", "torch")},
+    }
+
+
+def _key(run: dict[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True, default=str)
+
+
+def _finished(out: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder, by what they depend on. A file that was cut off while it was written is left out."""
+    found = {}
+    for path in sorted(out.rglob("results_*.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found[_key(results["config"]["patchkit"]["run"])] = results
+        except (OSError, ValueError, KeyError, TypeError):
+            stderr().print(f"{path} holds no finished result of patchkit eval, and is left alone", highlight=False, soft_wrap=True)
+    return found
+
+
+def _label(task: Any) -> str:
+    return task if isinstance(task, str) else str(task.get("task") or task.get("group"))
+
+
+@contextlib.contextmanager
+def _one_description_of_the_machine() -> Iterator[None]:
+    """lm-eval describes the machine after every task, which takes seconds; within one run it is the same."""
+    from torch.utils import collect_env
+
+    describe = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = functools.cache(describe)
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = describe
+
+
+def _say(cell: Cell) -> None:
+    figures = ", ".join(f"{task} {metric} {value}" for (task, metric), value in cell.figures().items())
+    line = f"{time.strftime('%H:%M:%S')} {cell.spec} | {cell.task}: {cell.error or figures}"
+    stderr().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    """A column per spec and a row per metric; where a patch never acted, a dash."""
+    specs = list(dict.fromkeys(cell.spec for cell in cells))
+    rows = dict.fromkeys(row for cell in cells for row in cell.figures())
+    figures = {(cell.spec, row): value for cell in cells for row, value in cell.figures().items()}
+    return ["task", "metric", *specs], [[*row, *(figures.get((spec, row), "-") for spec in specs)] for row in rows]
+
+
+def _markdown(cells: list[Cell]) -> str:
+    headings, rows = _table(cells)
+    lines = [headings, ["---", "---", *["---:"] * len(headings[2:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
