@@ -341,6 +341,7 @@ def test_the_report_counts_at_run_time(model: Any) -> None:
         "hits": {"forwards": layers},
         "measured": {},
         "modules": {},
+        "same_up_to": 0,
     }
     report = patchkit.report(model)
     assert json.loads(json.dumps(report.to_dict()))["patches"][0] == entry

@@ -25,6 +25,7 @@ depends on a Python integer that changes.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -771,6 +772,14 @@ class StreamingCache(_compat.Cache):
         self.plan = plan
         self.stream = Stream(plan)
         super().__init__(layers=[self._layer(i, layer) for i, layer in enumerate(plan.stock_layers())])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
+        """A copy for the same model (a prompt is read once, and copies go on): the plan, by which a model knows its caches, stays."""
+        for shared in (self.plan, *self.plan.lanes.values()):
+            memo.setdefault(id(shared), shared)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _layer(self, index: int, stock: Any) -> Any:
         lane = self.plan.lanes.get(index)

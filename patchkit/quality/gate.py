@@ -187,6 +187,9 @@ def run_gate(
     """
     if not isinstance(model, nn.Module):
         raise GateError(f"{model!r} is not a model: load it first")
+    for option, value in (("context", context), ("rounds", rounds)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise GateError(f"{option}={value!r}: give a whole number")
     if rounds is not None and rounds < LEAST_ROUNDS:
         raise GateError(f"rounds={rounds} are too few for an interval: give at least {LEAST_ROUNDS}")
     view = patch_model(twin(model).eval(), patches, verbose=False)
@@ -212,9 +215,9 @@ def run_gate(
 
         def ways() -> dict[str, Stream]:
             models = {UNPATCHED: plain, PATCHED: view}
-            return {name: _Calls(each, None, texts) if generates else Stream(each, _cache_of(each, start)) for name, each in models.items()}
+            return {name: Calls(each, None, texts) if generates else Stream(each, cache_of(each, start)) for name, each in models.items()}
 
-        result = timed(lambda: _within(time_in_turns, ways, rounds, lambda: _hits(view)))
+        result = timed(lambda: within(time_in_turns, ways, rounds, lambda: _hits(view)))
         failures = _idle(kinds, result.hits, "while it was timed")
         increase = None
         if scored:
@@ -222,7 +225,7 @@ def run_gate(
             # Only attention patches claim anything beyond the model's positions.
             if not any(kind.stage is Stage.ATTENTION for kind in kinds.values()):
                 texts = [text[: int(min(len(text), limit))] for text in texts]
-            increase = _within(perplexity_increase, plain, view, texts, limit)
+            increase = within(perplexity_increase, plain, view, texts, limit)
             approximate = {name: kind for name, kind in kinds.items() if not kind.exact}
             failures += _idle(
                 approximate, _moved(before, _hits(view)), "while perplexity was measured, on texts that may be too short for it"
@@ -308,7 +311,7 @@ def perplexity_increase(
 
 
 @dataclass
-class _Calls(Stream):
+class Calls(Stream):
     """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
 
     prompts: list[torch.Tensor]
@@ -334,7 +337,7 @@ class _Calls(Stream):
         return 1000 * elapsed / new
 
 
-def _cache_of(model: PreTrainedModel, context: int) -> Any:
+def cache_of(model: PreTrainedModel, context: int) -> Any:
     """A cache of `context` tokens: filled in where the model keeps transformers' own kind, else really streamed."""
     cache = prefilled_cache(model, 1)
     if cache is None:
@@ -360,10 +363,12 @@ def _texts(
     else:
         source = documents
     encoded = (encode(tokenizer, each) if isinstance(each, str) and tokenizer else each for each in source)
-    found = [torch.as_tensor(ids[:length], dtype=torch.long) for ids in encoded if len(ids) >= least and length >= 2]
+    # A document that is given twice would make the interval narrow and show nothing.
+    different = dict.fromkeys(tuple(map(int, ids[:length])) for ids in encoded if len(ids) >= least and length >= 2)
+    found = [torch.tensor(ids, dtype=torch.long) for ids in different]
     if len(found) < _LEAST_DOCUMENTS:
         raise GateError(
-            f"{len(found)} of {len(source)} documents have {least} tokens within context={length}: "
+            f"{len(found)} of {len(source)} documents differ and have {least} tokens within context={length}: "
             f"give at least {_LEAST_DOCUMENTS} such with documents=, or another context="
         )
     count = len(found) if documents is not None else min(len(found), _DOCUMENTS, max(_ALL_TOKENS // length, _LEAST_DOCUMENTS))
@@ -379,7 +384,7 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _within(measure: Callable[..., T], *args: Any) -> T:
+def within(measure: Callable[..., T], *args: Any) -> T:
     """`measure(*args)`, with a word on what an index out of range means."""
     try:
         return measure(*args)

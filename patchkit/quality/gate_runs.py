@@ -105,12 +105,19 @@ def compare(before: Run, now: Run, tolerance: float = TOLERANCE, across_machines
         across_machines: compare ratios only, whatever the machines; else they must be the same, and changes of their speed are said.
 
     Raises:
-        GateError: nothing matches, the machines differ, or figures are missing.
+        GateError: nothing matches, the machines differ, figures are missing, or both runs are one.
     """
     common = [name for name in before if name in now]
     if not common:
         raise GateError(f"no gate is in both runs: {_listed(before)} before, {_listed(now)} now. Compare runs of the same tests")
+    if not 0 <= tolerance < 1:
+        raise GateError(f"tolerance={tolerance} is no share of a speed-up: give a number from 0 to 0.99")
     try:
+        repeated = [name for name in common if before[name]["rounds_ms"] == now[name]["rounds_ms"]]
+        if repeated:
+            raise GateError(
+                f"both runs hold the same measurement of {', '.join(repeated)}, to the last digit: give the file of a newer run"
+            )
         machines = _differences(before, now, common, _MACHINE)
         if machines and not across_machines:
             raise GateError(f"the runs are from different machines ({'; '.join(machines)}): use --across-machines to compare ratios only")

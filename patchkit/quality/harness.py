@@ -328,14 +328,15 @@ class Server:
     def _ask(self, prompt: str) -> tuple[float, float, int]:
         body: dict[str, Any] = {"model": self.config.model, "max_tokens": self.config.new_tokens, "temperature": 0, "stream": True}
         body |= {"messages": [{"role": "user", "content": prompt}]} if self.config.chat else {"prompt": prompt}
-        if self.asks_usage:
+        asked_usage = self.asks_usage
+        if asked_usage:
             body["stream_options"] = {"include_usage": True}
         limit = self.config.timeout_s
         started = time.perf_counter()
         try:
             with self.session.post(self.url, json=body, stream=True, timeout=(min(limit, _CONNECT_TIMEOUT_S), limit)) as response:
                 if response.status_code != 200:
-                    self._refused(response)
+                    self._refused(response, asked_usage)
                     return self._ask(prompt)
                 return self._read(response, started)
         except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
@@ -344,17 +345,17 @@ class Server:
             if isinstance(error, ChunkedEncodingError):
                 raise _Again(f"{self.url} broke off in the middle of an answer") from error
             raise _Again(f"{self.url} cannot be reached: is the server running, and the address right?") from error
-        except requests.RequestException as error:
+        except (requests.RequestException, UnicodeError) as error:
             raise RequestFailed(f"{self.url} cannot be asked ({error})") from error
 
-    def _refused(self, response: requests.Response) -> None:
+    def _refused(self, response: requests.Response, asked_usage: bool) -> None:
         """Return if the request is worth repeating at once, in another form."""
         said = " ".join(response.text.split())[:200]
         status = f"{self.url} answered {response.status_code} {response.reason}: {said or 'nothing'}"
         if response.status_code in _TRY_AGAIN:
             wait = response.headers.get("Retry-After", "")
             raise _Again(status, float(wait) if wait.isdecimal() else 0.0)
-        if self.asks_usage and "stream_options" in said:
+        if asked_usage and "stream_options" in said:
             self.asks_usage = False
             return
         if response.status_code in (401, 403):
@@ -369,13 +370,17 @@ class Server:
         for data in self._events(response, started + self.config.timeout_s):
             if data.get("error"):
                 raise RequestFailed(f"{self.url} failed in the middle of an answer: {data['error']}")
-            for choice in data.get("choices") or []:
-                delta = choice.get("delta") or {}
-                if choice.get("text") or delta.get("content") or delta.get("reasoning_content"):
-                    first = first or time.perf_counter()
-                    events += 1
-                finished = finished or choice.get("finish_reason") is not None
-            counted = (data.get("usage") or {}).get("completion_tokens", counted)
+            try:
+                for choice in data.get("choices") or []:
+                    delta = choice.get("delta") or {}
+                    if choice.get("text") or delta.get("content") or delta.get("reasoning_content"):
+                        first = first or time.perf_counter()
+                        events += 1
+                    finished = finished or choice.get("finish_reason") is not None
+                said = (data.get("usage") or {}).get("completion_tokens")
+            except (AttributeError, TypeError) as error:
+                raise RequestFailed(f"{self.url} sent an event of another form than OpenAI's ({error}): {str(data)[:80]}") from error
+            counted = said if isinstance(said, int) and said > 0 else counted
         ended = time.perf_counter()
         if first is None:
             raise RequestFailed(f"{self.url} sent no text")

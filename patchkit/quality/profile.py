@@ -74,13 +74,13 @@ def run_profile(model: PreTrainedModel, patches: Sequence[Patch], ids: torch.Ten
         UnsupportedModel: the model cannot take so many tokens.
         PatchError: patches that do not fit, or a trace that cannot be written.
     """
+    ways = {"unpatched": twin(model).eval()}
+    if patches:
+        ways["patched"] = patch_model(twin(model).eval(), *patches, verbose=False)
     try:
         trace.open("a").close()
     except OSError as error:
         raise PatchError(f"the trace {trace} cannot be written ({error.strerror}): write elsewhere") from error
-    ways = {"unpatched": twin(model).eval()}
-    if patches:
-        ways["patched"] = patch_model(twin(model).eval(), *patches, verbose=False)
     decode = _generate if any(patch.stage is Stage.GENERATION for patch in patches) else _decode
     ids = ids[None].to(model.device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])

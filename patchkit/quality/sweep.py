@@ -260,6 +260,7 @@ def run_sweep(
         "rounds": rounds,
         "environment": environment(),
     }
+    plain = twin(model).eval()
     done = [] if restart else _stored(folder, settings)
     sweep = Sweep(settings, weights, done)
     context = max(weights)
@@ -272,13 +273,21 @@ def run_sweep(
             continue
         tell = partial(advance, spec)
         if each == BLOCKS:
-            row = _scored(Row(spec), [block_nll(model, text.ids, block, progress=tell) for text in texts], weights)
+            row = _in_blocks(plain, texts, weights, block, tell)
         else:
-            row = _measured(model, None if isinstance(each, str) else each, texts, weights, context, chunk, rounds, tell)
+            row = _measured(plain, None if isinstance(each, str) else each, texts, weights, context, chunk, rounds, tell)
         done.append(row)
         sweep.store(folder)
     sweep.write(folder)
     return sweep
+
+
+def _in_blocks(model: PreTrainedModel, texts: Sequence[Document], weights: list[int], block: int, tell: Callable[[int], object]) -> Row:
+    try:
+        return _scored(Row(BLOCKS), [block_nll(model, text.ids, block, progress=tell) for text in texts], weights)
+    except IndexError as error:
+        reason = f"{type(model).__name__} cannot take {block} tokens ({error}): its position table is shorter, or the tokenizer not its own"
+        return Row(BLOCKS, refused=f"{reason}. Give a smaller --block")
 
 
 def _measured(
@@ -460,5 +469,6 @@ def draw(sweep: Sweep, path: Path) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_ylabel("perplexity" if label == "ms per token" else "")
     figure.suptitle(f"{sweep.settings['model']}: {sum(sweep.weights):,} tokens of {len(sweep.weights)} documents", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, handlelength=1)
+    if numbers or sweep.row(BLOCKS):
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, handlelength=1)
     figure.savefig(path, dpi=130, format="png")

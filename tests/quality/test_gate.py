@@ -137,11 +137,18 @@ def test_a_gate_measures_and_leaves_the_model_alone(documents: list[list[int]]) 
 
 
 def test_what_acts_in_generate_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 8)
+    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 4)
     patches = Speculative(draft=tiny_model("llama", seed=1), k=2)
-    found = run_gate(tiny_model("llama"), patches, Bounds(min_speedup=1e-6), context=32, rounds=20, documents=[list(range(3, 103))] * 4)
+    found = run_gate(
+        tiny_model("llama"),
+        patches,
+        Bounds(min_speedup=1e-6),
+        context=32,
+        rounds=20,
+        documents=[list(range(first, first + 100)) for first in range(3, 7)],
+    )
     hits = found.hits["speculative"]
-    assert found.timed == "generate" and found.failures == [] and hits["tokens"] >= 20 * 7
+    assert found.timed == "generate" and found.failures == [] and hits["tokens"] >= 20 * 3
     assert found.acceptance == hits["accepted"] / hits["proposed"]
 
 
@@ -182,7 +189,7 @@ def test_the_increase_is_that_of_the_definition(documents: list[list[int]]) -> N
 def test_a_patch_that_did_not_act_fails(
     options: dict[str, Any], says: str, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 8)
+    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 2)
     bounds = Bounds(1e-9, options.pop("max_ppl_increase", None))
     given = documents if bounds.max_ppl_increase is None else [each[:40] for each in documents]
     found = run_gate(tiny_model("llama"), bounds=bounds, rounds=20, documents=given, **options)
@@ -215,12 +222,15 @@ def test_a_patch_that_counts_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
         (dict(bounds=dict(max_ppl_increase=float("inf"))), "max_ppl_increase=inf bounds nothing"),
         (dict(bounds=dict(min_speedup=True)), "min_speedup=True bounds nothing"),
         (dict(rounds=5), "rounds=5 are too few"),
+        (dict(rounds=20.5), "rounds=20.5: give a whole number"),
+        (dict(context="48"), "context='48': give a whole number"),
         (dict(context=0), "context=0"),
         (dict(patches="straming"), "did you mean 'streaming'"),
         (dict(patches="compile(backend=eager)", bounds=dict(max_ppl_increase=0.1)), "leaves every logit as it is"),
         (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1)), "no tokenizer beside"),
         (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1), documents=[[5, 6, 7]]), "1 of 1 documents"),
-        (dict(patches="speculative", documents=[[5, 6, 7]] * 9, context=8), "0 of 9 documents have 8 tokens"),
+        (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1), documents=[[5, 6, 7]] * 9), "1 of 9 documents differ"),
+        (dict(patches="speculative", documents=[[5, 6, 7]] * 9, context=8), "0 of 9 documents differ and have 8 tokens"),
         (dict(model="bundled"), "'bundled' is not a model"),
     ],
 )
@@ -436,6 +446,14 @@ def test_files_that_are_no_runs_are_refused(tmp_path: Path, runs: tuple[dict[str
     assert result.exit_code == 1 and "--benchmark-json=FILE" in result.stderr
     missing = CliRunner().invoke(app, ["gate", "--baseline", str(tmp_path / "none.json"), str(broken)])
     assert missing.exit_code == 1 and "cannot be read" in missing.stderr
+
+
+def test_a_run_beside_itself_and_a_tolerance_of_nothing_are_refused(tmp_path: Path, runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    before, now = runs
+    same = gate(tmp_path, before, before)
+    assert same.exit_code == 1 and "same measurement of t.py::a" in same.stderr
+    with pytest.raises(GateError, match="no share of a speed-up"):
+        compare(before, now, tolerance=float("nan"))
 
 
 def test_broken_figures_are_refused(runs: tuple[dict[str, Any], dict[str, Any]]) -> None:

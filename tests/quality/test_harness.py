@@ -203,6 +203,8 @@ def test_a_server_that_is_not_there_is_named(serve: Serve) -> None:
         ((b'{"choices": []}\n',), "no event stream"),
         ((b"data: {broken\n\n",), "broken event"),
         ((b"data: [1]\n\n",), "no object"),
+        (({"choices": [1]},), "another form than OpenAI's"),
+        ((text("a"), {"choices": [], "usage": 3}), "another form than OpenAI's"),
         ((b"\xff\xfe\x00garbage\n",), "no event stream"),
         ((text("a"), {"error": {"message": "out of memory"}}), "out of memory"),
         ((text("a"),), "cut off"),
@@ -225,6 +227,12 @@ def test_refusals_are_not_asked_for_again(serve: Serve, status: int, says: str) 
     assert waits == []
 
 
+def test_a_key_that_no_header_can_hold_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "\u2603")
+    with pytest.raises(RequestFailed, match="cannot be asked"):
+        asked(serve(answers))[0]("x")
+
+
 def test_requests_run_at_a_time(serve: Serve) -> None:
     """Three requests are open at once: each waits for the others."""
     together = threading.Barrier(3, timeout=5)
@@ -237,6 +245,21 @@ def test_requests_run_at_a_time(serve: Serve) -> None:
     samples = list(run(config, Server(config), ["a", "b", "c"]))
     assert sorted((sample.prompt, sample.iteration) for sample in samples) == [(p, i) for p in range(3) for i in range(2)]
     assert all(sample.error is None and sample.tokens == 7 for sample in samples)
+
+
+def test_requests_at_a_time_are_all_asked_again_without_the_option(serve: Serve) -> None:
+    """All three are refused before any of them knows that the option is."""
+    together = threading.Barrier(3, timeout=5)
+
+    def strict(handler: Handler, body: Any, count: int) -> None:
+        if "stream_options" in body:
+            together.wait()
+            handler.refuse(400, "unexpected stream_options")
+        else:
+            handler.stream(text("a"), text("b", "stop"), DONE)
+
+    config = Config(endpoint=address(serve(strict)), concurrency=3, iterations=1, warmup=0)
+    assert [sample.tokens for sample in run(config, Server(config), ["a", "b", "c"])] == [2, 2, 2]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------------
@@ -382,7 +405,8 @@ def test_the_command_says_what_failed(serve: Serve, tmp_path: Path) -> None:
     def worse(handler: Handler, body: Any, count: int) -> None:
         handler.stream(*(ANSWER if count < 3 else (text("a"),)))
 
-    common = ("--n-prompts", "1", "--iterations", "2", "--out", tmp_path)
+    (tmp_path / "prompts.txt").write_text("one\n")
+    common = ("--n-prompts", "1", "--iterations", "2", "--out", tmp_path, "--prompts", tmp_path / "prompts.txt")
     result = bench("m", "--endpoint", address(serve(worse)), *common)
     assert result.exit_code == 1 and "1 of 2 requests failed" in result.stderr and "cut off" in result.stderr
     assert json.loads((tmp_path / "bench.json").read_text())["answers"] == 1

@@ -56,6 +56,9 @@ def test_a_position_table_that_ends_and_a_bad_path_are_said(tmp_path: Path) -> N
         run_profile(tiny_model("gpt2"), [], IDS.repeat(13)[:510], 9, tmp_path / "trace.json")
     with pytest.raises(PatchError, match="cannot be written"):
         run_profile(tiny_model("llama"), [], IDS, 1, tmp_path / "no" / "trace.json")
+    with pytest.raises(PatchError, match="512 positions"):
+        run_profile(tiny_model("llama"), parse_spec("streaming(window=600)"), IDS, 1, tmp_path / "refused.json")
+    assert not (tmp_path / "refused.json").exists()
 
 
 def test_the_command(model_dir: Path, tmp_path: Path) -> None:

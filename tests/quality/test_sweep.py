@@ -130,30 +130,22 @@ def test_an_interrupted_sweep_goes_on(loaded, texts, tmp_path: Path) -> None:
     assert len(more.rows) == 7 and more.rows[:6] == result.rows
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (dict(chunk=16), "chunk 32 -> 16"),
-        (dict(block=32), "block 64 -> 32"),
-        (dict(name="other"), 'model "tiny" -> "other"'),
-        (dict(fewer=True), "texts"),
-        (dict(model=True), "weights"),
-    ],
-)
-def test_another_sweep_in_the_folder_is_refused_unless_it_is_dropped(loaded, texts, tmp_path: Path, change, named) -> None:
+def test_another_sweep_in_the_folder_is_refused_unless_it_is_dropped(loaded, texts, tmp_path: Path) -> None:
     options = dict(name="tiny", chunk=32, block=64, rounds=2)
     quality.run_sweep(loaded[0], texts, PATCHES[:1], tmp_path, **options)
     kept = (tmp_path / "sweep.json").read_bytes()
-    model, documents = loaded[0], texts
-    if change.pop("fewer", False):
-        documents = texts[:2]
-    if change.pop("model", False):
-        model = load_model("stdlib-1m-draft")[0]
-    with pytest.raises(quality.SweepConflict, match=f"{named}.*--restart"):
-        quality.run_sweep(model, documents, PATCHES[:1], tmp_path, **{**options, **change})
-    assert (tmp_path / "sweep.json").read_bytes() == kept
-    result = quality.run_sweep(model, documents, [], tmp_path, **{**options, **change}, restart=True)
-    assert len(result.rows) == 2
+    changes = {
+        "chunk 32 -> 16": (loaded[0], texts, dict(chunk=16)),
+        "block 64 -> 32": (loaded[0], texts, dict(block=32)),
+        'model "tiny" -> "other"': (loaded[0], texts, dict(name="other")),
+        "texts": (loaded[0], texts[:2], {}),
+        "weights": (load_model("stdlib-1m-draft")[0], texts, {}),
+    }
+    for named, (model, documents, change) in changes.items():
+        with pytest.raises(quality.SweepConflict, match=f"{named}.*--restart"):
+            quality.run_sweep(model, documents, PATCHES[:1], tmp_path, **{**options, **change})
+        assert (tmp_path / "sweep.json").read_bytes() == kept
+    assert len(quality.run_sweep(loaded[0], texts[:2], [], tmp_path, **options, restart=True).rows) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}, "rows": [1]}', '{"rows": []}'])
@@ -173,6 +165,21 @@ def test_a_model_whose_positions_end_is_measured_as_far_as_it_goes(tmp_path: Pat
     assert unpatched.refused is not None and "position table" in unpatched.refused
     assert streaming.refused is not None and "positions are baked into" in streaming.refused
     assert (tmp_path / "sweep.png").is_file()
+
+
+def test_blocks_beyond_the_positions_are_a_row_with_the_reason(tmp_path: Path) -> None:
+    text = quality.Document("long", torch.randint(4, 100, (700,), generator=torch.Generator().manual_seed(0)).tolist())
+    blocks = quality.run_sweep(tiny_model("gpt2"), [text], [], tmp_path, block=600, rounds=2).rows[0]
+    assert blocks.refused is not None and "600 tokens" in blocks.refused and "--block" in blocks.refused
+    assert (tmp_path / "sweep.png").is_file()
+
+
+def test_a_model_in_training_is_measured_as_it_would_run(tmp_path: Path) -> None:
+    """Patched models in training mode run unpatched."""
+    model = tiny_model("llama").train()
+    text = quality.Document("text", torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0)).tolist())
+    _, unpatched, streaming = quality.run_sweep(model, [text], PATCHES[:1], tmp_path, rounds=1).rows
+    assert model.training and streaming.nll != pytest.approx(unpatched.nll, abs=1e-6)
 
 
 def test_documents(loaded, tmp_path: Path) -> None:
