@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ def prove(
     chosen = parse(patches)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
+    if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
+        raise UsageError(f"{out} cannot be written: give another --out")
     from patchkit.quality.perplexity import read_text
     from patchkit.quality.proof import Proof
     from patchkit.quality.prove import prove as run
@@ -72,6 +75,8 @@ def prove(
         # After Ctrl-C too: what was found so far is a report, which says that it is incomplete.
         if proof.checks:
             _write(proof, out, model)
+            if not proof.complete:
+                stderr().print(f"{proof.verdict}; see {out}", style="bold red", highlight=False, soft_wrap=True)
     if as_json:
         from patchkit.quality.environment import environment
 

@@ -7,16 +7,18 @@ patches that round, a quarter of what rounding does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from patchkit import api
 from patchkit.errors import PatchError
@@ -30,6 +32,12 @@ from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot
 Advance = Callable[[str], object]
 # Tokens of a probe beyond those after which every patch acts.
 _BEYOND = 40
+# Positions that are kept bounded begin anew after this many tokens at the latest; of a model with room for more than `_LONG` tokens in
+# what it keeps, no text is long enough to see that.
+_WRAP = 1024
+_LONG = 2048
+# More tokens than any cache keeps on record for taking back.
+_RECORDED = 300
 # Above this many, a text is fed one by one only where something begins or wraps around.
 _ONE_BY_ONE = 160
 # A definition runs each query as a text of its own; more tokens than this in all are too many.
@@ -39,6 +47,8 @@ _OWN_NOISE = 3.0
 # Share of the effect of rounding that two computations of the same rounded model may differ by.
 _OF_ROUNDING = 0.25
 NEW_TOKENS = 32
+# A processor, with which patches that judge tokens do it another way.
+_PENALTY: dict[str, Any] = {"repetition_penalty": 1.3}
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _WAYS = "whole, in chunks, and one by one"
 
@@ -50,15 +60,13 @@ class NotJudged(Exception):
 class Case:
     """One set of patches on one model, and the checks of all that it promises."""
 
-    def __init__(
-        self, proof: Proof, model: PreTrainedModel, patches: list[Patch], texts: list[torch.Tensor], advance: Advance, fast: bool
-    ) -> None:
-        self.fast = fast
+    def __init__(self, proof: Proof, model: PreTrainedModel, patches: list[Patch], texts: list[torch.Tensor], advance: Advance) -> None:
         self.proof, self.model, self.patches, self.advance = proof, model, patches, advance
         self.spec = spec_of(patches) or "unpatched"
         self.plain: Any = twin(model)
         # Every call of generate is to be greedy, whatever the checkpoint says.
-        self.plain.generation_config = GenerationConfig(do_sample=False, pad_token_id=_pad(model))
+        self.pad = _pad(model)
+        self.plain.generation_config = GenerationConfig(do_sample=False, pad_token_id=self.pad)
         fresh = self._twin()
         self.before = snapshot(fresh)
         self.full: Any = api.patch_model(fresh, *patches, verbose=False) if patches else fresh
@@ -93,6 +101,19 @@ class Case:
     def without(self, patch: Patch) -> Any:
         """The model with all patches but one."""
         return self.view([other for other in self.patches if other is not patch])
+
+    @functools.cached_property
+    def cycle(self) -> torch.Tensor:
+        """Six tokens that are rare in the texts."""
+        count = Counter(self.stream.tolist())
+        vocabulary = self.plain.get_input_embeddings().weight.shape[0]
+        rarest = sorted((token for token in range(min(vocabulary, 1000)) if token != self.pad), key=lambda token: count[token])
+        return torch.tensor(rarest[:6], device=self.model.device)
+
+    @property
+    def wrap(self) -> int:
+        """Tokens after which positions that are kept bounded begin anew, and buffers that grow have grown."""
+        return min(self.target.position_limit or _WRAP, _WRAP)
 
     def text(self, length: int, number: int = 0) -> torch.Tensor:
         """Token ids [1, length] of the documents, from another place for every number."""
@@ -176,7 +197,7 @@ class Case:
 
     def run(self) -> None:
         """All checks of this set of patches."""
-        first = self.full(input_ids=self.text(self.reach + _BEYOND, 1)).logits
+        first = self._first()
         for patch, promise in self.promises.items():
             self._of_one(patch, promise)
         if not self.patches:
@@ -188,12 +209,24 @@ class Case:
             self._rows()
             self._taken_back()
             self._greedy()
+            self._ends()
             self._bounded()
             self._interleaved()
-        self._not_mixed(first)
+        if first is not None:
+            self._not_mixed(first)
         if self.patches:
             self._acted()
             self._restored()
+
+    def _first(self) -> torch.Tensor | None:
+        """Logits of the first text that the patched model ever sees; None if it cannot run, which is a broken promise."""
+        found: list[torch.Tensor] = []
+
+        def run() -> None:
+            found.append(self.full(input_ids=self.text(self.reach + _BEYOND, 1)).logits)
+
+        self.check("all", "the patched model runs", run)
+        return found[0] if found else None
 
     def _of_one(self, patch: Patch, promise: Promises) -> None:
         if promise.same_logits:
@@ -250,10 +283,10 @@ class Case:
         """
         if length not in self._sound:
             if length <= _ONE_BY_ONE:
-                chunks, singles = [7, 1, 13, 2], [1]
+                chunks, singles = [1, 2, 7, 1, 13], [1]
             else:
                 edge = max(1, min(self.reach - 6, length - 12))
-                chunks = [97, 1, 61]
+                chunks = [1, 2, 97, 1, 61]
                 singles = [edge, *[1] * 12, *([length - edge - 24] if length > edge + 24 else []), *[1] * length]
             ways = [[length], _cut(chunks, length), _cut(singles, length)]
             ids = self.text(length)
@@ -265,12 +298,9 @@ class Case:
     def _feeding(self) -> None:
         if not all(promise.any_feeding for promise in self.promises.values()):
             return
-        limit = self.target.position_limit or 0
         lengths = [self.reach + _BEYOND]
-        # Past every place at which positions may wrap around, unless that takes too long.
-        beyond = 2 * max(self.reach, min(limit or 1024, 1024)) + 8
-        if not self.fast and self.longest is None and beyond <= 4096:
-            lengths.append(beyond)
+        if self.longest is None and max(self.reach, self.wrap) <= _LONG:
+            lengths.append(2 * max(self.reach, self.wrap) + 8)
         for ids in (self.text(length) for length in lengths):
 
             def pairs(view: Any, ids: torch.Tensor = ids) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -323,12 +353,31 @@ class Case:
 
         def pairs(view: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
             yield self.full(input_ids=ids).logits, first
-            cache = self.full(input_ids=self.text(self.reach + 9, 2), use_cache=True).get("past_key_values")
-            if cache is not None and hasattr(cache, "reset") and type(cache).__module__.startswith("patchkit."):
+            cache = self._used_cache()
+            if cache is not None:
                 cache.reset()
                 yield _fed(self.full, ids, self._ways(ids.shape[1])[-1], cache=cache), first
 
         self.same("all", "a text after others is as in a fresh model", pairs, "also with a cache that was reset", own_noise=False)
+
+    def _used_cache(self) -> Any:
+        """A cache of the patches' own that has seen padding, a recorded past, and positions that began anew; None if they have none."""
+        length = max(self.reach, self.wrap) + 5 if self.longest is None and self.reach <= _LONG else self.reach + 9
+        ids = self.text(length, 2)
+        mask = (torch.arange(ids.shape[1], device=ids.device)[None] >= min(3, ids.shape[1] - 1)).long()
+        end = max(1, ids.shape[1] - 3)
+        try:
+            cache = self.full(input_ids=ids[:, :end], attention_mask=mask[:, :end], use_cache=True).get("past_key_values")
+        except PatchError:  # padding is refused
+            mask = torch.ones_like(mask)
+            cache = self.full(input_ids=ids[:, :end], use_cache=True).get("past_key_values")
+        if not (hasattr(cache, "reset") and type(cache).__module__.startswith("patchkit.")):
+            return None
+        if all(getattr(layer, "is_croppable", False) for layer in cache.layers):
+            cache.activate_past_recording()
+        for stop in range(end + 1, ids.shape[1] + 1):
+            self.full(input_ids=ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        return cache
 
     def _interleaved(self) -> None:
         texts = [self.text(self.reach + _BEYOND, number) for number in (1, 3)]
@@ -348,24 +397,29 @@ class Case:
 
     def _taken_back(self) -> None:
         length = self.text(self.reach + _BEYOND).shape[1]
-        keeps = sorted({3, max(3, self.reach - 2), max(3, length - 20)})
-        ids, other = self.text(length), self.text(length, 2)
+        # Tokens fed before the past is recorded, and before the draft.
+        places = [(kept, kept) for kept in sorted({3, max(3, self.reach - 2), max(3, length - 20)})]
+        if self.longest is None and self.reach <= _LONG:
+            places.append((self.reach + 3, max(self.reach + _RECORDED, self.wrap - 2)))
+        ids, other = self.text(max(length, places[-1][1] + 8)), self.text(length, 2)
 
         def pairs(view: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
             whole = _fed(view, ids, [])
-            for kept, draft in itertools.product(keeps, ([5], [1, 1, 1])):
-                out = view(input_ids=ids[:, :kept], use_cache=True)
-                cache = _cache_of(out)
+            for (begun, kept), draft in itertools.product(places, ([5], [1, 1, 1])):
+                cache = _cache_of(view(input_ids=ids[:, :begun], use_cache=True))
                 if not all(getattr(layer, "is_croppable", False) for layer in getattr(cache, "layers", [None])):
                     raise NotJudged(f"its {type(cache).__name__} cannot take tokens back")
                 cache.activate_past_recording()
+                if begun < kept:
+                    _fed(view, ids[:, begun:kept], [kept - begun], cache=cache)
                 count = sum(draft)
                 _fed(view, other[:, :count], draft, cache=cache)
                 cache.crop(-count)
                 rest = ids[:, kept : kept + 8]
                 yield _fed(view, rest, _cut([1, 3], rest.shape[1]), cache=cache), whole[:, kept : kept + rest.shape[1]]
 
-        self.same("all", "tokens taken back leave no trace", pairs, f"after {_listed(keeps)} tokens, 5 at once or 3 one by one")
+        after = _listed(kept for _, kept in places)
+        self.same("all", "tokens taken back leave no trace", pairs, f"after {after} tokens, 5 at once or 3 one by one")
 
     def _restored(self) -> None:
         def run() -> Check:
@@ -421,9 +475,25 @@ class Case:
         texts = [self.text(length, number) for number in range(3)]
         return [torch.cat([text, text[:, : length // 2]], 1) for text in texts[:2]] + texts[2:]
 
-    def generated(self, view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, eos: int | None = None) -> torch.Tensor:
+    @functools.cached_property
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The prompts as a padded batch, and its mask; None where the patches refuse padding or the unpatched model counts it."""
+        batch, mask = _padded(self.prompts(), max(prompt.shape[1] for prompt in self.prompts()))
+        try:
+            _fed(self.full, batch, [batch.shape[1] - 1, 1], mask)
+        except PatchError:
+            return None
+        for way in ([], [batch.shape[1] - 1, 1]):
+            for row, text in zip(_fed(self.plain, batch, way, mask), self.prompts(), strict=True):
+                if logit_error(row[None, -text.shape[1] :], _fed(self.plain, text, [])) > self.tolerance.differs:
+                    return None
+        return batch, mask
+
+    def generated(
+        self, view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, eos: int | list[int] | None = None, **options: Any
+    ) -> Any:
         mask = torch.ones_like(ids) if mask is None else mask
-        out: torch.Tensor = view.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=eos)
+        out: Any = view.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=eos, **options)
         return out
 
     def _same_tokens(self, about: str, other: Any) -> None:
@@ -434,22 +504,39 @@ class Case:
             longest = max(prompt.shape[1] for prompt in self.prompts())
             batch, mask = _padded(self.prompts(), longest)
             plain = [self.generated(other, prompt) for prompt in self.prompts()]
-            calls: list[tuple[str, torch.Tensor, torch.Tensor | None, int | None]] = []
+            calls: list[tuple[str, torch.Tensor, torch.Tensor | None, int | None, dict[str, Any]]] = []
             for prompt, text in zip(self.prompts(), plain, strict=True):
                 new = text[0, prompt.shape[1] :].tolist()
                 # A token that comes late for the first time: the text has to end there.
                 end = max(new, key=new.index)
-                calls += [("a text", prompt, None, None), ("a text that ends", prompt, None, end)]
-            calls += [("a padded batch", batch, mask, None), ("a padded batch with an end", batch, mask, end)]
-            for what, ids, rows, eos in calls:
-                expected, actual = self.generated(other, ids, rows, eos), self.generated(self.full, ids, rows, eos)
+                calls += [("a text", prompt, None, None, {}), ("a text that ends", prompt, None, end, {})]
+            calls += [("a padded batch", batch, mask, None, {}), ("a padded batch with an end", batch, mask, end, {})]
+            calls += [("a text without repetitions", self.prompts()[0], None, None, _PENALTY)]
+            for what, ids, rows, eos, options in calls:
+                expected, actual = (self.generated(view, ids, rows, eos, **options) for view in (other, self.full))
                 compared += expected.numel() - ids.numel()
                 for row in range(len(ids)):
                     pads = 0 if rows is None else int((rows[row] == 0).sum())
-                    wrong = self._parting(other, expected[row, pads:], actual[row, pads:], ids.shape[1] - pads, eos)
+                    wrong = self._parting(other, expected[row, pads:], actual[row, pads:], ids.shape[1] - pads, eos, options)
                     if isinstance(wrong, str):
                         return Check(self.spec, about, promise, "broken", detail=f"{what}: {wrong}")
                     ties += wrong
+            # One row repeats itself, and its drafts stand; the other, which is padded, keeps its own pace.
+            own = self.prompts()[-1]
+            batch, mask = _padded([self.cycle.repeat(longest)[None, :longest], own], longest)
+            with _going_round(self.cycle, other, self.full):
+                asked = {"return_dict_in_generate": True, "output_logits": True}
+                expected, actual = (self.generated(view, batch, mask, **asked) for view in (other, self.full))
+            compared += expected.sequences.numel() - batch.numel()
+            for row in range(len(batch)):
+                # Where tokens have parted at a near tie the texts are two.
+                alike = _first_difference(expected.sequences[row], actual.sequences[row]) or expected.sequences.shape[1] - 1
+                for left, right in itertools.islice(zip(actual.logits, expected.logits, strict=False), alike - longest + 1):
+                    error = logit_error(left[row], right[row])
+                    if error > self.tolerance.differs:
+                        return Check(
+                            self.spec, about, promise, "broken", error, detail="logits of rows that accept more drafts than others"
+                        )
             detail = f"{compared} tokens: texts alone and in a padded batch, with an end and without"
             if ties:
                 detail += f"; {ties} texts part where two logits are closer than rounding in {self.proof.dtype}"
@@ -457,7 +544,9 @@ class Case:
 
         self.check(about, promise, run)
 
-    def _parting(self, view: Any, expected: torch.Tensor, actual: torch.Tensor, prompt: int, eos: int | None) -> str | bool:
+    def _parting(
+        self, view: Any, expected: torch.Tensor, actual: torch.Tensor, prompt: int, eos: int | None, options: dict[str, Any]
+    ) -> str | bool:
         """Whether a text parts from the expected one at a near tie; in words what is wrong if it parts elsewhere.
 
         After that the texts are two, and each further token has to be the likeliest or nearly so after its own text.
@@ -471,6 +560,9 @@ class Case:
         if first >= ends[0] or first >= ends[1]:
             return f"one ends after {ends[1] - prompt} new tokens, the other after {ends[0] - prompt}"
         logits = view(input_ids=actual[None, : ends[1]]).logits[0, first - 1 : -1].float()
+        if options:
+            penalty = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
+            logits = torch.cat([penalty(actual[None, : first + i], row[None].clone()) for i, row in enumerate(logits)])
         noise = 2 * self.tolerance.logits * max(1.0, logits.abs().max().item() / 10)
         best = logits.max(1).values
         gaps = best - logits.gather(1, actual[first : ends[1], None])[:, 0]
@@ -486,18 +578,52 @@ class Case:
 
         def run() -> Check:
             worst, allowed = 0.0, 0.0
-            for prompt in self.prompts():
-                text = self.generated(self.full, prompt)
-                logits = self.full(input_ids=text).logits[0, prompt.shape[1] - 1 : -1].float()
-                said = logits.gather(1, text[0, prompt.shape[1] :, None])[:, 0]
-                worst = max(worst, (logits.max(1).values - said).max().item())
-                own = (
-                    self._largest([(_fed(self.plain, text, [1] * text.shape[1]), _fed(self.plain, text, []))])[0] if worst > allowed else 0
-                )
-                scale = max(1.0, logits.abs().max().item() / 10)
-                allowed = max(allowed, 2 * scale * max(self.tolerance.logits, _OWN_NOISE * own, 4 * _OF_ROUNDING * self.rounding))
-            detail = f"every new token is the likeliest of one forward over the text, or {worst:.2g} below it"
+            for ids, mask in [*((prompt, None) for prompt in self.prompts()), *([self._batch] if self._batch else [])]:
+                for row, text in enumerate(self.generated(self.full, ids, mask)):
+                    pads = 0 if mask is None else int((mask[row] == 0).sum())
+                    text = text[None, pads:]
+                    logits = self.full(input_ids=text).logits[0, ids.shape[1] - pads - 1 : -1].float()
+                    said = logits.gather(1, text[0, ids.shape[1] - pads :, None])[:, 0]
+                    below = (logits.max(1).values - said).max().item()
+                    worst = max(worst, below if math.isfinite(below) else math.inf)
+                    own = 0.0
+                    if worst > allowed:
+                        own, _ = self._largest([(_fed(self.plain, text, [1] * text.shape[1]), _fed(self.plain, text, []))])
+                    scale = max(1.0, logits.abs().max().item() / 10)
+                    allowed = max(allowed, 2 * scale * max(self.tolerance.logits, _OWN_NOISE * own, 4 * _OF_ROUNDING * self.rounding))
+            detail = f"every new token, in a padded batch too, is the likeliest of one forward over the text, or {worst:.2g} below it"
             return Check(self.spec, "all", promise, "kept" if worst <= allowed else "broken", worst, allowed, detail)
+
+        self.check("all", promise, run)
+
+    def _ends(self) -> None:
+        promise = "a text ends where it has to"
+
+        def run() -> Check:
+            batch, mask = self._batch or (self.prompts()[0], None)
+            ended = compared = 0
+            for options in (dict[str, Any](), _PENALTY):
+                free = self.generated(self.full, batch, mask, **options)[:, batch.shape[1] :].tolist()
+                if any(len(new) != NEW_TOKENS for new in free):
+                    return Check(self.spec, "all", promise, "broken", detail=f"{len(free[0])} new tokens instead of {NEW_TOKENS}")
+                end = max(free[0], key=free[0].index)
+                never = next(token for token in itertools.count() if token not in {*itertools.chain(*free), self.pad})
+                for new in self.generated(self.full, batch, mask, [never, end], **options)[:, batch.shape[1] :].tolist():
+                    count = new.index(end) + 1 if end in new else NEW_TOKENS
+                    ended, compared = ended + (end in new), compared + 1
+                    if any(token != self.pad for token in new[count:]) or len(new[:count]) < count:
+                        said = f"{len(new)} new tokens, where the end comes as number {count}" if end in new else f"{len(new)} new tokens"
+                        return Check(self.spec, "all", promise, "broken", detail=f"{said} ({options or 'greedy'})")
+            # Here the end comes in the middle of what a patch may draft and accept at once.
+            prompt, end = self.cycle.repeat(3)[None], int(self.cycle[-2])
+            with _going_round(self.cycle, self.full):
+                new = self.generated(self.full, prompt, None, end)[0, prompt.shape[1] :].tolist()
+            ended, compared = ended + (end in new), compared + 1
+            if end in new[:-1]:
+                return Check(self.spec, "all", promise, "broken", detail=f"{len(new)} new tokens, the end is number {new.index(end) + 1}")
+            if not ended:
+                raise NotJudged("no text came to its end token")
+            return Check(self.spec, "all", promise, "kept", detail=f"{ended} of {compared} texts came to an end token")
 
         self.check("all", promise, run)
 
@@ -532,6 +658,25 @@ class Case:
             return Check(self.spec, patch.spec, promise, "kept" if worst[0] > -10 else "broken", detail=detail)
 
         self.check(patch.spec, promise, run)
+
+
+@contextlib.contextmanager
+def _going_round(cycle: torch.Tensor, *views: Any) -> Iterator[None]:
+    """Make the successor in ``cycle`` [n] of each of its tokens the likeliest, so that a text which holds them repeats itself."""
+
+    def prefer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        logits = output.logits.clone()
+        for token, successor in zip(cycle, cycle.roll(-1), strict=True):
+            logits[..., successor] += 1000.0 * (ids[:, -logits.shape[1] :] == token)
+        output.logits = logits
+
+    hooks = [view.register_forward_hook(prefer, with_kwargs=True) for view in views]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pad(model: PreTrainedModel) -> int:

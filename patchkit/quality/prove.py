@@ -62,10 +62,10 @@ def prove(
     if not texts:
         raise TextError("no document has two tokens: give a longer text")
     with torch.no_grad():
-        cases = [Case(proof, model, list(patches), texts, advance, fast)]
+        cases = [Case(proof, model, list(patches), texts, advance)]
         exercised = [patch.exercised() for patch in patches]
         if spec_of(exercised) != spec_of(patches):
-            cases.append(Case(proof, model, exercised, texts, advance, fast))
+            cases.append(Case(proof, model, exercised, texts, advance))
         for case in cases[-1:] if fast else cases:
             case.run()
         given = cases[0]

@@ -56,7 +56,7 @@ def finite(value: Any) -> Any:
 
 def tables(proof: Proof) -> list[Table]:
     """The promises, and quality and speed, for a terminal of 110 columns or more."""
-    promises = Table(title="promises", title_justify="left", box=SIMPLE_HEAD)
+    promises = Table(title="promises (differences are of logits)", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("promise", "of", "", "difference", "allowed"):
         promises.add_column(heading, justify="right" if heading in ("difference", "allowed") else "left")
     checked = None
@@ -114,7 +114,7 @@ def near_ties(proof: Proof) -> str:
 
 
 def _speedup(ratio: Interval | None) -> str:
-    return "" if ratio is None else f"{ratio.value:.2f}x faster [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return "" if ratio is None else f"{ratio.value:.2f}x the speed [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def _mebibytes(count: int) -> str:

@@ -16,7 +16,7 @@ import patchkit.int8_weight
 import patchkit.patches.linear
 import patchkit.patches.streaming
 from patchkit.cache.linear import LinearLayer
-from patchkit.cache.streaming import Frame, Lane, Plan, StreamLayer
+from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamLayer
 from patchkit.generation import loop
 from patchkit.generation.cached_model import CachedModel
 
@@ -157,6 +157,39 @@ def every_draft_accepted(monkeypatch: Any) -> None:
     monkeypatch.setattr(loop, "verify_prefix", verify_prefix)
 
 
+def window_not_turned_when_positions_begin_anew(monkeypatch: Any) -> None:
+    monkeypatch.setattr(StreamLayer, "turn_window", lambda *args: None)
+
+
+def log_does_not_wrap(monkeypatch: Any) -> None:
+    right = StreamLayer._write_log
+    monkeypatch.setattr(StreamLayer, "_write_log", lambda self, tokens, k, v: right(self, tokens + (tokens >= self.log_length), k, v))
+
+
+def padding_not_reset(monkeypatch: Any) -> None:
+    right = Stream.reset
+
+    def reset(self: Stream) -> None:
+        kept = getattr(self, "pads", None), getattr(self, "most_pads", 0)
+        right(self)
+        self.pads, self.most_pads = kept
+
+    monkeypatch.setattr(Stream, "reset", reset)
+
+
+def eos_ignored_one_by_one(monkeypatch: Any) -> None:
+    right = loop._Run._judge_row
+
+    def judge_row(self: Any, *args: Any) -> Any:
+        ends, self.stops.ends = self.stops.ends, set()
+        try:
+            return right(self, *args)
+        finally:
+            self.stops.ends = ends
+
+    monkeypatch.setattr(loop._Run, "_judge_row", judge_row)
+
+
 BUGS = {
     "position off by one": Bug(position_off_by_one, STREAMING, "logits are those of the definition"),
     "sink dropped": Bug(sink_dropped, STREAMING, "logits are those of the definition"),
@@ -174,4 +207,12 @@ BUGS = {
     "padding counted": Bug(padding_counted, STREAMING, "a padded row is the row alone"),
     "EOS ignored": Bug(eos_ignored, "speculative", "greedy text stays the same"),
     "every draft accepted": Bug(every_draft_accepted, "speculative", "greedy text stays the same"),
+    "window not turned when positions begin anew": Bug(
+        window_not_turned_when_positions_begin_anew, STREAMING, "any way of feeding is the same"
+    ),
+    "log does not wrap": Bug(log_does_not_wrap, STREAMING, "tokens taken back leave no trace"),
+    "padding not reset": Bug(padding_not_reset, STREAMING, "a text after others is as in a fresh model"),
+    "EOS ignored with a lossy acceptance": Bug(
+        eos_ignored_one_by_one, "speculative(acceptance='topk_agree(2)')", "a text ends where it has to"
+    ),
 }

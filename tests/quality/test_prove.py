@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -27,9 +26,10 @@ def documents(count: int = 3, length: int = 120) -> list[torch.Tensor]:
     return [torch.randint(3, 100, (length,), generator=generator) for _ in range(count)]
 
 
-@functools.cache
-def healthy(family: str, spec: str) -> Proof:
-    return proved(family, spec)
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the timing, which is the same for all families and takes as long as all else."""
+    monkeypatch.setattr("patchkit.quality.prove._time", lambda *args, **kwargs: None)
 
 
 def proved(family: str, spec: str, dtype: torch.dtype = torch.float32) -> Proof:
@@ -71,8 +71,8 @@ HEALTHY = [
 
 
 @pytest.mark.parametrize(("family", "spec"), HEALTHY)
-def test_healthy_patches_pass(family: str, spec: str) -> None:
-    found = healthy(family, spec)
+def test_healthy_patches_pass(family: str, spec: str, untimed: None) -> None:
+    found = proved(family, spec)
     assert found.passed, [f"{check.promise}: {check.detail}" for check in found.broken]
     assert {check.about for check in found.checks} > {"all"}
 
@@ -83,7 +83,7 @@ def test_every_registered_patch_is_among_the_healthy() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_pass_within_their_tolerance(dtype: torch.dtype) -> None:
+def test_sixteen_bits_pass_within_their_tolerance(dtype: torch.dtype, untimed: None) -> None:
     found = proved("llama", "streaming(sinks=2, window=10)", dtype)
     assert found.passed, [f"{check.promise}: {check.detail}" for check in found.broken]
     assert found.near_tie_rate is not None and found.near_tie_rate > 0
@@ -95,14 +95,14 @@ def test_sixteen_bits_do_not_hide_a_bug(name: str, dtype: torch.dtype, monkeypat
     assert is_caught(BUGS[name], dtype)
 
 
-def test_unpatched_beside_unpatched_is_zero_everywhere() -> None:
+def test_unpatched_beside_unpatched_is_zero_everywhere(untimed: None) -> None:
     found = proved("qwen3", "")
     assert found.passed and found.perplexity is not None
     assert all(check.measured in (None, 0.0) for check in found.checks)
     assert (found.perplexity.ratio.value, found.perplexity.ratio.low, found.perplexity.ratio.high) == (1, 1, 1)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_left_as_it_was(untimed: None) -> None:
     model = tiny_model("llama")
     before = snapshot(model)
     proof = Proof("mlp_int8", "float32")
@@ -118,13 +118,13 @@ def test_a_refusal_comes_before_any_work() -> None:
     assert not proof.checks and not proof.passed
 
 
-def test_a_patch_that_never_acts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_that_never_acts_is_found(monkeypatch: pytest.MonkeyPatch, untimed: None) -> None:
     monkeypatch.setattr("patchkit.cache.streaming.Lane.count", lambda *args: None)
     found = proved("llama", "streaming(sinks=2, window=10)")
     assert "it acted" in {check.promise for check in found.broken}
 
 
-def test_a_leak_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_is_suspicious(monkeypatch: pytest.MonkeyPatch, untimed: None) -> None:
     """A patch that knows the next token has a better perplexity than the model itself."""
     from patchkit.quality import prove as module
 
@@ -152,7 +152,7 @@ def test_reports_are_whole_after_an_interruption(tmp_path) -> None:
 
 
 def test_the_page_needs_nothing_else(tmp_path) -> None:
-    proof = healthy(*HEALTHY[3])
+    proof = proved("gpt_neox", "streaming(sinks=2, window=10)")
     report.write(proof, tmp_path, "<b>tiny</b>", "patchkit prove tiny")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import", re.sub(r"base64,[^\"]*", "", page))
@@ -181,7 +181,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["prove", *map(str, arguments)])
 
 
-def test_the_command_writes_reports_and_passes(model_dir: Path, tmp_path: Path) -> None:
+def test_the_command_writes_reports_and_passes(model_dir: Path, tmp_path: Path, untimed: None) -> None:
     text = tmp_path / "text.py"
     text.write_text("import os\n\n\ndef join(*parts):\n    return os.sep.join(parts)\n" * 20)
     result = run(model_dir, "--patches", "mlp_int8", "--text", text, "--tokens", 1024, "--fast", "--out", tmp_path / "out", "--json")
@@ -191,7 +191,9 @@ def test_the_command_writes_reports_and_passes(model_dir: Path, tmp_path: Path) 
     assert printed["perplexity"]["documents"] > 1 and printed["passkey"]
 
 
-def test_the_command_fails_when_a_promise_is_broken(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_fails_when_a_promise_is_broken(
+    model_dir: Path, tmp_path: Path, untimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bug = BUGS["scale of another channel"]
     bug.seed(monkeypatch)
     result = run(model_dir, "--patches", bug.spec, "--tokens", 64, "--fast", "--out", tmp_path / "out")
