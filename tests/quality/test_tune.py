@@ -378,7 +378,7 @@ def test_only_the_bundled_model_is_tried_with_what_was_trained_for_it() -> None:
 
 
 def tuned(model_dir: Path, out: Path, *arguments: str) -> Any:
-    quick = ("--minutes", "0.15", "--context", "24", "--without", "compile", "--objective", "decode")
+    quick = ("--minutes", "0.25", "--context", "24", "--without", "compile", "--objective", "decode")
     return CliRunner().invoke(app, ["tune", str(model_dir), "--out", str(out), *quick, *arguments])
 
 
