@@ -43,7 +43,7 @@ def text_file(tmp_path: Path) -> Path:
 def test_patches_lists_every_registered_patch() -> None:
     listed = run_json("patches")
     assert set(listed) == set(available_patches())
-    assert listed["streaming"]["options"] == {"sinks": 4, "window": 1020, "positions": "cache", "layers": None}
+    assert listed["streaming"]["options"] == {"sinks": 4, "window": 1020, "positions": "cache", "layers": None, "refresh": None}
     plain = run("patches").stdout
     assert all(name in plain for name in listed)
 

@@ -266,6 +266,7 @@ Inner = Callable[..., pytest.RunResult]
 def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Inner:
     """Run a test file under the plug-in and pytest-benchmark, and no other plug-in."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the inner run is not one of xdist's, whatever runs this test
 
     def run(source: str, *options: str, plugins: tuple[str, ...] = PLUGINS) -> pytest.RunResult:
         pytester.makepyfile(source)
