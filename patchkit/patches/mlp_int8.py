@@ -524,11 +524,18 @@ def _calibrate(target: Target, modules: dict[str, Any], calibration: Any) -> dic
     return {name: args for name, args in seen.items() if args}
 
 
+# By signature and number of threads: timed once in a process, so that two views of one model round alike.
+_found_faster: dict[tuple[Any, int], str] = {}
+
+
 def _choose_activations(mode: str, blocks: list[_Linear | _Experts]) -> None:
     for signature in dict.fromkeys(block.signature for block in blocks):
         alike = [block for block in blocks if block.signature == signature]
         if mode == "auto":
-            activation = _faster(alike)
+            key = (signature, torch.get_num_threads())
+            if key not in _found_faster:
+                _found_faster[key] = _faster(alike)
+            activation = _found_faster[key]
         else:
             activation = _ACTIVATION[mode]
         for block in alike:

@@ -392,6 +392,7 @@ def test_auto_takes_what_is_faster_and_prefers_weight_only(float_cost, mode, mon
         return 9.0, float_cost if blocks[0].activation == "float" else 1.0
 
     monkeypatch.setattr(mlp_int8, "_milliseconds", cost)
+    monkeypatch.setattr(mlp_int8, "_found_faster", {})
     model = patch_model(tiny_model("llama"), "mlp_int8")
     assert {facts["mode"] for facts in report(model).patches[0].modules.values()} == {mode}
 
