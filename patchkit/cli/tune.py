@@ -106,7 +106,7 @@ def _share(text: str) -> float:
 
 def _show(found: Tuning, out: Path) -> None:
     """The table of what was timed, then the ledger of what was not, and the choice."""
-    from patchkit.quality.tune import percent
+    from patchkit.quality.search import percent
 
     console = Console()
     console.width = max(console.width, 150)

@@ -27,6 +27,7 @@ from patchkit.quality import tune as quality
 from patchkit.quality.gate import perplexity_increase
 from patchkit.quality.paired import Interval, mean_difference
 from patchkit.quality.perplexity import TextError
+from patchkit.quality.search import Lost
 from patchkit.target import Target
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
@@ -257,8 +258,8 @@ def test_what_fails_in_a_pair_is_not_tried_in_a_larger_combination() -> None:
     machine = Jealous({"a0": 1.5, "b0": 1.4, "c0": 0.97}, noise=0.001)  # the pair promises more than the three
     search, best = searched(machine)
     lost = {row.spec: row.lost for row in search.rows}
-    assert lost["a0 + b0"] == quality.Lost("conflict", "not these two")
-    assert lost["a0 + b0 + c0"] == quality.Lost("conflict", "holds a0 + b0: not these two") and "a0+b0+c0" not in machine.timed
+    assert lost["a0 + b0"] == Lost("conflict", "not these two")
+    assert lost["a0 + b0 + c0"] == Lost("conflict", "holds a0 + b0: not these two") and "a0+b0+c0" not in machine.timed
     assert names_of(best) == ["a0"]
 
 
