@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from patchkit import patch_model, report
+from patchkit import _compat, patch_model, report
 from patchkit.int8_weight import Int8Weight
 from patchkit.kernels import Op, available_ops
 from patchkit.kernels.int8_linear import int8_linear
@@ -696,7 +696,7 @@ class Decode:
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(self.sizes.rounds):
-            stream.cache = stream.model(input_ids=token, past_key_values=stream.cache, use_cache=True).past_key_values
+            stream.cache = _compat.cache_of(stream.model(input_ids=token, use_cache=True, **{_compat.CACHE: stream.cache}))
         synchronize(self.device)
         return 1000 * (time.perf_counter() - started) / self.sizes.rounds
 
@@ -720,7 +720,7 @@ class Decode:
         allowed, near_ties, worst, wrong = TOLERANCES[self.dtype].logits, 0, 0.0, []
         for index in range(self.sizes.greedy_tokens):
             expected, found = (
-                view(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].double()
+                view(input_ids=token, use_cache=True, **{_compat.CACHE: cache}).logits[0, -1].double()
                 for view, cache in zip(views, caches, strict=True)
             )
             worst = max(worst, logit_error(found, expected))

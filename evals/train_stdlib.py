@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
+from patchkit import _compat
 from patchkit.generation.heads_training import accepted_by_position, agreement, optimizers_of, train_heads
 from patchkit.linear.conversion import linearize
 from patchkit.quality.environment import environment
@@ -293,7 +294,7 @@ def continued(
     cache = StaticCache(config=model.config, max_cache_len=length)
     fed, parts, top_tokens, top_probabilities = prompts.to(DEVICE), [prompts], [], []
     for _ in range(length - prompts.shape[1]):
-        probabilities = model(input_ids=fed, past_key_values=cache).logits.softmax(-1)
+        probabilities = model(input_ids=fed, **{_compat.CACHE: cache}).logits.softmax(-1)
         best = probabilities.topk(TOP, dim=-1)
         top_tokens.append(best.indices.to(torch.uint16).cpu())
         top_probabilities.append(best.values.to(torch.float16).cpu())

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -15,15 +16,20 @@ from typing import Any
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkit.errors import PatchError
 
-SUPPORTED = {"transformers": ">=5.15,<5.24", "torch": ">=2.8"}
+SUPPORTED = {"transformers": ">=5.15", "torch": ">=2.8"}
+# The newest versions that the test suite has run on. Newer ones are used too, with a warning.
+TESTED = {"transformers": "5.24", "torch": "2.15"}
 _REMEDY = 'Install a supported pair: pip install "transformers{transformers}" "torch{torch}"'.format(**SUPPORTED)
 
+_logger = logging.getLogger("patchkit")
+
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -52,6 +58,33 @@ __all__ = [
     "PreTrainedConfig",
     "and_masks",
 ]
+
+_OLD_CACHE = "past_key_values"
+# What this transformers calls the cache: the argument of forward, the entry in the model kwargs of generate, and the field of outputs.
+# "past_key_values" up to 5.23; "cache" from 5.24 on, with the old name as an alias until 5.40.
+CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else _OLD_CACHE
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, None if it has none."""
+    return getattr(output, CACHE, None)
+
+
+def cache_given(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, under its old name too; None if there is none."""
+    found = kwargs.get(CACHE)
+    return kwargs.get(_OLD_CACHE) if found is None else found
+
+
+def is_paged(kwargs: dict[str, Any]) -> bool:
+    """Whether these arguments of a forward are continuous batching's, which keeps keys and values in pages of its own."""
+    return type(kwargs.get("cache")).__name__ == "PagedAttentionCache"
+
+
+def speaks_old_names(module: Any) -> bool:
+    """Whether ``module.forward`` takes its cache under a name that this transformers no longer uses."""
+    names = argument_names(module)
+    return CACHE not in names and _OLD_CACHE in names
 
 
 def register_attention(name: str, attention: Any, mask: Any) -> None:
@@ -133,8 +166,13 @@ def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of ``module.forward`` by name."""
-    return {**dict(zip(argument_names(module), args, strict=False)), **kwargs}
+    """All arguments of a call of ``module.forward`` by name; the cache is `CACHE`, also where it was given under its old name."""
+    named = {**dict(zip(argument_names(module), args, strict=False)), **kwargs}
+    if CACHE != _OLD_CACHE and _OLD_CACHE in named:
+        old = named.pop(_OLD_CACHE)
+        if named.get(CACHE) is None:
+            named[CACHE] = old
+    return named
 
 
 def decoder_of(model: Any) -> Any:
@@ -251,10 +289,13 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def _installed() -> dict[str, str]:
+    return {"transformers": transformers.__version__, "torch": torch.__version__}
+
+
 def wrong_versions() -> list[str]:
-    """Each installed library that is outside `SUPPORTED`, as "transformers 5.24.0, needs >=5.15,<5.24"."""
-    installed = {"transformers": transformers.__version__, "torch": torch.__version__}
-    # A development build of the first unsupported version is unsupported; one of a supported version is not.
+    """Each installed library that is outside `SUPPORTED`, as "transformers 5.14.1, needs >=5.15"."""
+    installed = _installed()
     return [
         f"{name} {installed[name]}, needs {wanted}"
         for name, wanted in SUPPORTED.items()
@@ -262,8 +303,21 @@ def wrong_versions() -> list[str]:
     ]
 
 
+def untested_versions() -> list[str]:
+    """Each installed library that is newer than what the tests ran on, as "transformers 5.25.0 (tested up to 5.24)"."""
+    installed = _installed()
+    return [
+        f"{name} {installed[name]} (tested up to {newest})"
+        for name, newest in TESTED.items()
+        if Version(installed[name]).release[:2] > Version(newest).release
+    ]
+
+
 def changed_names(relied_on: dict[str, tuple[str, ...] | None] | None = None) -> list[str]:
-    """Each name of ``relied_on`` (of `RELIED_ON`) that is missing or takes other arguments than patchkit was written for."""
+    """Each name of ``relied_on`` (of `RELIED_ON`) that is missing or takes other arguments than patchkit was written for.
+
+    Arguments that were added behind those are no change: patchkit hands on what it does not know.
+    """
     problems = []
     for path, arguments in (RELIED_ON if relied_on is None else relied_on).items():
         module, _, name = path.partition(":")
@@ -273,10 +327,18 @@ def changed_names(relied_on: dict[str, tuple[str, ...] | None] | None = None) ->
             problems.append(f"{module}.{name} is missing")
             continue
         if arguments is not None:
-            actual = tuple(inspect.signature(found).parameters)
-            if actual != arguments:
+            parameters = inspect.signature(found).parameters
+            actual = tuple(parameters)
+            needs_more = any(parameters[name].default is inspect.Parameter.empty for name in _named(parameters, len(arguments)))
+            if actual[: len(arguments)] != arguments or needs_more:
                 problems.append(f"{module}.{name} takes ({', '.join(actual)}), expected ({', '.join(arguments)})")
     return problems
+
+
+def _named(parameters: Any, start: int) -> list[str]:
+    """The parameters from number ``start`` on that a caller can name."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, parameter in list(parameters.items())[start:] if parameter.kind not in variadic]
 
 
 @lru_cache(maxsize=1)
@@ -284,7 +346,7 @@ def self_check() -> None:
     """Run once, by the first `patch_model`: are these the transformers and the torch that patchkit was written for?
 
     Raises:
-        PatchError: a version is not supported, or a name is missing or has changed; the message names each of them.
+        PatchError: a version is too old, or a name is missing or has changed; the message names each of them.
     """
     wrong = wrong_versions()
     if wrong:
@@ -294,6 +356,12 @@ def self_check() -> None:
         raise PatchError(
             f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit stands on: "
             f"{'; '.join(changed)}. {_REMEDY}"
+        )
+    untested = untested_versions()
+    if untested:
+        _logger.warning(
+            "patchkit: not tested on %s; every name that it stands on is there. `patchkit prove` checks a patch on your model",
+            " and ".join(untested),
         )
 
 

@@ -293,6 +293,11 @@ def _run_probe(target: Target) -> _Probe:
     model, config = target.model, target.config
     if not _compat.supports_dynamic_cache(model):
         raise UnsupportedModel(f"{type(model).__name__} keeps its state in a cache class of its own, which cannot be replaced")
+    if any(_compat.speaks_old_names(module) for module in (model, *_decoders(model))):
+        raise UnsupportedModel(
+            f"{type(model).__name__} takes its cache as past_key_values, which is called {_compat.CACHE} since transformers 5.24: "
+            "its code was written for an older version. Rename the argument there, or install transformers<5.24"
+        )
     limit = target.position_limit or 10**6
     shift = max(1, min(_PROBE_SHIFT, limit - 2 * _PROBE_TOKENS))
     ids = _probe_tokens(target)
@@ -330,7 +335,7 @@ def _run_probe(target: Target) -> _Probe:
     hooks += [m.register_forward_pre_hook(shift_positions, with_kwargs=True) for m in decoders]
     try:
         with evaluating(model), torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=probe.cache, use_cache=True)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{_compat.CACHE: probe.cache})
     except PatchError:
         raise
     except Exception as error:
@@ -628,7 +633,7 @@ def _token_mixers(target: Target) -> tuple[set[nn.Module], bool]:
     hooks += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
     try:
         with evaluating(model), torch.no_grad():
-            model(input_ids=_probe_tokens(target)[:1], past_key_values=cache, use_cache=True)
+            model(input_ids=_probe_tokens(target)[:1], use_cache=True, **{_compat.CACHE: cache})
     except Exception as error:
         raise UnsupportedModel(
             f"{type(model).__name__} failed on a probe of {_PROBE_TOKENS} tokens ({type(error).__name__}: {error}). "

@@ -764,7 +764,7 @@ class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: 
 class StreamingCache(_compat.Cache):
     """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
 
-    Made by a patched model when it is called without a cache; pass the ``past_key_values`` it returns to go on.
+    Made by a patched model when it is called without a cache; pass the cache that it returns to go on.
     `get_seq_length()` is the number of tokens seen, not kept.
     """
 

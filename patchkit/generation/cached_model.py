@@ -91,7 +91,7 @@ class CachedModel:
                 return logits
             self.traced = None
         self.hidden = None
-        kwargs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        kwargs: dict[str, Any] = {"input_ids": tokens, _compat.CACHE: self.cache, "use_cache": True}
         uneven = len(set(self.fed)) > 1
         device = tokens.device
         offsets = torch.arange(count, device=device) if depths is None else depths
@@ -125,7 +125,7 @@ class CachedModel:
             ).long()
         output = self.model(**kwargs)
         if self.cache is None:
-            self.cache = output.past_key_values
+            self.cache = _compat.cache_of(output)
         return output.logits
 
     def keep(self, counts: list[int]) -> None:
@@ -172,7 +172,7 @@ class CachedModel:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise StreamError(
                 f"a {type(self.cache).__name__} with layers of type {kinds} cannot take tokens back, which speculation needs: leave "
-                "past_key_values and cache_implementation out, or unpatch speculative"
+                f"{_compat.CACHE} and cache_implementation out, or unpatch speculative"
             )
 
     def select_rows(self, rows: list[int]) -> None:
@@ -256,7 +256,7 @@ def make_cache(model: Any, tokens: int = 1) -> Any:
 def keeps_own_cache(model: Any) -> bool:
     """Whether a patch of ``model`` makes caches of a kind of its own (a streaming window, say), which `make_cache` cannot."""
     with torch.no_grad():
-        made = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True).past_key_values
+        made = _compat.cache_of(model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True))
     return type(made) not in (_compat.DynamicCache, FixedCache)
 
 

@@ -39,7 +39,7 @@ _MOST_RUNS = 256
 # The room that a cache is given at first, in tokens, however many may be generated.
 _MOST_ROOM = 4096
 # Arguments of a forward that the loop makes itself; a run that needs others is not ours.
-_OURS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
 # Processors that look at one row at a time; others may hold something for each row of the batch.
 _BY_ROW = {
     f"{name}LogitsProcessor"
@@ -148,7 +148,7 @@ def _refuse(call: _Call, has_streamer: bool) -> None:
     asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
     if asked:
         raise Unserved(f"arguments of the model of its own ({', '.join(asked)})")
-    if model_kwargs.get("use_cache") is False or model_kwargs.get("past_key_values") is None:
+    if model_kwargs.get("use_cache") is False or model_kwargs.get(_compat.CACHE) is None:
         raise Unserved("generation without a cache")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise Unserved(f"cache_implementation={config.cache_implementation!r}")
@@ -163,12 +163,12 @@ def _refuse(call: _Call, has_streamer: bool) -> None:
         if has_streamer:
             raise Unserved("a streamer on a batch")
         if not call.own_cache:
-            raise Unserved("past_key_values on a batch, whose rows leave when they end")
+            raise Unserved(f"{_compat.CACHE} on a batch, whose rows leave when they end")
         strangers = [type(each).__name__ for each in call.processors if type(each).__name__ not in _BY_ROW]
         strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in _KNOWN_CRITERIA]
         if strangers:
             raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
-    past, mask = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("attention_mask")
+    past, mask = model_kwargs[_compat.CACHE].get_seq_length(), model_kwargs.get("attention_mask")
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
     if past and (length != input_ids.shape[1] or past >= length):
         raise Unserved("a prompt that leaves out what the cache holds")
@@ -190,7 +190,7 @@ class _Run:
         batch, length = input_ids.shape
         mask = call.model_kwargs.get("attention_mask")
         pads = [0] * batch if mask is None else (mask == 0).sum(1).tolist()
-        cache = call.model_kwargs["past_key_values"]
+        cache = call.model_kwargs[_compat.CACHE]
         if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
             cache = make_cache(self.model, min(config.max_length or 1, _MOST_ROOM))
         self.past = cache.get_seq_length()
@@ -517,7 +517,7 @@ class _Run:
             scores=_stacked(self.scores) if self.keeps_scores else None,
             logits=_stacked(self.logits) if self.keeps_logits else None,
             # What is left of a batch's cache belongs to its last row.
-            past_key_values=cache if len(self.texts) == 1 else None,
+            **{_compat.CACHE: cache if len(self.texts) == 1 else None},
         )
 
     def _count(self, record: StepRecord) -> None:

@@ -289,7 +289,7 @@ class _Step(nn.Module):
         hook = _compat.decoder_of(self.model).register_forward_hook(lambda module, args, output: seen.append(output[0]))
         try:
             with masks_from(_compat.attention_configs(self.model), None):
-                output = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                output = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{_compat.CACHE: cache})
         finally:
             hook.remove()
         return output.logits, seen[0]

@@ -49,7 +49,7 @@ from patchkit.target import Target
 MODES = ("default", "reduce-overhead", "max-autotune")
 # What a step may be called with and still be compiled; other arguments ask for something that only an eager forward gives.
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-_PLAIN = {*_TENSORS, "past_key_values", "use_cache", "return_dict"}
+_PLAIN = {*_TENSORS, _compat.CACHE, "use_cache", "return_dict"}
 _ASKING = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 # The room that `generate` is given at first, in tokens, however many it may make.
@@ -257,14 +257,14 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     runtime = decoder.__dict__.get("_patchkit_streaming")
     kwargs = {name: value for name, value in _compat.by_name(decoder, args, kwargs).items() if value is not None}
     if runtime is None and _wants_cache(decoder, kwargs):
-        kwargs["past_key_values"] = FixedCache(steps.cache_layers)
+        kwargs[_compat.CACHE] = FixedCache(steps.cache_layers)
     step = _step_of(steps, decoder, kwargs)
     if step is None:
         return type(decoder).forward(decoder, **kwargs)
 
-    cache = kwargs["past_key_values"]
+    cache = kwargs[_compat.CACHE]
     # One set of arguments, and one layout, whoever calls: a graph is made for both.
-    kwargs = {name: _packed(kwargs[name]) for name in _TENSORS if name in kwargs} | {"past_key_values": step, "use_cache": True}
+    kwargs = {name: _packed(kwargs[name]) for name in _TENSORS if name in kwargs} | {_compat.CACHE: step, "use_cache": True}
     steps.step = step
     steps.kind = _kind(step, kwargs)
     if runtime is not None:
@@ -285,7 +285,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
         output = type(output)(**{name: value.clone() if torch.is_tensor(value) else value for name, value in output.items()})
     if isinstance(cache, FixedCache):
         cache.advance(step.layers[0].slots.shape[0])
-    output["past_key_values"] = cache
+    output[_compat.CACHE] = cache
     steps.hits["compiled steps"] += 1
     return output
 
@@ -315,14 +315,14 @@ def _run_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _wants_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this is the first forward of a text, for which the model would make a cache."""
-    if "past_key_values" in kwargs or decoder.training or torch.is_grad_enabled():
+    if _compat.CACHE in kwargs or decoder.training or torch.is_grad_enabled():
         return False
     return bool(kwargs.get("use_cache", getattr(decoder.config, "use_cache", True)))
 
 
 def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | None:
     """The forward as compiled code sees it, with its mask and positions among ``kwargs``; None, counted, where it runs eagerly."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(_compat.CACHE)
     reason = _why_eager(decoder, kwargs)
     step: StepCache | None = None
     if reason is None and isinstance(cache, StreamingCache):
@@ -338,7 +338,7 @@ def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | 
 
 def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a forward cannot run compiled, "" where that is a matter of course; None if it can."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     if cache is None or cache.get_seq_length() == 0 or inputs is None or decoder.training:
         return ""
@@ -355,7 +355,7 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     if isinstance(cache, StreamingCache):
         return None
     if not isinstance(cache, FixedCache):
-        return f"they are given a {type(cache).__name__}, leave past_key_values out of the first call"
+        return f"they are given a {type(cache).__name__}, leave {_compat.CACHE} out of the first call"
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
         return "they are given a mask that is not [batch, tokens]"
     return None
@@ -413,16 +413,18 @@ def _prepare_cache(
     generation_mode: Any,
     batch_size: int,
     max_cache_length: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
-    given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+    given, kind = model_kwargs.get(_compat.CACHE), generation_config.cache_implementation
     prepare = type(model)._prepare_cache_for_generation
     if given is not None or kind not in (None, "dynamic", "static"):
-        return prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        return prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     generation_config.cache_implementation = None
-    result = prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    result = prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     generation_config.cache_implementation = kind
-    if model_kwargs.get("past_key_values") is not None:
+    if model_kwargs.get(_compat.CACHE) is not None:
         # A limit far beyond what will be generated must not cost memory, nor make every step read it.
-        model_kwargs["past_key_values"] = FixedCache(cache_layers, min(max_cache_length, _MOST_ROOM))
+        model_kwargs[_compat.CACHE] = FixedCache(cache_layers, min(max_cache_length, _MOST_ROOM))
     return result

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from patchkit import _compat
 from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.generation.acceptance import Acceptance, acceptance
 from patchkit.generation.controllers import Controller, controller
@@ -175,7 +176,7 @@ def _generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -
     reason = _why_stock(model, given, extra)
     if reason is None:
         streamer = _HeldBack(given["streamer"]) if given.get("streamer") is not None else None
-        own_cache = extra.get("past_key_values") is None
+        own_cache = _compat.cache_given(extra) is None
         loop = functools.partial(speculate, speculation, streamer, own_cache)
         extra = _with_stop_strings(given, extra)
         given = {name: value for name, value in given.items() if name not in ("self", "kwargs", "streamer", "custom_generate")}

@@ -359,8 +359,8 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
     runtime.frame = runtime.cache = None
     kwargs = _compat.by_name(decoder, args, kwargs)
-    cache = kwargs.get("past_key_values")
-    if kwargs.get("cache") is not None:
+    cache = kwargs.get(_compat.CACHE)
+    if _compat.is_paged(kwargs):
         raise StreamError("continuous batching has a paged cache of its own and would bypass the streaming window: unpatch_model first")
     if decoder.training:
         if isinstance(cache, StreamingCache):
@@ -377,10 +377,10 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         use_cache = getattr(decoder.config, "use_cache", True)
     if cache is None and use_cache:
         cache = runtime.plan.new_cache()
-        kwargs["past_key_values"] = cache
+        kwargs[_compat.CACHE] = cache
     if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
         raise StreamError(
-            f"this model streams with a cache of its own, and was given a {type(cache).__name__}. Leave past_key_values out of the first "
+            f"this model streams with a cache of its own, and was given a {type(cache).__name__}. Leave {_compat.CACHE} out of the first "
             "call, and pass on what it returns; a cache made before the model was patched, or by another model, cannot be used."
         )
     stream = cache.stream if cache is not None else Stream(runtime.plan)
@@ -564,7 +564,7 @@ def _before_refreshed_forward(
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
     runtime.cut = None
     kwargs = _compat.by_name(decoder, args, kwargs)
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     if decoder.training or not (cache is None or (isinstance(cache, RefreshedCache) and cache.plan is runtime.plan)):
         return None
     ids = kwargs.get("input_ids")
@@ -583,7 +583,7 @@ def _before_refreshed_forward(
     cut = Cut([], ids, keeps_cache)
     if cache.refresh_at() >= end:
         runtime.cut = cut if keeps_cache else None
-        return ((), {**kwargs, "past_key_values": cache}) if keeps_cache else None
+        return ((), {**kwargs, _compat.CACHE: cache}) if keeps_cache else None
     if tokens > 1 and torch.is_grad_enabled():
         raise StreamError("a refresh cuts this forward, and gradients do not pass through it: call the model under torch.no_grad()")
     run = functools.partial(_run_uncounted, runtime, decoder)
@@ -606,7 +606,7 @@ def _after_refreshed_forward(decoder: nn.Module, args: Any, kwargs: dict[str, An
     cut, runtime.cut = runtime.cut, None
     if cut is None or output is None:
         return None
-    kwargs["past_key_values"].remember(cut.ids)
+    kwargs[_compat.CACHE].remember(cut.ids)
     return _joined_outputs([*cut.outputs, output], cut.keeps_cache) if cut.outputs else None
 
 
@@ -614,7 +614,7 @@ def _piece(kwargs: dict[str, Any], cache: RefreshedCache, start: int, end: int, 
     """The arguments of a forward over tokens ``start`` to ``end``, for those from the first that the cache has not seen to ``stop``."""
     part = slice(cache.stream.seen - start, stop - start)
     batched = {name: x[:, part] for name, x in kwargs.items() if torch.is_tensor(x) and x.ndim > 1 and x.shape[1] == end - start}
-    piece = {**kwargs, **batched, "past_key_values": cache, "use_cache": True, "position_ids": None}
+    piece = {**kwargs, **batched, _compat.CACHE: cache, "use_cache": True, "position_ids": None}
     if kwargs.get("attention_mask") is not None:
         piece["attention_mask"] = kwargs["attention_mask"][:, :stop]
     return {name: value for name, value in piece.items() if value is not None}
@@ -623,7 +623,7 @@ def _piece(kwargs: dict[str, Any], cache: RefreshedCache, start: int, end: int, 
 def _run_uncounted(runtime: Runtime, decoder: nn.Module, ids: torch.Tensor, cache: StreamingCache) -> None:
     counters, runtime.counters = runtime.counters, []
     try:
-        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        decoder(input_ids=ids, use_cache=True, **{_compat.CACHE: cache})
     finally:
         runtime.counters = counters
 
@@ -755,10 +755,10 @@ def _refuse_packing(position_ids: Any, attention_mask: Any, seen: int, tokens: i
 
 def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(_compat.CACHE)
     if given is not None and not isinstance(given, StreamingCache):
         raise StreamError(
-            f"this model streams with a cache of its own: leave past_key_values out instead of passing a {type(given).__name__}"
+            f"this model streams with a cache of its own: leave {_compat.CACHE} out instead of passing a {type(given).__name__}"
         )
     kind = generation_config.cache_implementation
     if kind is not None and kind not in ("dynamic", "static"):
@@ -768,12 +768,12 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
     generation_config.cache_implementation = None
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     generation_config.cache_implementation = kind
-    made = model_kwargs.get("past_key_values")
+    made = model_kwargs.get(_compat.CACHE)
     if given is None and made is not None:
         cache = runtime.plan.new_cache()
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[_compat.CACHE] = cache
     return result
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from patchkit import api
+from patchkit import _compat, api
 from patchkit.errors import PatchError
 from patchkit.patch import Patch, Promises
 from patchkit.quality.definitions import NoDefinition
@@ -367,16 +367,16 @@ class Case:
         mask = (torch.arange(ids.shape[1], device=ids.device)[None] >= min(3, ids.shape[1] - 1)).long()
         end = max(1, ids.shape[1] - 3)
         try:
-            cache = self.full(input_ids=ids[:, :end], attention_mask=mask[:, :end], use_cache=True).get("past_key_values")
+            cache = _compat.cache_of(self.full(input_ids=ids[:, :end], attention_mask=mask[:, :end], use_cache=True))
         except PatchError:  # padding is refused
             mask = torch.ones_like(mask)
-            cache = self.full(input_ids=ids[:, :end], use_cache=True).get("past_key_values")
+            cache = _compat.cache_of(self.full(input_ids=ids[:, :end], use_cache=True))
         if not (hasattr(cache, "reset") and type(cache).__module__.startswith("patchkit.")):
             return None
         if all(getattr(layer, "is_croppable", False) for layer in cache.layers):
             cache.activate_past_recording()
         for stop in range(end + 1, ids.shape[1] + 1):
-            self.full(input_ids=ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            self.full(input_ids=ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], use_cache=True, **{_compat.CACHE: cache})
         return cache
 
     def _interleaved(self) -> None:
@@ -390,7 +390,7 @@ class Case:
             outputs = [[out.logits] for out in begun]
             for start in range(half, texts[0].shape[1]):
                 for text, cache, parts in zip(texts, caches, outputs, strict=True):
-                    parts.append(view(input_ids=text[:, start : start + 1], past_key_values=cache, use_cache=True).logits)
+                    parts.append(view(input_ids=text[:, start : start + 1], use_cache=True, **{_compat.CACHE: cache}).logits)
             yield from ((torch.cat(parts, 1), expected) for parts, expected in zip(outputs, whole, strict=True))
 
         self.same("all", "two texts in turns do not mix", pairs, "two caches, token by token in turns")
@@ -698,9 +698,9 @@ def _cut(sizes: Sequence[int], length: int) -> list[int]:
 
 
 def _cache_of(out: Any) -> Any:
-    cache = out.get("past_key_values")
+    cache = _compat.cache_of(out)
     if cache is None:
-        raise NotJudged("the model returns no past_key_values")
+        raise NotJudged("the model returns no cache")
     return cache
 
 
@@ -712,7 +712,7 @@ def _fed(view: Any, ids: torch.Tensor, way: Sequence[int], mask: torch.Tensor | 
     for size in way:
         start, end = end, end + size
         seen = None if mask is None else mask[:, :end]
-        out = view(input_ids=ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
+        out = view(input_ids=ids[:, start:end], attention_mask=seen, use_cache=True, **{_compat.CACHE: cache})
         cache = _cache_of(out)
         logits.append(out.logits)
     return torch.cat(logits, 1)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit import _compat
 from patchkit.api import patch_model, report
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.patch import Patch, Stage, available_patches
@@ -333,7 +334,7 @@ class Calls(Stream):
         )
         new = out.sequences.cpu().shape[1] - prompt.shape[1]  # waits for the device
         elapsed = time.perf_counter() - started
-        self.cache = out.past_key_values
+        self.cache = _compat.cache_of(out)
         return 1000 * elapsed / new
 
 

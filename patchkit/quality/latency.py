@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from patchkit import _compat
 from patchkit.target import twin as twin
 
 
@@ -33,7 +34,7 @@ def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:
         raise ValueError(f"context is {context}: give at least 1 token")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=_tokens(model, 1), past_key_values=cache, use_cache=True)
+        model(input_ids=_tokens(model, 1), use_cache=True, **{_compat.CACHE: cache})
         layers: list[Any] = list(cache.layers) if context > 1 else []
         for layer in layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -51,7 +52,7 @@ def prefilled_cache(
     with torch.no_grad():
         for start in range(0, tokens, chunk):
             block = _tokens(model, min(chunk, tokens - start))
-            cache = model(input_ids=block, past_key_values=cache, use_cache=True, **options).past_key_values
+            cache = _compat.cache_of(model(input_ids=block, use_cache=True, **{_compat.CACHE: cache}, **options))
             if progress:
                 progress(block.shape[1])
     return cache
@@ -70,10 +71,10 @@ class Stream:
         _synchronize(self.model)
         started = time.perf_counter()
         with torch.no_grad():
-            out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True)
+            out = self.model(input_ids=token, use_cache=True, **{_compat.CACHE: self.cache})
         _synchronize(self.model)
         elapsed = time.perf_counter() - started
-        self.cache = out.past_key_values
+        self.cache = _compat.cache_of(out)
         return 1000 * elapsed
 
 

@@ -218,10 +218,10 @@ class PatchkitLM(HFLM):
             first = min((low for low, high in wanted if low < high), default=stop - 1)
             keep = {"logits_to_keep": stop - first} if takes_keep else {}
             with torch.no_grad(), torch.autocast(self.device.type, self.mixed_precision_dtype, enabled=bool(self.mixed_precision_dtype)):
-                out = self.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **keep)
-            cache = getattr(out, "past_key_values", None)
+                out = self.model(input_ids=ids[:, start:stop], use_cache=True, **{_compat.CACHE: cache}, **keep)
+            cache = _compat.cache_of(out)
             if cache is None and stop < longest:
-                raise UnsupportedModel(f"{type(self.model).__name__} returns no past_key_values to stream through: give a larger chunk")
+                raise UnsupportedModel(f"{type(self.model).__name__} returns no cache to stream through: give a larger chunk")
             shown = stop - out.logits.shape[1]
             for row, (low, high) in enumerate(wanted):
                 if low < high:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit import _compat
 from patchkit.errors import PatchError, UnsupportedModel
 
 Progress = Callable[[int], object]
@@ -112,15 +113,15 @@ def stream_nll(
             targets = ids[start + 1 : start + 1 + chunk]
             block = ids[start : start + len(targets)].to(model.device)
             try:
-                out = model(input_ids=block[None], past_key_values=cache, use_cache=True)
+                out = model(input_ids=block[None], use_cache=True, **{_compat.CACHE: cache})
             except IndexError as error:
                 raise UnsupportedModel(
                     f"{type(model).__name__} cannot take tokens {start}..{start + len(block) - 1} ({error}): its position table is "
                     "shorter, or the tokenizer is not its own. Score fewer tokens (--max-tokens)"
                 ) from error
-            cache = getattr(out, "past_key_values", None)
+            cache = _compat.cache_of(out)
             if cache is None and len(targets) < len(ids) - 1:
-                raise UnsupportedModel(f"{type(model).__name__} returns no past_key_values to stream through: score it with one chunk")
+                raise UnsupportedModel(f"{type(model).__name__} returns no cache to stream through: score it with one chunk")
             scored.append(_nll(out.logits[0], targets))
             if progress:
                 progress(len(targets))

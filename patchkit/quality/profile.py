@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 from transformers import PreTrainedModel
 
+from patchkit import _compat
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.patch import Patch, Stage
@@ -116,7 +117,7 @@ def _decode(model: Any, ids: torch.Tensor, tokens: int, mark: Mark) -> None:
     with mark("decode"):
         for _ in range(tokens):
             token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{_compat.CACHE: _compat.cache_of(out)})
 
 
 def _generate(model: Any, ids: torch.Tensor, tokens: int, mark: Mark) -> None:
