@@ -93,7 +93,8 @@ class Asking:
         if tokenizer.chat_template is None:
             return cls(tokenizer, False, encode(tokenizer, ""), _ids(tokenizer, f"{_ASKS}\n\n{_ANSWERS}"), [])
         message = [{"role": "user", "content": f"{_PLACE}{_ASKS}"}]
-        rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        # Models that think before they answer have templates that know this word; others ignore it.
+        rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         head, found, tail = str(rendered).partition(_PLACE)
         if not found or not tail.startswith(_ASKS):
             raise NeedleError("the chat template changes what a user says, so a needle has no place in it: use a tokenizer without one")
@@ -236,9 +237,15 @@ class Haystack:
         return self.asking.head + self.ids[self.start(case.trial) : self.place(case)]
 
     def after(self, case: Case) -> list[int]:
-        """The rest of the prompt: ``distance`` tokens."""
+        """The rest of the prompt: ``distance`` tokens.
+
+        Raises:
+            NeedleError: they are too few for needle and question.
+        """
         needle, place = self.asking.needle(self.key(case)), self.place(case)
         between = case.distance - len(needle) - len(self.asking.tail)
+        if between < 0:  # keys differ in their numbers of tokens
+            raise NeedleError(f"a key {case.distance} tokens before its answer leaves no room for the question: give {-between} more")
         return needle + self.ids[place : place + between] + self.asking.tail
 
     def work(self, cases: Sequence[Case]) -> int:

@@ -153,6 +153,9 @@ def test_what_does_not_fit_is_left_out_or_refused(loaded: tuple[Any, Any]) -> No
     with pytest.raises(NeedleError, match=f"at least {asking.least}"):
         possible([400], [asking.least - 1, 100], 1, asking)
     assert possible([400], [asking.least], 1, asking)
+    haystack = Haystack.of(asking, [Case(400, 60, 0)])
+    with pytest.raises(NeedleError, match=r"leaves no room for the question: give \d+ more"):
+        haystack.after(Case(400, asking.least - 5, 0))
     with pytest.raises(NeedleError, match="no prompt of 80 tokens has room"):
         possible([70, 80], [100], 1, asking)
 
