@@ -29,7 +29,7 @@ _REMEDY = 'Install a supported pair: pip install "transformers{transformers}" "t
 _logger = logging.getLogger("patchkit")
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, GenerationMixin, PreTrainedConfig
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -338,6 +338,17 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def missing_facts() -> list[str]:
+    """Each thing that patchkit sets or reads on instances of transformers' classes, and that is not there."""
+    config, generation = PreTrainedConfig(), GenerationConfig.__annotations__
+    facts = {
+        f"PreTrainedConfig.{name}": hasattr(config, name) for name in ("_attn_implementation_internal", "_experts_implementation_internal")
+    }
+    facts["GenerationConfig._pad_token_tensor"] = "_pad_token_tensor" in generation
+    facts["GenerationMixin.generate(custom_generate=)"] = "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
+    return [f"transformers' {name} is missing" for name, there in facts.items() if not there]
+
+
 def _installed() -> dict[str, str]:
     return {"transformers": transformers.__version__, "torch": torch.__version__}
 
@@ -400,7 +411,7 @@ def self_check() -> None:
     wrong = wrong_versions()
     if wrong:
         raise PatchError(f"patchkit cannot run on {' and '.join(wrong)}. {_REMEDY}")
-    changed = changed_names()
+    changed = changed_names() + missing_facts()
     if changed:
         raise PatchError(
             f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit stands on: "
