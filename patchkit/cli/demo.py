@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from patchkit.cli.common import (
+    MODEL_HELP,
     JsonOption,
     UsageError,
     app,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="'bundled', a model directory, or a hub id.")] = "bundled",
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)] = "bundled",
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of text to stream.")] = 16384,
     windows: Annotated[str, typer.Option(help="StreamingLLM windows in tokens, separated by commas.")] = "508,252,124",
     out: Annotated[Path, typer.Option(help="The picture to write.", dir_okay=False)] = Path("patchkit-demo.png"),

@@ -65,7 +65,7 @@ def prove(
     contents = [read_text(path) for path in text] if text else None
     loaded, tokenizer = load(model, dtype, device)
     documents = _documents(tokenizer, contents, tokens // 4 if fast else tokens)
-    proof = Proof(patches, dtype.value)
+    proof = Proof(patches, str(loaded.dtype).removeprefix("torch."))
     try:
         with progress() as bar:
             task = bar.add_task("", total=None)
