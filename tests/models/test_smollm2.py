@@ -15,7 +15,7 @@ import torch
 from smollm2 import load_smollm2, needs_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchkit import parse_spec, patch_model, patched, report
+from patchkit import Target, UnsupportedModel, parse_spec, patch_model, patched, report
 from patchkit.export import export
 from patchkit.models import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, bundled_path, find, load_model, smollm2_gguf
 from patchkit.quality.perplexity import encode, perplexity_of, stream_nll
@@ -225,6 +225,41 @@ def test_patches_apply_and_come_off(spec: str, smollm2: Any) -> None:
             difference = (model(input_ids=ids).logits - before).abs().max()
         assert tolerance.differs < difference < 1 if "int8" in spec else difference <= tolerance.logits
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@needs_smollm2
+def test_its_anatomy_is_found_in_16_bits_too(smollm2: Any) -> None:
+    """Its activations are a pretrained model's: a few are large, and rounding differs by 7 % of the values in the last layers."""
+    half, tokenizer = load_model(SMOLLM2, "bfloat16")
+    found, expected = (Target(model).describe()["attention_layers"] for model in (half, smollm2[0]))
+    assert found == expected and {layer["positions"] for layer in found} == {"rotary, half"}
+    with patched(half, "streaming(sinks=4, window=60)", verbose=False):
+        text = answer(half, tokenizer)
+    assert text == "The capital of France is Paris.<|im_end|>"
+
+
+class _Positions:
+    """Adds a share of what each layer reads to it, other for each position, in half of the layers: no rotation explains that."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, layer: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0]
+        added = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden.dtype)
+        wave = torch.cos(kwargs["position_ids"] * 1.7)[..., None].to(hidden.dtype)
+        size = hidden.float().norm(dim=-1, keepdim=True).to(hidden.dtype) / added.norm()
+        return (hidden + self.share * size * wave * added, *args[1:]), kwargs
+
+
+@needs_smollm2
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_in_16_bits_rounding_hides_no_positions(share: float) -> None:
+    half, _ = load_model(SMOLLM2, "bfloat16")
+    for layer in half.model.layers[15:]:
+        layer.register_forward_pre_hook(_Positions(share), with_kwargs=True)
+    with pytest.raises(UnsupportedModel, match="baked into its keys"):
+        patch_model(half, "streaming(window=60)", verbose=False)
 
 
 @needs_smollm2
