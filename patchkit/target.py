@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 _PROBE_TOKENS = 4
 _PROBE_SHIFT = 101
 # In 16 bits, beyond the first layer: how much may be rounding, and how many times better than the other one an explanation has to be then.
-_MOST_ROUNDING, _FAR_BETTER = 0.2, 4.0
+_MOST_ROUNDING, _FAR_BETTER = 0.12, 4.0
 # An `AttentionLayer.obstacle` that matters only to patches that move keys.
 BAKED_IN = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
 # Keyword arguments of attention calls that hold tensors and do not change which key a query may see, or where it stands.

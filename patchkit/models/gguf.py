@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit import _compat
@@ -128,7 +128,6 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, f
     if facts.model != "gpt2":
         return
     backend: Any = tokenizer.backend_tokenizer
-    backend.decoder = decoders.ByteLevel()
     if facts.pre in _DIGITS_APART:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

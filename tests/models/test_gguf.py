@@ -212,7 +212,8 @@ def test_a_copy_gets_its_own_marks_back(how: str, loaded: Any) -> None:
     twin = copy.deepcopy(loaded) if how == "deepcopy" else pickle.loads(pickle.dumps(loaded))
     unpatch_model(twin)
     assert {mark for mark in MARKS if mark in vars(twin)} == marks
-    assert (getattr(loaded, "hf_quantizer", None) is not getattr(twin, "hf_quantizer", None)) is bool(marks)
+    if marks:  # 5.24 and later
+        assert type(twin.hf_quantizer).__name__ == "GgufHfQuantizer" and type(loaded.hf_quantizer).__name__ == "TorchAoHfQuantizer"
     unpatch_model(loaded)
     assert {mark for mark in MARKS if mark in vars(loaded)} == marks
     assert torch.equal(logits(twin), logits(loaded))
