@@ -489,7 +489,7 @@ def mark_static_address(tensor: torch.Tensor) -> None:
 
 
 def guard_options() -> dict[str, Any]:
-    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on any guard about a missing name."""
+    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on guards about missing names."""
     return {"guard_filter_fn": kept_guards} if Version(torch.__version__).release >= (2, 9) else {}
 
 
