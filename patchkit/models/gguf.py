@@ -127,6 +127,8 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, f
         tokenizer.model_max_length = longest
     if facts.model != "gpt2":
         return
+    # Byte-level tokens are the text, spaces before full stops included.
+    tokenizer.clean_up_tokenization_spaces = False
     backend: Any = tokenizer.backend_tokenizer
     if facts.pre in _DIGITS_APART:
         backend.pre_tokenizer = pre_tokenizers.Sequence(

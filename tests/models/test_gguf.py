@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import tiny_gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from patchkit import _compat, available_patches, patch_model, unpatch_model
+from patchkit.cli import app
 from patchkit.export import ExportError, export
 from patchkit.models import ModelUnavailable, find, load_model, loading
 from patchkit.testing import TOLERANCES
@@ -118,7 +121,7 @@ def test_tokenizer_does_what_the_file_says(folder: Path) -> None:
     # Digits stand apart before anything else is split: else the last of several line breaks would go with the digit.
     assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"] and tokenizer.tokenize("  7") == ["ĠĠ", "7"]
     assert tokenizer.tokenize("hello<|im_end|>\n") == ["hello", "<|im_end|>", "Ċ"]
-    text = "<|im_start|>user\nhello ▁ 日本  12\n\n3 <|im_end|>"
+    text = "<|im_start|>user\nhello ▁ 日本  12\n\n3 . n't <|im_end|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
     assert chat == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
@@ -130,6 +133,15 @@ def test_how_text_is_split(pre: str, apart: bool, warns: bool, original: Any, tm
     _, tokenizer = load_model(tmp_path)
     assert tokenizer.tokenize("\n\n1") == (["ĊĊ", "1"] if apart else ["Ċ", "Ċ", "1"])
     assert any(pre in record.getMessage() for record in caplog.records) is warns
+
+
+@pytest.mark.parametrize("which", ["", "tiny.gguf"])
+def test_commands_take_it(which: str, folder: Path) -> None:
+    for arguments in (["inspect", str(folder / which), "--json"], ["generate", str(folder / which), "--prompt", "hello", "--json"]):
+        result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "4"] if arguments[0] == "generate" else arguments)
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert found["class"] == "LlamaForCausalLM" if arguments[0] == "inspect" else found["chat"] is True and found["new_tokens"] <= 4
 
 
 def test_several_files_are_listed(folder: Path, tmp_path: Path) -> None:
