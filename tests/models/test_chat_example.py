@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import pytest
 from smollm2 import load_smollm2, needs_smollm2
 
-ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "streaming_chat.py"
 
 
 @needs_smollm2
-def test_the_cache_holds_the_conversation_as_the_template_writes_it(tmp_path: Path) -> None:
+def test_the_cache_holds_the_conversation_as_the_template_writes_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = ["What is the capital of France?", "And of Italy?"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "streaming_chat.py"), "smollm2", "252"],
-        input="\n".join([*questions, "", ""]),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    replies, counts = zip(*re.findall(r"(.+)\n\[(\d+) tokens so far", done.stdout), strict=True)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "smollm2", "252"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "", ""])))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    replies, counts = zip(*re.findall(r"(.+)\n\[(\d+) tokens so far", capsys.readouterr().out), strict=True)
     assert replies == ("The capital of France is Paris.", "The capital of Italy is Rome.")
     _, tokenizer = load_smollm2()
     messages = []

@@ -15,7 +15,7 @@ import torch
 from smollm2 import load_smollm2, needs_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchkit import Target, UnsupportedModel, parse_spec, patch_model, patched, report
+from patchkit import Target, UnsupportedModel, patch_model, patched, report
 from patchkit.export import export
 from patchkit.models import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, bundled_path, find, load_model, smollm2_gguf
 from patchkit.quality.perplexity import encode, perplexity_of, stream_nll
@@ -27,6 +27,12 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
     return load_smollm2()
+
+
+@pytest.fixture(scope="module")
+def half() -> Any:
+    """The same in bfloat16. Tests leave it as it was."""
+    return load_model(SMOLLM2, torch.bfloat16)[0]
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +207,13 @@ def test_it_answers_and_stops(smollm2: Any) -> None:
 
 
 @needs_smollm2
-def test_it_trains(smollm2: Any) -> None:
-    model, tokenizer = load_model(SMOLLM2, torch.bfloat16)
-    ids = question(tokenizer)
-    model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+def test_it_trains(smollm2: Any, half: Any) -> None:
+    ids = question(smollm2[1])
+    half.train()
+    half(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in half.parameters())
+    half.zero_grad()
+    half.eval()
 
 
 # -- patches -------------------------------------------------------------------------------------------------------------------------
@@ -228,14 +235,10 @@ def test_patches_apply_and_come_off(spec: str, smollm2: Any) -> None:
 
 
 @needs_smollm2
-def test_its_anatomy_is_found_in_16_bits_too(smollm2: Any) -> None:
+def test_its_anatomy_is_found_in_16_bits_too(smollm2: Any, half: Any) -> None:
     """Its activations are a pretrained model's: a few are large, and rounding differs by 7 % of the values in the last layers."""
-    half, tokenizer = load_model(SMOLLM2, "bfloat16")
     found, expected = (Target(model).describe()["attention_layers"] for model in (half, smollm2[0]))
     assert found == expected and {layer["positions"] for layer in found} == {"rotary, half"}
-    with patched(half, "streaming(sinks=4, window=60)", verbose=False):
-        text = answer(half, tokenizer)
-    assert text == "The capital of France is Paris.<|im_end|>"
 
 
 class _Positions:
@@ -254,12 +257,14 @@ class _Positions:
 
 @needs_smollm2
 @pytest.mark.parametrize("share, first", [(0.05, 29), (0.05, 15), (1.0, 15)])
-def test_in_16_bits_rounding_hides_no_positions(share: float, first: int) -> None:
-    half, _ = load_model(SMOLLM2, "bfloat16")
-    for layer in half.model.layers[first:]:
-        layer.register_forward_pre_hook(_Positions(share), with_kwargs=True)
-    with pytest.raises(UnsupportedModel, match="baked into its keys"):
-        patch_model(half, "streaming(window=60)", verbose=False)
+def test_in_16_bits_rounding_hides_no_positions(share: float, first: int, half: Any) -> None:
+    hooks = [layer.register_forward_pre_hook(_Positions(share), with_kwargs=True) for layer in half.model.layers[first:]]
+    try:
+        with pytest.raises(UnsupportedModel, match="baked into its keys"):
+            patch_model(half, "streaming(window=60)", verbose=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @needs_smollm2
@@ -276,20 +281,29 @@ def test_it_saves_and_loads_again_equal(smollm2: Any, tmp_path: Path) -> None:
 
 
 @needs_smollm2
-def test_int8_saves_and_exports(smollm2: Any, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
+def test_it_exports(smollm2: Any, tmp_path: Path) -> None:
     model, tokenizer = smollm2
     # Two modules are enough to see, and quick.
+    spec = "streaming(window=60) + mlp_int8(mode=weight_only, modules=['*.3.mlp.down_proj', '*.4.mlp.up_proj'])"
+    ids = question(tokenizer)
+    export(model, tokenizer, spec, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32, trust_remote_code=True)
+    assert [each.name for each in report(exported).patches] == ["streaming", "mlp_int8"] and not hasattr(model, "hf_quantizer")
+    with torch.no_grad():
+        found = exported(input_ids=ids).logits
+        with patched(model, spec, verbose=False):
+            assert torch.equal(model(input_ids=ids).logits, found)
+
+
+@needs_smollm2
+def test_int8_saves(smollm2: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model, tokenizer = smollm2
     spec = "mlp_int8(mode=weight_only, modules=['*.3.mlp.down_proj', '*.4.mlp.up_proj'])"
     ids = question(tokenizer)
     with patched(model, spec, verbose=False), torch.no_grad():
-        model.save_pretrained(tmp_path / "int8")
+        model.save_pretrained(tmp_path)
         expected = model(input_ids=ids).logits
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32)
-    export(model, tokenizer, spec, tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32, trust_remote_code=True)
-    assert report(exported).patches[0].spec == parse_spec(spec)[0].spec and not hasattr(model, "hf_quantizer")
-    with torch.no_grad():
-        assert torch.equal(exported(input_ids=ids).logits, expected)
-        patch_model(saved, spec, verbose=False)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad(), patched(saved, spec, verbose=False):
         assert torch.equal(saved(input_ids=ids).logits, expected)
