@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support import CACHE, cache_of, cached
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -47,9 +48,9 @@ def decoded(model, ids, prompt: int = 5, mask=None, cache=None) -> torch.Tensor:
     """Logits of a prompt and then of one token after the other."""
     logits, start = [], 0
     for end in range(prompt, ids.shape[1] + 1):
-        out = model(ids[:, start:end], past_key_values=cache, attention_mask=None if mask is None else mask[:, :end], use_cache=True)
+        out = model(ids[:, start:end], **cached(cache), attention_mask=None if mask is None else mask[:, :end], use_cache=True)
         logits.append(out.logits)
-        cache, start = out.past_key_values, end
+        cache, start = cache_of(out), end
     return torch.cat(logits, 1)
 
 
@@ -86,7 +87,7 @@ def test_ten_thousand_steps_of_one_graph(patches):
         for length in (2, 11, 40):
             out = model(tokens(length=length), use_cache=True)
             for _ in range(450 if len(patches) == 1 else 2900):
-                out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+                out = model(out.logits[:, -1:].argmax(-1), **cached(cache_of(out)))
     assert hits(model)["compiled steps"] >= (2800 if len(patches) == 1 else 10_000)
     assert hits(model)["graphs compiled"] == 1 and hits(model)["compile milliseconds"] > 0
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -149,13 +150,13 @@ def test_beams_assistants_and_more_turns(patches):
         assert torch.equal(greedy(model, ids, **options), greedy(plain, ids, **options))
     turn = greedy(model, ids, 12, return_dict_in_generate=True)
     more = torch.cat([turn.sequences, tokens(length=4)], 1)
-    assert torch.equal(greedy(model, more, 12, past_key_values=turn.past_key_values), greedy(plain, more, 12))
+    assert torch.equal(greedy(model, more, 12, **cached(cache_of(turn))), greedy(plain, more, 12))
 
 
 @torch.no_grad()
 def rolled_back(model, seen: int, kept: int):
     """A cache that saw ``seen`` tokens, all but the first in steps, and took back all but ``kept``."""
-    cache = model(tokens(length=1), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(length=1), use_cache=True))
     cache.activate_past_recording()
     decoded(model, tokens(length=seen)[:, 1:], 1, cache=cache)
     cache.crop(kept - seen)
@@ -178,7 +179,7 @@ def test_steps_across_a_rebase():
     plain, model = pair("llama", "streaming(sinks=2, window=300)", EAGER_BACKEND)
     ids = tokens(2, 780)
     with torch.no_grad():
-        caches = [one(ids[:, :500], use_cache=True).past_key_values for one in (plain, model)]
+        caches = [cache_of(one(ids[:, :500], use_cache=True)) for one in (plain, model)]
     expected, actual = (decoded(one, ids[:, 500:], 1, cache=cache) for one, cache in zip((plain, model), caches, strict=True))
     assert caches[1].stream.base.max() > 0
     assert logit_error(actual, expected) <= CLOSE
@@ -190,7 +191,7 @@ def test_a_fixed_cache_grows_to_the_next_power_of_two():
     ids = tokens(length=LEAST_ROOM + 4) % 60 + 4
     start = LEAST_ROOM - 4
     with torch.no_grad():
-        caches = [one(ids[:, :start], use_cache=True).past_key_values for one in (plain, model)]
+        caches = [cache_of(one(ids[:, :start], use_cache=True)) for one in (plain, model)]
     assert caches[1].room == LEAST_ROOM
     expected, actual = (decoded(one, ids[:, start:], 1, cache=cache) for one, cache in zip((plain, model), caches, strict=True))
     assert logit_error(actual, expected) <= CLOSE
@@ -207,12 +208,12 @@ def test_a_fixed_cache_grows_to_the_next_power_of_two():
 def test_prompts_and_chunks_run_eagerly_and_are_counted(patches):
     model = patch_model(tiny_model("llama"), *patches)
     with torch.no_grad():
-        cache = model(tokens(length=9), use_cache=True).past_key_values
-        model(tokens(length=4), past_key_values=cache)
+        cache = cache_of(model(tokens(length=9), use_cache=True))
+        model(tokens(length=4), **cached(cache))
         assert "compiled steps" not in hits(model) and hits(model)["eager forwards"] == 2
-        model(tokens(length=1), past_key_values=cache)
+        model(tokens(length=1), **cached(cache))
         assert hits(model)["compiled steps"] == 1 and hits(model)["eager forwards"] == 2
-        asked = model(tokens(length=1), past_key_values=cache, output_hidden_states=True)
+        asked = model(tokens(length=1), **cached(cache), output_hidden_states=True)
     assert len(asked.hidden_states) == 3
     assert hits(model)["compiled steps"] == 1 and hits(model)["eager forwards"] == 3
 
@@ -229,9 +230,9 @@ def test_what_runs_eagerly_against_expectation_is_logged_once(caplog):
         given = decoded(model, tokens(), cache=DynamicCache(config=model.config))
     assert torch.equal(given, decoded(plain, tokens()))
     assert [record.getMessage() for record in caplog.records if "DynamicCache" in record.getMessage()] == [
-        "patchkit: steps of this model run uncompiled: they are given a DynamicCache, leave past_key_values out of the first call"
+        f"patchkit: steps of this model run uncompiled: they are given a DynamicCache, leave {CACHE} out of the first call"
     ]
-    cache = model(tokens()).past_key_values  # gradients are enabled: the model's own cache
+    cache = cache_of(model(tokens()))  # gradients are enabled: the model's own cache
     assert not isinstance(cache, FixedCache) and "compiled steps" not in hits(model)
 
 
@@ -295,11 +296,11 @@ def test_a_step_that_does_not_compile_is_an_error_and_graph_breaks_are_allowed_b
     model.model.layers[1].mlp.register_forward_pre_hook(look)
     expected = decoded(model, tokens(length=8))
     with patched(model, STREAMING, EAGER_BACKEND), torch.no_grad():
-        cache = model(tokens(length=9), use_cache=True).past_key_values
+        cache = cache_of(model(tokens(length=9), use_cache=True))
         with pytest.raises(UnsupportedModel, match=r"(?s)does not compile.*fullgraph=False"):
-            model(tokens(length=1), past_key_values=cache)
+            model(tokens(length=1), **cached(cache))
         with pytest.raises(StreamError, match="failed half-way"):
-            model(tokens(length=1), past_key_values=cache)
+            model(tokens(length=1), **cached(cache))
     assert "forward" not in vars(model.model)
     with patched(model, Compile(backend="eager", fullgraph=False)):
         assert logit_error(decoded(model, tokens(length=8)), expected) <= CLOSE
@@ -314,10 +315,10 @@ def add_one(seen, module, args, output):
 def test_hooks_on_the_decoder_stay_outside_the_graph():
     model, seen = patch_model(tiny_model("llama"), EAGER_BACKEND), Counter()
     with torch.no_grad():
-        cache = model(tokens(length=9), use_cache=True).past_key_values
-        model(tokens(length=1), past_key_values=cache)
+        cache = cache_of(model(tokens(length=9), use_cache=True))
+        model(tokens(length=1), **cached(cache))
         compiled, hook = hits(model)["graphs compiled"], model.model.register_forward_hook(lambda *call: add_one(seen, *call))
-        model(tokens(length=1), past_key_values=cache)
+        model(tokens(length=1), **cached(cache))
         hook.remove()
     assert seen["calls"] == 1 and hits(model)["graphs compiled"] == compiled and hits(model)["compiled steps"] == 2
 
@@ -380,14 +381,14 @@ def test_a_forward_that_comes_later_is_refused_and_kept():
 def test_a_generous_limit_costs_no_memory():
     model = patch_model(tiny_model("llama"), EAGER_BACKEND)
     out = model.generate(tokens(length=9), max_length=200_000, stop_strings=None, max_time=1e-9, return_dict_in_generate=True)
-    assert out.past_key_values.room == 4096
+    assert cache_of(out).room == 4096
 
 
 def test_a_cache_of_inference_mode_goes_on_without_it():
     plain, model = pair("llama", EAGER_BACKEND)
     ids = tokens(length=12)
     with torch.inference_mode():
-        cache = model(ids[:, :8], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :8], use_cache=True))
     assert logit_error(decoded(model, ids[:, 8:], prompt=1, cache=cache), decoded(plain, ids)[:, 8:]) <= CLOSE
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from support import cache_of, cached, feed
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -39,20 +40,6 @@ WAYS = ([TOKENS], [1] * TOKENS, [5] * 6, [7, 7, 7, 7, 2], [13] + [1] * 6 + [3] +
 
 def tokens(rows: int = 1, length: int = TOKENS, seed: int = 3) -> torch.Tensor:
     return torch.randint(4, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def feed(model, ids, chunks, mask=None, cache=None):
-    """Logits [B, T, V] of ``ids`` fed in forwards of ``chunks`` tokens, and the cache."""
-    logits, start = [], 0
-    for n in chunks:
-        extra = {} if mask is None else {"attention_mask": mask[:, : start + n]}
-        out = model(input_ids=ids[:, start : start + n], past_key_values=cache, use_cache=True, **extra)
-        cache = out.past_key_values
-        logits.append(out.logits)
-        start += n
-    assert start == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def close(actual, expected):
@@ -254,8 +241,8 @@ def test_gradients_flow_in_evaluation_mode():
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
     cache, steps = None, []
     for i in range(TOKENS):
-        out = model(input_ids=ids[:, i : i + 1], past_key_values=cache)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, i : i + 1], **cached(cache))
+        cache = cache_of(out)
         steps.append(out.logits)
     close(torch.cat(steps, 1).detach(), whole.detach())
 
@@ -278,7 +265,7 @@ def test_each_sequence_switches_once():
     hits = report(model).patches[0].hits
     assert "switched to linear" not in hits
     for end, switched in ((13, 1), (14, 1), (15, 1), (16, 2), (17, 2)):
-        feed_one = dict(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+        feed_one = dict(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], **cached(cache))
         with torch.no_grad():
             model(**feed_one)
         assert report(model).patches[0].hits["switched to linear"] == switched
@@ -366,7 +353,7 @@ def test_generate_by_beams_and_in_turns():
     chosen = logits[:, 8:-1].log_softmax(-1).gather(-1, beams.sequences[:, 9:, None]).sum((1, 2))
     close(chosen, scores)
     more = torch.cat([texts.sequences, tokens(2, 4)], 1)
-    assert torch.equal(greedy(model, more, past_key_values=texts.past_key_values), greedy(model, more))
+    assert torch.equal(greedy(model, more, **cached(cache_of(texts))), greedy(model, more))
 
 
 # -- memory and length ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from oracle import oracle_logits
+from support import cache_of, cached, feed
 
 from patchkit import StreamingLLM, parse_spec, patch_model, report, unpatch_model
 from patchkit.cache.refresh import DynamicSinks, Reencode
@@ -28,21 +29,6 @@ def tokens(rows: int = 1, length: int = TOKENS, seed: int = 3) -> torch.Tensor:
 
 def refreshed(refresh, family="llama", window=WINDOW):
     return patch_model(tiny_model(family), StreamingLLM(SINKS, window, refresh=refresh), verbose=False)
-
-
-@torch.no_grad()
-def feed(model, ids, chunks, mask=None, cache=None):
-    """Logits [B, T, V] of ``ids`` fed in forwards of ``chunks`` tokens, and the cache."""
-    logits, start = [], 0
-    seen = 0 if cache is None else cache.get_seq_length()
-    for n in chunks:
-        extra = {} if mask is None else {"attention_mask": mask[:, : seen + start + n]}
-        out = model(input_ids=ids[:, start : start + n], past_key_values=cache, use_cache=True, **extra)
-        cache = out.past_key_values
-        logits.append(out.logits)
-        start += n
-    assert start == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def greedy(model, ids, new=25, **options):
@@ -124,7 +110,7 @@ def test_reencoding_is_streaming_over_a_text_that_begins_anew(family):
         assert logit_error(feed(model, ids, way)[0], expected) <= LOGITS
     with torch.no_grad():
         out = model(input_ids=ids, use_cache=False)
-    assert logit_error(out.logits, expected) <= LOGITS and out.past_key_values is None
+    assert logit_error(out.logits, expected) <= LOGITS and cache_of(out) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -293,11 +279,11 @@ def test_tokens_are_taken_back_across_refreshes(family, every):
     expected = feed(model, ids, [TOKENS])[0]
     with torch.no_grad():
         for drafted in (3, 6):
-            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids[:, :3], use_cache=True))
             cache.activate_past_recording()
             for position in range(3, TOKENS - drafted - 1):
                 fed = torch.cat([ids[:, position : position + 1], wrong[:, position + 1 : position + 1 + drafted]], 1)
-                out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+                out = model(input_ids=fed, **cached(cache), use_cache=True)
                 assert logit_error(out.logits[:, 0], expected[:, position]) <= LOGITS
                 cache.crop(-drafted)
                 assert cache.get_seq_length() == position + 1
@@ -314,7 +300,7 @@ def test_padded_rows_are_taken_back_across_refreshes():
     for start in range(14, 22):
         fed = torch.cat([ids[:, start : start + 1], tokens(2, 5, seed=start)], 1)
         with torch.no_grad():
-            out = model(input_ids=fed, attention_mask=mask[:, : start + 6], past_key_values=cache)
+            out = model(input_ids=fed, attention_mask=mask[:, : start + 6], **cached(cache))
         assert logit_error(out.logits[:, 0], expected[:, start]) <= LOGITS
         cache.crop(-5)
 
@@ -346,7 +332,7 @@ def test_generate_beams_and_turns(refresh):
     assert torch.equal(greedy(model, ids, 16, num_beams=3), greedy(model, ids, 16, num_beams=3, use_cache=False))
     out = greedy(model, ids, 12, return_dict_in_generate=True)
     turn = torch.cat([out.sequences, tokens(length=4, seed=2)], 1)
-    assert torch.equal(greedy(model, turn, 12, past_key_values=out.past_key_values), greedy(model, turn, 12))
+    assert torch.equal(greedy(model, turn, 12, **cached(cache_of(out))), greedy(model, turn, 12))
 
 
 def test_hidden_states_of_a_forward_that_was_cut_are_whole():

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from oracle import OracleUnsupported, oracle_logits
+from support import CACHE, cache_of, cached, feed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -31,20 +32,6 @@ ONE_BIAS_FOR_ALL_ROWS = {"mpt"}
 
 def tokens(rows: int = 1, length: int = TOKENS, seed: int = 3) -> torch.Tensor:
     return torch.randint(4, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def feed(model, ids, chunks, mask=None, cache=None):
-    """Logits [B, T, V] of ``ids`` fed in forwards of ``chunks`` tokens, and the cache."""
-    logits, start = [], 0
-    for n in chunks:
-        extra = {} if mask is None else {"attention_mask": mask[:, : start + n]}
-        out = model(input_ids=ids[:, start : start + n], past_key_values=cache, use_cache=True, **extra)
-        cache = out.past_key_values
-        logits.append(out.logits)
-        start += n
-    assert start == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def one_layer_llama(**options):
@@ -160,7 +147,7 @@ def test_going_on_after_right_padding_is_refused():
     mask[0, 20:] = 0
     out = model(input_ids=ids, attention_mask=mask, use_cache=True)
     with pytest.raises(StreamError, match="between tokens"):
-        model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, torch.ones(2, 1)], 1), past_key_values=out.past_key_values)
+        model(input_ids=ids[:, :1], attention_mask=torch.cat([mask, torch.ones(2, 1)], 1), **cached(cache_of(out)))
 
 
 def test_gradients_flow_in_evaluation_mode():
@@ -170,8 +157,8 @@ def test_gradients_flow_in_evaluation_mode():
     whole.sum().backward()
     cache, steps = None, []
     for i in range(TOKENS):
-        out = model(input_ids=ids[:, i : i + 1], past_key_values=cache)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, i : i + 1], **cached(cache))
+        cache = cache_of(out)
         steps.append(out.logits)
     close(torch.cat(steps, 1).detach(), whole.detach())
 
@@ -189,13 +176,13 @@ def test_rollback_before_at_and_after_the_window_fills(family, positions):
     for drafted in (1, 3, 5):
         cache = None
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids[:, :3], use_cache=True))
             cache.activate_past_recording()
             position = 3
             while position + drafted + 1 < 48:
                 # One right token, then wrong ones, taken back.
                 fed = torch.cat([ids[:, position : position + 1], wrong[:, position + 1 : position + 1 + drafted]], 1)
-                out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+                out = model(input_ids=fed, **cached(cache), use_cache=True)
                 close(out.logits[:, 0], expected[:, position])
                 cache.crop(-drafted)
                 position += 1
@@ -211,7 +198,7 @@ def test_rollback_over_several_single_steps():
         for start in range(5, 36):
             _, cache = feed(model, tokens(length=4, seed=start), [1] * 4, cache=cache)
             cache.crop(-4)
-            out = model(input_ids=ids[:, start : start + 1], past_key_values=cache)
+            out = model(input_ids=ids[:, start : start + 1], **cached(cache))
             close(out.logits[:, 0], expected[:, start])
 
 
@@ -254,11 +241,11 @@ def test_left_padded_rollback():
     patch_model(model, StreamingLLM(SINKS, WINDOW))
     expected = feed(model, ids, [40], mask)[0]
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :6], attention_mask=mask[:, :6]).past_key_values
+        cache = cache_of(model(input_ids=ids[:, :6], attention_mask=mask[:, :6]))
         cache.activate_past_recording()
         for start in range(6, 36):
             fed = torch.cat([ids[:, start : start + 1], tokens(2, 3, seed=start)], 1)
-            out = model(input_ids=fed, attention_mask=mask[:, : start + 4], past_key_values=cache)
+            out = model(input_ids=fed, attention_mask=mask[:, : start + 4], **cached(cache))
             close(out.logits[:, 0], expected[:, start])
             cache.crop(-3)
 
@@ -312,7 +299,7 @@ def test_a_long_prompt_in_chunks_needs_memory_for_window_and_chunk_only():
         cache = None
         with LargestTensor() as watch, torch.no_grad():
             for chunk in tokens(length=length).split(64, 1):
-                cache = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                cache = cache_of(model(input_ids=chunk, **cached(cache), use_cache=True, logits_to_keep=1))
         largest[length] = watch.elements
     # `ids` itself is the only thing that grows.
     assert largest[4096] <= max(largest[512], 4096)
@@ -357,10 +344,10 @@ def test_a_million_tokens_end_where_float64_ends(scaling):
     cache = None
     with torch.inference_mode():
         for start in range(0, length - 8000, chunk):
-            out = model(input_ids=ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(input_ids=ids[:, start : start + chunk], **cached(cache), use_cache=True, logits_to_keep=1)
+            cache = cache_of(out)
         for start in range(length - 8000, length):
-            out = model(input_ids=ids[:, start : start + 1], past_key_values=cache)
+            out = model(input_ids=ids[:, start : start + 1], **cached(cache))
     assert cache.get_seq_length() == length
     unpatch_model(model)
     # With one layer, the last logits are those of the unpatched model on what is visible.
@@ -429,19 +416,19 @@ def test_layers_that_do_not_exist_are_refused():
 
 def test_foreign_caches_are_refused():
     model, ids = tiny_model("llama"), tokens()
-    stock = model(input_ids=ids, use_cache=True).past_key_values
+    stock = cache_of(model(input_ids=ids, use_cache=True))
     patch_model(model, StreamingLLM(SINKS, WINDOW))
     for cache in (stock, DynamicCache(config=model.config)):
-        with pytest.raises(StreamError, match="Leave past_key_values out"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
-    ours = model(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(StreamError, match=f"Leave {CACHE} out"):
+            model(input_ids=ids[:, :1], **cached(cache))
+    ours = cache_of(model(input_ids=ids, use_cache=True))
     assert isinstance(ours, StreamingCache)
     other = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW))
     with pytest.raises(StreamError, match="another model"):
-        other(input_ids=ids[:, :1], past_key_values=ours)
+        other(input_ids=ids[:, :1], **cached(ours))
     unpatch_model(model)
     with pytest.raises(StreamError, match="not patched"):
-        model(input_ids=ids[:, :1], past_key_values=ours)
+        model(input_ids=ids[:, :1], **cached(ours))
     assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
@@ -465,14 +452,14 @@ def test_inputs_that_could_not_be_exact_are_refused(extra, message):
 def test_a_forward_that_failed_half_way_leaves_a_cache_that_says_so():
     model, ids = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW)), tokens()
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True))
         original = model.model.layers[1].mlp.forward
         model.model.layers[1].mlp.forward = lambda x: (_ for _ in ()).throw(RuntimeError("out of memory"))
         with pytest.raises(RuntimeError, match="out of memory"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cached(cache))
         model.model.layers[1].mlp.forward = original
         with pytest.raises(StreamError, match="failed half-way"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cached(cache))
         close(model(input_ids=ids).logits, feed(model, ids, [TOKENS])[0])
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import oracle_logits
+from support import cache_of, cached
 from transformers import TextStreamer, pipeline
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from patchkit import StreamingLLM, patch_model, report, unpatch_model
 from patchkit.cache.streaming import StreamingCache
@@ -60,10 +62,10 @@ def test_generate_gives_the_oracles_tokens(family, length):
 def test_multi_turn_reuse_of_the_cache(family):
     model = patch_model(tiny_model(family), StreamingLLM(SINKS, WINDOW))
     out = greedy(model, prompt(), 12, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, StreamingCache)
+    assert isinstance(cache_of(out), StreamingCache)
     turn = torch.cat([out.sequences, prompt(4, seed=2)], 1)
     fresh = greedy(model, turn, 12)
-    assert torch.equal(greedy(model, turn, 12, past_key_values=out.past_key_values), fresh)
+    assert torch.equal(greedy(model, turn, 12, **cached(cache_of(out))), fresh)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES])
@@ -138,8 +140,9 @@ def test_caches_that_would_replace_the_window_are_refused(implementation):
 
 def test_continuous_batching_is_refused():
     model = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW))
+    pages = PagedAttentionCache.__new__(PagedAttentionCache)  # its type is all that is looked at
     with pytest.raises(StreamError, match="continuous batching"):
-        model(input_ids=prompt(), cache=object())
+        model(input_ids=prompt(), cache=pages)
     generate_batch = getattr(model, "generate_batch", None)
     if generate_batch is not None:
         with pytest.raises(Exception, match=r"(?i)attention|attn|streaming|paged"):
@@ -165,9 +168,9 @@ def test_training_is_as_if_unpatched(checkpointing):
         model(input_ids=ids, position_ids=packed, use_cache=False).logits.sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     with torch.no_grad():
-        cache = model.eval()(input_ids=ids).past_key_values
+        cache = cache_of(model.eval()(input_ids=ids))
     with pytest.raises(StreamError, match="training mode"):
-        model.train()(input_ids=ids[:, :1], past_key_values=cache)
+        model.train()(input_ids=ids[:, :1], **cached(cache))
 
 
 # -- copies and files -------------------------------------------------------------------------------------------------------
