@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
-from support import cache_of, cached, feed
+from support import cache_of, cached, fast_first, feed, matrix
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -159,7 +160,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES))
 def test_every_way_of_feeding_gives_the_oracles_logits(family, rule):
     model, ids, min_length = tiny_model(family), tokens(), RULES[rule][-1]
     state = trained(model, rule)
@@ -277,8 +278,12 @@ def test_each_sequence_switches_once():
 # -- rollback, batches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    fast_first(
+        itertools.product(["llama", "gpt2", "gemma3_text"], RULES), [("llama", "router"), ("gpt2", "plain"), ("gemma3_text", "sinks")]
+    ),
+)
 def test_rollback_before_at_and_after_tokens_become_old(family, rule):
     model, ids, wrong = tiny_model(family), tokens(length=40), tokens(length=40, seed=9)
     patch_model(model, LinearAttention(state_dict=trained(model, rule), min_length=RULES[rule][-1]))
@@ -584,7 +589,7 @@ def test_int8_weights_beside_linear_attention():
     assert (whole - alone).abs().max() > DIFFERS
 
 
-@pytest.mark.parametrize(("rule", "length"), [("router", 1100), ("sinks", 90), ("plain", 90)])
+@pytest.mark.parametrize(("rule", "length"), [("router", 150), matrix("router", 1100), ("sinks", 90), matrix("plain", 90)])
 def test_a_thousand_compiled_steps_are_one_graph(rule, length):
     plain, model = tiny_model("llama"), tiny_model("llama")
     patch = LinearAttention(state_dict=trained(plain, rule), min_length=RULES[rule][-1])
@@ -603,8 +608,10 @@ def test_a_thousand_compiled_steps_are_one_graph(rule, length):
     assert report(model).patches[1].hits["graphs compiled"] == 1
 
 
-@pytest.mark.parametrize("scope", ["model", "layers"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    fast_first(itertools.product(["gpt2", "gemma3_text"], ["model", "layers"]), [("gpt2", "layers"), ("gemma3_text", "model")]),
+)
 def test_compiled_steps_of_padded_rows_with_rollback(family, scope):
     model = tiny_model(family)
     patch_model(model, LinearAttention(state_dict=trained(model, "router"), min_length=14), Compile(backend="eager", scope=scope))
@@ -622,6 +629,7 @@ def test_compiled_steps_of_padded_rows_with_rollback(family, scope):
     assert report(model).patches[1].hits["graphs compiled"] <= 2
 
 
+@pytest.mark.matrix
 def test_inductor_gives_the_eager_logits():
     plain, model, ids = tiny_model("llama"), tiny_model("llama"), tokens()
     patch = LinearAttention(state_dict=trained(plain, "sinks"))
