@@ -283,6 +283,7 @@ def test_every_patch_has_an_example_that_reads() -> None:
         assert [patch.name for patch in parse_spec(cls.example or name)] == [name]
 
 
+@pytest.mark.matrix
 def test_two_processes_share_the_work(model_dir: Path, tmp_path: Path) -> None:
     """Sums over processes, and a patch that acts in one of them only has acted."""
     script = tmp_path / "work.py"
