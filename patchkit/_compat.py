@@ -23,13 +23,13 @@ from patchkit.errors import PatchError
 
 SUPPORTED = {"transformers": ">=5.15", "torch": ">=2.8"}
 # The newest versions that the test suite has run on. Newer ones are used too, with a warning.
-TESTED = {"transformers": "5.24", "torch": "2.15"}
+TESTED = {"transformers": "5.24", "torch": "2.14"}
 _REMEDY = 'Install a supported pair: pip install "transformers{transformers}" "torch{torch}"'.format(**SUPPORTED)
 
 _logger = logging.getLogger("patchkit")
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, GenerationMixin, PreTrainedConfig
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -289,6 +289,17 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def missing_facts() -> list[str]:
+    """Each thing that patchkit sets or reads on instances of transformers' classes, and that is not there."""
+    config, generation = PreTrainedConfig(), GenerationConfig.__annotations__
+    facts = {
+        f"PreTrainedConfig.{name}": hasattr(config, name) for name in ("_attn_implementation_internal", "_experts_implementation_internal")
+    }
+    facts["GenerationConfig._pad_token_tensor"] = "_pad_token_tensor" in generation
+    facts["GenerationMixin.generate(custom_generate=)"] = "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
+    return [f"transformers' {name} is missing" for name, there in facts.items() if not there]
+
+
 def _installed() -> dict[str, str]:
     return {"transformers": transformers.__version__, "torch": torch.__version__}
 
@@ -351,7 +362,7 @@ def self_check() -> None:
     wrong = wrong_versions()
     if wrong:
         raise PatchError(f"patchkit cannot run on {' and '.join(wrong)}. {_REMEDY}")
-    changed = changed_names()
+    changed = changed_names() + missing_facts()
     if changed:
         raise PatchError(
             f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit stands on: "
@@ -475,6 +486,11 @@ def inductor_cache() -> str:
 def mark_static_address(tensor: torch.Tensor) -> None:
     """Tell CUDA graphs that ``tensor`` stays where it is, and may be written in place."""
     torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def guard_options() -> dict[str, Any]:
+    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on guards about missing names."""
+    return {"guard_filter_fn": kept_guards} if Version(torch.__version__).release >= (2, 9) else {}
 
 
 def kept_guards(guards: Any) -> list[bool]:
