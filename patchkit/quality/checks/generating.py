@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from patchkit.errors import PatchError
-from patchkit.quality.checks.case import OF_ROUNDING, OWN_NOISE, Case, NotJudged
+from patchkit.quality.checks.bounds import for_logits, judged
+from patchkit.quality.checks.case import Case, NotJudged
 from patchkit.quality.checks.feeding import fed, padded
 from patchkit.quality.proof import Check
 from patchkit.testing import logit_error
@@ -30,20 +31,21 @@ def prompts(case: Case) -> list[torch.Tensor]:
 
 def padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The prompts as a padded batch, and its mask; None where the patches refuse padding or the unpatched model counts it."""
-    if not case.batch:
-        case.batch.append(_padded_prompts(case))
-    return case.batch[0]
+    if "batch" not in case.once:
+        case.once["batch"] = _padded_prompts(case)
+    found: tuple[torch.Tensor, torch.Tensor] | None = case.once["batch"]
+    return found
 
 
 def _padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
     batch, mask = padded(prompts(case), max(prompt.shape[1] for prompt in prompts(case)))
     try:
-        fed(case.full, batch, [batch.shape[1] - 1, 1], mask)
+        list(fed(case.full, batch, [batch.shape[1] - 1, 1], mask))
     except PatchError:
         return None
     for way in ([], [batch.shape[1] - 1, 1]):
-        for row, text in zip(fed(case.plain, batch, way, mask), prompts(case), strict=True):
-            if logit_error(row[None, -text.shape[1] :], fed(case.plain, text, [])) > case.tolerance.differs:
+        for row, text in zip(torch.cat(list(fed(case.plain, batch, way, mask)), 1), prompts(case), strict=True):
+            if logit_error(row[None, -text.shape[1] :], next(fed(case.plain, text, []))) > case.tolerance.differs:
                 return None
     return batch, mask
 
@@ -51,39 +53,63 @@ def _padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
 def generated(
     case: Case, view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, eos: int | list[int] | None = None, **options: Any
 ) -> Any:
+    """What greedy `generate` gives for ids [B, T]: [B, T + new tokens], or what ``options`` ask for."""
     mask = torch.ones_like(ids) if mask is None else mask
     out: Any = view.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=eos, **options)
     return out
 
 
+def step_logits(
+    view: Any, text: torch.Tensor, prompt: int, mask: torch.Tensor | None = None, start: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Scores [B, V] in float32 of each new token of texts [B, T] after ``prompt`` tokens, in forwards as `generate` makes them.
+
+    Args:
+        mask: [B, prompt], of the prompts.
+        start: the first new token that is wanted, by its place in the text.
+    """
+    count = text.shape[1] - prompt
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(mask), count - 1)], 1)
+    at = torch.arange((prompt if start is None else start) - 1, text.shape[1] - 1)
+    for piece in fed(view, text[:, :-1], [prompt, *[1] * (count - 1)], mask, at=at):
+        yield piece[:, -1].float()
+
+
+def margin_of(scores: torch.Tensor, tokens: torch.Tensor) -> float:
+    """How far logits [B, V] have to be off for ``tokens`` [B] to be the likeliest: half of what they are below the best.
+
+    Relative to a tenth of the largest logit where that exceeds 10, as differences of logits are; infinite if not a number.
+    """
+    below = scores.max(-1).values - scores.gather(-1, tokens[:, None])[:, 0]
+    found = (below / 2 / (scores.abs().amax(-1) / 10).clamp(min=1.0)).max().item()
+    return found if math.isfinite(found) else math.inf
+
+
 def greedy(case: Case) -> None:
-    if not all(promise.greedy for promise in case.promises.values()):
-        return
+    """Every new token is the likeliest of the patched model's own forwards over the text so far."""
     promise = "generate says what forwards say"
 
     def run() -> Check:
-        worst, allowed = 0.0, 0.0
+        worst, count, alike = 0.0, 0, 0
         batch = padded_prompts(case)
         for ids, mask in [*((prompt, None) for prompt in prompts(case)), *([batch] if batch else [])]:
-            for row, text in enumerate(generated(case, case.full, ids, mask)):
-                pads = 0 if mask is None else int((mask[row] == 0).sum())
-                text = text[None, pads:]
-                logits = case.full(input_ids=text).logits[0, ids.shape[1] - pads - 1 : -1].float()
-                said = logits.gather(1, text[0, ids.shape[1] - pads :, None])[:, 0]
-                below = (logits.max(1).values - said).max().item()
-                worst = max(worst, below if math.isfinite(below) else math.inf)
-                own = 0.0
-                if worst > allowed:
-                    own, _ = case._largest([(fed(case.plain, text, [1] * text.shape[1]), fed(case.plain, text, []))])
-                scale = max(1.0, logits.abs().max().item() / 10)
-                allowed = max(allowed, 2 * scale * max(case.tolerance.logits, OWN_NOISE * own, 4 * OF_ROUNDING * case.rounding))
-        detail = f"every new token, in a padded batch too, is the likeliest of one forward over the text, or {worst:.2g} below it"
-        return Check(case.spec, "all", promise, "kept" if worst <= allowed else "broken", worst, allowed, detail)
+            texts = generated(case, case.full, ids, mask)
+            for number, scores in enumerate(step_logits(case.full, texts, ids.shape[1], mask)):
+                tokens = texts[:, ids.shape[1] + number]
+                worst = max(worst, margin_of(scores, tokens))
+                count, alike = count + len(tokens), alike + int((scores.argmax(-1) == tokens).sum())
+        kept, bound = judged(worst, for_logits(case))
+        detail = f"{alike} of {count} new tokens, in a padded batch too, are the likeliest of the same forwards"
+        if alike < count:
+            detail += "; the others are the likeliest if logits are off by the difference given"
+        return Check(case.spec, "all", promise, "kept" if kept else "broken", worst, bound.value, bound.why, detail)
 
     case.check("all", promise, run)
 
 
 def ends(case: Case) -> None:
+    """A text ends at its end token and not before, also where that comes in the middle of what is accepted at once."""
     promise = "a text ends where it has to"
 
     def run() -> Check:

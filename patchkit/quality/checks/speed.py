@@ -11,29 +11,30 @@ from typing import Any
 import torch
 
 from patchkit.quality import paired
-from patchkit.quality.checks.case import Advance, Case
+from patchkit.quality.checks.case import Case
+from patchkit.quality.checks.feeding import cache_after
 from patchkit.quality.checks.generating import NEW_TOKENS, generated, prompts
+from patchkit.quality.checks.work import Work
 from patchkit.quality.latency import Stream, cache_bytes, decode_latency, median_ms, prefilled_cache
 from patchkit.quality.proof import Speed
 
 
-def timed(case: Case, advance: Advance, rounds: int) -> None:
+def timed(case: Case) -> None:
     """Time, memory and bandwidth of the patched and the unpatched model, in turns."""
-    advance("timing")
-    proof = case.proof
+    case.advance("timing")
+    proof, (rounds, prefills), context = case.proof, _rounds(case), _context(case)
     views = {"unpatched": case.plain, "patched": case.full}
-    context = case.reach + 64 if case.longest is None else max(1, min(case.reach + 64, case.longest - rounds - 8))
     prompt = case.text(min(256, context))
     caches = {name: prefilled_cache(view, context) for name, view in views.items()}
     if any(cache is None for cache in caches.values()):
         return
     timings = decode_latency({name: Stream(view, caches[name]) for name, view in views.items()}, rounds=rounds)
-    prefill = _in_turns({name: functools.partial(view, input_ids=prompt, use_cache=True) for name, view in views.items()}, 5)
+    prefill = _in_turns({name: functools.partial(cache_after, view, prompt) for name, view in views.items()}, prefills)
     texts: dict[str, list[float]] = {}
-    if case.patches and any(promise.same_tokens and not promise.same_up_to for promise in case.promises.values()):
+    if _changes_generate(case):
         ids = prompts(case)[0]
         calls = {name: functools.partial(generated, case, view, ids) for name, view in views.items()}
-        texts = {name: [ms / NEW_TOKENS for ms in times] for name, times in _in_turns(calls, 5).items()}
+        texts = {name: [ms / NEW_TOKENS for ms in times] for name, times in _in_turns(calls, prefills).items()}
         proof.generate_speedup = paired.median_ratio(texts["unpatched"], texts["patched"])
     proof.speedup = paired.median_ratio(timings["unpatched"], timings["patched"])
     proof.bandwidth_gb_s = bandwidth = _copy_bandwidth(case.model.device)
@@ -51,6 +52,26 @@ def timed(case: Case, advance: Advance, rounds: int) -> None:
             kept,
             (weights + kept) / (bandwidth * 1e9) / (ms / 1e3),
         )
+
+
+def timing_work(case: Case) -> Work:
+    """What `timed` costs."""
+    rounds, prefills = _rounds(case)
+    texts = NEW_TOKENS * 2 * (prefills + 1) if _changes_generate(case) else 0
+    return Work(2 * (rounds + 3) + texts, 2 * _context(case) + 2 * (prefills + 1) * min(256, _context(case)))
+
+
+def _rounds(case: Case) -> tuple[int, int]:
+    """Steps and prompts that are timed."""
+    return (40, 5) if case.thorough else (15, 3)
+
+
+def _context(case: Case) -> int:
+    return case.reach + 64 if case.longest is None else max(1, min(case.reach + 64, case.longest - _rounds(case)[0] - 8))
+
+
+def _changes_generate(case: Case) -> bool:
+    return bool(case.patches) and any(promise.same_tokens and not promise.same_up_to for promise in case.promises.values())
 
 
 def _in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
