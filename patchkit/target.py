@@ -157,11 +157,17 @@ class Target:
     Attributes:
         patches: all that are being applied, in that order.
         views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
+        attention_implementation: what ``config._attn_implementation`` says unpatched: "sdpa", "eager", "flash_attention_2", ...
     """
 
     model: Any
     patches: tuple[Patch, ...] = ()
     views: dict[int, Any] = field(default_factory=dict, repr=False)
+    attention_implementation: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, because a patch that is applied puts an alias there.
+        self.attention_implementation = self.config._attn_implementation or "eager"
 
     @cached_property
     def config(self) -> Any:
@@ -176,11 +182,6 @@ class Target:
     @cached_property
     def _probe(self) -> _Probe:
         return _run_probe(self)
-
-    @cached_property
-    def attention_implementation(self) -> str:
-        """What ``config._attn_implementation`` said when first asked: "sdpa", "eager", "flash_attention_2", ..."""
-        return self.config._attn_implementation or "eager"
 
     @cached_property
     def position_limit(self) -> int | None:
