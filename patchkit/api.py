@@ -257,6 +257,9 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         handle.on_undo(compiled.restore)
         was_compiled = compiled.set_aside()
         handle.set_attribute(base, _ATTRIBUTE, handle)
+        # transformers refuses to save what it calls quantised, which this is not.
+        if _compat.is_unpacked_gguf(base):
+            handle.on_undo(_compat.forget_quantizer(base))
         for patch, length in zip(chosen, same_up_to, strict=True):
             view = handle.for_patch(patch)
             view.same_up_to = length

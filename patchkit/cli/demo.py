@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from patchkit.cli.common import (
+    MODEL_HELP,
     JsonOption,
     UsageError,
     app,
@@ -18,27 +19,38 @@ from patchkit.cli.common import (
     progress,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="'bundled', a model directory, or a hub id.")] = "bundled",
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of text to stream.")] = 16384,
-    windows: Annotated[str, typer.Option(help="StreamingLLM windows in tokens, separated by commas.")] = "508,252,124",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"{MODEL_HELP} Default 'bundled'.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="How many tokens of text to stream; default 16384, or 1.5 times a limit of 2049 to 8192 positions."),
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(help="StreamingLLM windows in tokens, separated by commas; default 508,252,124, or shares of a limit above 2048."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.", dir_okay=False)] = Path("patchkit-demo.png"),
     as_json: JsonOption = False,
 ) -> None:
-    """Stream real text through a model, unpatched and with StreamingLLM: perplexity, time and memory by position."""
-    sizes = _window_list(windows)
+    """Stream real text through a model, unpatched and with StreamingLLM: perplexity, time and memory by position.
+
+    A model made for more than 2048 positions reads English, within and beyond its limit, and is asked to recall keys; any other reads
+    library code, far beyond its limit.
+    """
+    if name is not None and model is not None and name != model:
+        raise typer.BadParameter(f"{name!r} and --model {model!r} are two models: give one", param_hint="MODEL")
+    chosen = name or model or "bundled"
+    sizes = None if windows is None else number_list(windows, "--windows", smallest=1)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     from patchkit.quality import demo as show
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(chosen)
     with progress() as bar:
-        task = bar.add_task("", total=show.work(tokens, sizes))
+        task = bar.add_task("", total=show.plan_for(loaded, tokens, sizes).work())
         result = show.run_demo(
             loaded, tokenizer, tokens, sizes, advance=lambda what, count: bar.update(task, advance=count, description=what)
         )
@@ -50,15 +62,15 @@ def demo(
     if as_json:
         from patchkit.quality.environment import environment
 
-        emit({"model": model, **result.to_dict(), "picture": str(out), "environment": environment()})
+        emit({"model": chosen, **result.to_dict(), "picture": str(out), "environment": environment()})
         return
     console = Console()
     # A pipe counts as 80 columns, and a table that is cut off is worth nothing.
     console.width = max(console.width, 110)
     console.print(show.table(result))
+    keys = show.keys_table(result)
+    if keys is not None:
+        console.print(keys)
     console.print(f"curves: {out}", highlight=False, soft_wrap=True)
-    console.print(result.ratio_line(), highlight=False, soft_wrap=True)
-
-
-def _window_list(text: str) -> list[int]:
-    return number_list(text, "--windows", smallest=1)
+    for line in (*result.ratio_lines(), *result.recall_lines()):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -84,7 +84,7 @@ def prove(
     contents = [read_text(path) for path in text] if text else None
     loaded, tokenizer = load(model, dtype, device)
     documents = _documents(tokenizer, contents, tokens // 4 if fast else tokens, reach_of(loaded, chosen))
-    proof = Proof(patches, dtype.value)
+    proof = Proof(patches, str(loaded.dtype).removeprefix("torch."))
     try:
         with _interruptible(proof) as signals, _shown(proof) as advance:
             run(proof, loaded, chosen, documents, _passkeys(tokenizer), fast, advance, names)

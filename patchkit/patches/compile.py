@@ -413,7 +413,7 @@ def _uses_cudagraphs(patch: Compile, decoder: Any) -> bool:
 
 def _options(patch: Compile, decoder: Any) -> dict[str, Any]:
     """Of torch.compile, where mode and options exclude each other."""
-    options: dict[str, Any] = {"guard_filter_fn": _compat.kept_guards}
+    options: dict[str, Any] = _compat.guard_options()
     if patch.backend == "inductor":
         options.update({"size_asserts": False, "nan_asserts": False, "scalar_asserts": False})
         options["triton.cudagraphs"] = _uses_cudagraphs(patch, decoder)

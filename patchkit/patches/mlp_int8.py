@@ -158,6 +158,7 @@ class MLPInt8(Patch):
         if not linears and not experts:
             reasons = (
                 "; ".join(f"{what}: {why}" for what, why in list(left.items())[:3])
+                or _compat.packed_gguf(target.model)
                 or "its decoder layers hold no linear layer outside attention"
             )
             raise NothingMatched(f"{name} has no feed-forward linear that can be converted ({reasons})")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def stream_nll(
-    model: PreTrainedModel, ids: Sequence[int] | torch.Tensor, chunk: int = 512, progress: Progress | None = None
+    model: PreTrainedModel,
+    ids: Sequence[int] | torch.Tensor,
+    chunk: int = 512,
+    progress: Progress | None = None,
+    keep: Callable[[int, Any], object] | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of each token of a text given all before it, streamed through one cache.
 
@@ -94,6 +99,8 @@ def stream_nll(
         ids: T token ids, [T].
         chunk: tokens per forward. An exact model gives the same result for every value, up to rounding.
         progress: called after each forward with the number of tokens scored in it.
+        keep: called after each forward with the number of tokens seen so far and the cache, which the next forward goes on with:
+            copy it to keep it.
 
     Returns:
         [T - 1] fp32 on the CPU: nats of tokens 1..T-1.
@@ -125,6 +132,8 @@ def stream_nll(
             scored.append(_nll(out.logits[0], targets))
             if progress:
                 progress(len(targets))
+            if keep:
+                keep(start + len(targets), cache)
     return torch.cat(scored)
 
 

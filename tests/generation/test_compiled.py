@@ -25,7 +25,7 @@ def family(request: pytest.FixtureRequest) -> Any:
 
 
 def test_verification_is_compiled(family: str) -> None:
-    model, wanted = tiny_model(family), plain_text(family, 1)[:, : 12 + NEW]
+    model, wanted = tiny_model(family), plain_text(family, 1, new=NEW)
     with patched(model, Speculative(draft=told(wanted), k=4), COMPILE, verbose=False):
         assert equal(text_of(model, 1, NEW), wanted)
         run, hits = statistics_of(model), report(model).patches[1].hits
@@ -38,20 +38,20 @@ def test_verification_is_compiled(family: str) -> None:
 @pytest.mark.parametrize("nodes", (2, 8))
 def test_trees_of_a_length_that_chains_have_are_not_taken_for_chains(family: str, nodes: int, batch: int) -> None:
     assert nodes + 1 in VERIFIED_LENGTHS
-    model, wanted = tiny_model(family), plain_text(family, batch)[:, : 12 + NEW]
+    model, wanted = tiny_model(family), plain_text(family, batch, new=NEW)
     with patched(model, Speculative(draft=Bush(wanted), k=nodes), COMPILE, verbose=False):
         assert equal(text_of(model, batch, NEW), wanted)
 
 
 def test_rows_that_part_run_eagerly_and_say_so(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, wanted = tiny_model(family), plain_text(family, 4)[:, : 12 + NEW]
+    model, wanted = tiny_model(family), plain_text(family, 4, new=NEW)
     with patched(model, Speculative(draft=PromptLookup(min_ngram=1), k=3), COMPILE, verbose=False):
         assert equal(text_of(model, 4, NEW), wanted)
     assert sum("rows of the batch advance by different numbers" in record.message for record in caplog.records) == 1
 
 
 def test_a_stream_is_not_padded_for_graphs_that_it_has_not() -> None:
-    model, wanted = tiny_model("llama"), plain_text("llama", 1, streaming=True)[:, : 12 + NEW]
+    model, wanted = tiny_model("llama"), plain_text("llama", 1, streaming=True, new=NEW)
     with patched(model, "streaming(sinks=2, window=10)", Speculative(draft=told(wanted), k=3), COMPILE, verbose=False):
         assert equal(text_of(model, 1, NEW), wanted)
         fed, run = report(model).patches[0].hits["tokens"], statistics_of(model)

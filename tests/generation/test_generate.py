@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from speculation import plain_text, text_of, told
+from support import cache_of, cached
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from patchkit import patch_model, patched, report, unpatch_model
@@ -92,8 +93,8 @@ def test_the_cache_that_is_returned_goes_on() -> None:
     longer = model.generate(PROMPT, **OPTIONS | dict(max_new_tokens=50))
     with patched(model, right(model), verbose=False):
         first = model.generate(PROMPT, **OPTIONS, return_dict_in_generate=True)
-        assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-        again = model.generate(first.sequences, **OPTIONS | dict(max_new_tokens=10), past_key_values=first.past_key_values)
+        assert cache_of(first).get_seq_length() == first.sequences.shape[1] - 1
+        again = model.generate(first.sequences, **OPTIONS | dict(max_new_tokens=10), **cached(cache_of(first)))
     assert torch.equal(again, longer)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from quality.seeded_bugs import BUGS, Bug
+from support import fast_first, matrix
 from typer.testing import CliRunner, Result
 
 from patchkit import available_patches, patch_model
@@ -67,7 +68,7 @@ HEALTHY = [
 ]
 
 
-@pytest.mark.parametrize(("family", "spec"), HEALTHY)
+@pytest.mark.parametrize(("family", "spec"), fast_first(HEALTHY, [HEALTHY[0], HEALTHY[4]]))
 def test_healthy_patches_pass(family: str, spec: str, untimed: None) -> None:
     found = proved(family, spec)
     assert found.passed, [f"{check.promise}: {check.detail}" for check in found.broken]
@@ -79,8 +80,16 @@ def test_every_registered_patch_is_among_the_healthy() -> None:
     assert mine <= {patch.name for _, spec in HEALTHY for patch in parse_spec(spec)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", ["streaming(sinks=2, window=10)", "mlp_int8(mode=weight_only)", "mlp_int8(mode=dynamic) + speculative"])
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        ("streaming(sinks=2, window=10)", torch.bfloat16),
+        matrix("streaming(sinks=2, window=10)", torch.float16),
+        matrix("mlp_int8(mode=weight_only)", torch.bfloat16),
+        matrix("mlp_int8(mode=dynamic) + speculative", torch.bfloat16),
+        ("mlp_int8(mode=dynamic) + speculative", torch.float16),
+    ],
+)
 def test_sixteen_bits_pass_within_their_tolerance(spec: str, dtype: torch.dtype, untimed: None) -> None:
     found = proved("llama", spec, dtype)
     assert found.passed, [f"{check.promise}: {check.detail}" for check in found.broken]
