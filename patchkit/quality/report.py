@@ -63,10 +63,10 @@ def tables(proof: Proof) -> list[Table]:
         for heading in ("promise", "of", "", "difference", "allowed", "which is"):
             number = heading in ("difference", "allowed")
             promises.add_column(heading, justify="right" if number else "left", no_wrap=heading != "which is")
-        rows = [check for check in proof.checks if check.patches == patches]
-        for check in rows:
+        checks = [check for check in proof.checks if check.patches == patches]
+        for check in checks:
             name = check.promise
-            if sum((other.promise, other.about) == (check.promise, check.about) for other in rows) > 1:
+            if sum((other.promise, other.about) == (check.promise, check.about) for other in checks) > 1:
                 name += f", {check.detail.partition(',')[0]}"
             status = f"[{_STYLES[check.status]}]{check.status}[/]"
             # What is not a matter of size says what it saw; reasons of what is not kept come below.
