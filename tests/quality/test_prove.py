@@ -80,8 +80,16 @@ def test_every_registered_patch_is_among_the_healthy() -> None:
     assert mine <= {patch.name for _, spec in HEALTHY for patch in parse_spec(spec)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, matrix(torch.float16)])
-@pytest.mark.parametrize("spec", ["streaming(sinks=2, window=10)", "mlp_int8(mode=weight_only)", "mlp_int8(mode=dynamic) + speculative"])
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        ("streaming(sinks=2, window=10)", torch.bfloat16),
+        matrix("streaming(sinks=2, window=10)", torch.float16),
+        matrix("mlp_int8(mode=weight_only)", torch.bfloat16),
+        matrix("mlp_int8(mode=dynamic) + speculative", torch.bfloat16),
+        ("mlp_int8(mode=dynamic) + speculative", torch.float16),
+    ],
+)
 def test_sixteen_bits_pass_within_their_tolerance(spec: str, dtype: torch.dtype, untimed: None) -> None:
     found = proved("llama", spec, dtype)
     assert found.passed, [f"{check.promise}: {check.detail}" for check in found.broken]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import fast_first, matrix
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -22,6 +23,7 @@ from patchkit.cli.prove import _documents
 from patchkit.models import load_model
 from patchkit.patch import parse_spec
 from patchkit.quality.checks.plan import PROMISES, STEPS, UnknownPromise
+from patchkit.quality.checks.quality import BEYOND_THE_WINDOW, NOT_TOO_GOOD
 from patchkit.quality.proof import Proof
 from patchkit.quality.prove import prove, reach_of
 from patchkit.testing import tiny_model
@@ -41,7 +43,7 @@ def run(*arguments: object) -> Result:
 # -- some promises only ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("promise", [promise for promise in PROMISES if promise != "quality beyond the window"])
+@pytest.mark.parametrize("promise", fast_first([each for each in PROMISES if each != BEYOND_THE_WINDOW], ["it acted", NOT_TOO_GOOD]))
 def test_every_promise_can_be_checked_alone(promise: str) -> None:
     spec = {"no overflow in 16 bits": "mlp_int8", "memory is bounded": STREAMING, "short texts are unpatched": STREAMING}
     spec |= {"logits are those of the definition": STREAMING}
@@ -55,7 +57,7 @@ def test_every_promise_can_be_checked_alone(promise: str) -> None:
 
 def test_quality_alone_can_say_that_a_text_is_too_short() -> None:
     proof = Proof("streaming", "float32")
-    prove(proof, tiny_model("llama"), parse_spec("streaming(window=200)"), documents(), only=["quality beyond the window"])
+    prove(proof, tiny_model("llama"), parse_spec("streaming(window=200)"), documents(), only=[BEYOND_THE_WINDOW])
     assert [check.status for check in proof.checks] == ["not judged"] and not proof.passed
 
 
@@ -126,8 +128,14 @@ class Forwards:
         self.what = what
 
 
-@pytest.mark.parametrize("spec", ["streaming(window=508)", "mlp_int8", "speculative"])
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    ("spec", "fast"),
+    [
+        ("mlp_int8", True),
+        *(matrix(spec, True) for spec in ("streaming(window=508)", "speculative")),
+        *(matrix(spec, False) for spec in ("streaming(window=508)", "mlp_int8", "speculative")),
+    ],
+)
 def test_the_estimate_counts_the_work_that_is_done(spec: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In units of one step: 16 tokens of a longer forward take about as long."""
     predicted: dict[str, float] = {}
@@ -173,7 +181,7 @@ def test_documents_are_longer_than_what_is_kept() -> None:
 # -- interruptions -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), matrix(signal.SIGINT, "SIGINT")])
 def test_an_interrupted_run_leaves_a_report_that_says_what_was_not_checked(
     number: signal.Signals, name: str, model_dir: Path, tmp_path: Path
 ) -> None:
