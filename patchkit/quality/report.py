@@ -59,14 +59,20 @@ def tables(proof: Proof) -> list[Table]:
     """The promises, one table for each set of patches, and quality and speed if measured, for a terminal of 110 columns or more."""
     found = []
     for patches in dict.fromkeys(check.patches for check in proof.checks):
-        promises = Table(title=escape(patches), title_justify="left", box=SIMPLE_HEAD)
+        promises = Table(title=escape(patches), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in ("promise", "of", "", "difference", "allowed", "which is"):
-            promises.add_column(heading, justify="right" if heading in ("difference", "allowed") else "left")
-        for check in proof.checks:
-            if check.patches == patches:
-                status = f"[{_STYLES[check.status]}]{check.status}[/]"
-                about = escape(check.about.partition("(")[0])
-                promises.add_row(check.promise, about, status, figure(check.measured), figure(check.allowed), escape(check.bound))
+            number = heading in ("difference", "allowed")
+            promises.add_column(heading, justify="right" if number else "left", no_wrap=heading != "which is")
+        checks = [check for check in proof.checks if check.patches == patches]
+        for check in checks:
+            name = check.promise
+            if sum((other.promise, other.about) == (check.promise, check.about) for other in checks) > 1:
+                name += f", {check.detail.partition(',')[0]}"
+            status = f"[{_STYLES[check.status]}]{check.status}[/]"
+            # What is not a matter of size says what it saw; reasons of what is not kept come below.
+            bound = escape(check.bound) if check.bound or check.status != "kept" else f"[dim]{escape(check.detail)}[/]"
+            about = escape(check.about.partition("(")[0])
+            promises.add_row(name, about, status, figure(check.measured), figure(check.allowed), bound)
         found.append(promises)
     rows = figures(proof)
     if rows:

@@ -141,6 +141,16 @@ def test_what_is_shown_follows_from_the_position_limit(
     assert show.plan_for(model, 3000, [7]).windows == (7,) and show.plan_for(model, 3000).tokens == 3000
 
 
+def test_caches_are_kept_as_late_as_possible_before_each_context(model_dir: Path) -> None:
+    model, tokenizer = load_model(model_dir)
+    ids, _ = english_ids(tokenizer, 1500)
+    keeper = show._Keeper((100, 512, 700, 1500, 2000), 1500)
+    stream_nll(model, ids, 512, keep=keeper)
+    assert {context: seen for context, (seen, _) in keeper.kept.items()} == {512: 512, 700: 512, 1500: 1500, 2000: 1500}
+    assert all(cache.get_seq_length() == seen for seen, cache in keeper.kept.values())
+    assert keeper.kept[512][1] is not keeper.kept[700][1]
+
+
 def _made_up(beyond: bool, unpatched: bool = True) -> show.Demo:
     """A demo of one window of 100, asked at 60 (inside it) and 300 (beyond it)."""
     tokenizer = load_model("bundled")[1]

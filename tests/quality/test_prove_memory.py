@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import matrix
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,7 +77,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_AT_ONCE", 1 << 20)
 
 
-@pytest.mark.parametrize("spec", ["streaming(window=508)", "mlp_int8"])
+@pytest.mark.parametrize("spec", [matrix("streaming(window=508)"), "mlp_int8"])
 def test_logits_of_a_long_text_are_never_in_memory(spec: str, little_memory: None) -> None:
     found = measured(spec)
     assert found.largest <= MOST_BYTES

@@ -1,8 +1,8 @@
 """How far two computations of the same logits may be apart, and judging by it.
 
 In this order, and the first that holds decides: a row of `patchkit.testing.TOLERANCES`, in 16 bits three times what the unpatched model
-differs from its own weights in float32; three times what the unpatched model differs from itself in the same test; and for patches that
-round, three times what their definition differs from itself if the inputs of what they round move by what nobody can promise.
+differs from its own weights in float32; for patches that round, three times what their definition differs from itself if the inputs of what
+they round move by what nobody can promise; and three times what the unpatched model differs from itself in the same test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pairs = Callable[[Any], Iterable[tuple[Pieces, Pieces]]]
 
 # What the same computation differs from itself, times this, is allowed to a patched one.
 _OWN_NOISE = 3.0
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # Tokens of the texts on which the noise of rounding is measured, and how often.
 _NOISE_TOKENS = 64
 _NOISE_TEXTS = 2
@@ -36,10 +36,11 @@ _NOISE_DRAWS = 2
 
 @dataclass(frozen=True)
 class Bound:
-    """A largest difference, and in words where it is from."""
+    """A largest difference, and in words where it is from; where ``typical`` is given, half of all positions must be within that."""
 
     value: float
     why: str
+    typical: float | None = None
 
 
 def largest(pairs: Iterable[tuple[Pieces, Pieces]]) -> Difference:
@@ -47,13 +48,13 @@ def largest(pairs: Iterable[tuple[Pieces, Pieces]]) -> Difference:
     found = Difference()
     for actual, expected in pairs:
         this = difference(actual, expected)
-        found = Difference(max(found.largest, this.largest), max(found.position, this.position))
+        found = Difference(max(found.largest, this.largest), max(found.position, this.position), max(found.typical, this.typical))
     return found
 
 
 def size(case: Case, found: Difference) -> float:
     """What is judged: in 16 bits the root mean square at the worst position, because single logits are too noisy to tell anything."""
-    return found.position if case.model.dtype in _SIXTEEN_BITS else found.largest
+    return found.position if case.model.dtype in SIXTEEN_BITS else found.largest
 
 
 def judged(found: float, bounds: Iterable[Bound]) -> tuple[bool, Bound]:
@@ -83,8 +84,11 @@ def same(
     """
 
     def run() -> Check:
-        found, said = size(case, largest(pairs(case.full))), detail
+        difference, said = largest(pairs(case.full)), detail
+        found = size(case, difference)
         kept, bound = judged(found, _bounds(case, pairs, of_any_view, detail, noise))
+        if kept and bound.typical is not None and difference.typical > bound.typical:
+            kept, found, bound = False, difference.typical, Bound(bound.typical, f"{bound.why}, at half of the positions")
         others = [patch for patch in case.patches if patch not in case.rounding]
         if kept and bound.value > case.tolerance.differs and case.rounding and others and of_any_view:
             # So wide a bound could hide what is not due to rounding, so that is looked at alone.
@@ -98,9 +102,9 @@ def same(
 
 def _bounds(case: Case, pairs: Pairs, of_any_view: bool, detail: str, noise: Callable[[], Bound] | None) -> Iterator[Bound]:
     yield tight(case)
-    yield from _own(case, pairs, detail) if of_any_view else own_of_feeding(case)
-    if case.rounding:
+    if case.rounding:  # before what costs more to work out
         yield noise() if noise is not None else rounding_noise(case)
+    yield from _own(case, pairs, detail) if of_any_view else own_of_feeding(case)
 
 
 def _own(case: Case, pairs: Pairs, detail: str) -> Iterator[Bound]:
@@ -112,13 +116,13 @@ def _own(case: Case, pairs: Pairs, detail: str) -> Iterator[Bound]:
 
 def own_of_feeding(case: Case) -> Iterator[Bound]:
     """Three times what the unpatched model differs by between ways of feeding; in 16 bits that is less than `tight`."""
-    if case.model.dtype not in _SIXTEEN_BITS:
+    if case.model.dtype not in SIXTEEN_BITS:
         yield Bound(_OWN_NOISE * case.own, f"{_OWN_NOISE:g} x unpatched, fed in other ways")
 
 
 def tight(case: Case) -> Bound:
     """The row of `TOLERANCES`; in 16 bits three times the difference from the same weights in float32."""
-    if case.model.dtype not in _SIXTEEN_BITS:
+    if case.model.dtype not in SIXTEEN_BITS:
         return Bound(case.tolerance.logits, f"rounding of {case.proof.dtype}")
     if "tight" not in case.once:
         exact: Any = copy.deepcopy(case.plain).float()
@@ -149,9 +153,9 @@ def rounding_noise(case: Case, single_logits: bool = False) -> Bound:
     return noise_bound(found.largest if single_logits else size(case, found))
 
 
-def noise_bound(found: float) -> Bound:
+def noise_bound(found: float, typical: float | None = None) -> Bound:
     """Of what a definition differs from itself."""
-    return Bound(_OWN_NOISE * found, f"{_OWN_NOISE:g} x last bits where it rounds")
+    return Bound(_OWN_NOISE * found, f"{_OWN_NOISE:g} x last bits where it rounds", None if typical is None else _OWN_NOISE * typical)
 
 
 def _unsure(case: Case) -> Iterator[tuple[Pieces, Pieces]]:

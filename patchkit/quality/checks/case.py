@@ -19,7 +19,7 @@ from patchkit.quality.checks.feeding import NotJudged, fed, in_chunks, one_by_on
 from patchkit.quality.definitions import NoDefinition
 from patchkit.quality.proof import Check, Proof
 from patchkit.target import Target, twin
-from patchkit.testing import TOLERANCES, snapshot
+from patchkit.testing import TOLERANCES, Snapshot, snapshot
 
 Advance = Callable[[str], object]
 # Tokens of a probe beyond those after which every patch acts.
@@ -35,6 +35,7 @@ class Case:
 
     Attributes:
         plain, full: the model without patches, and with all.
+        before: what ``full`` was before it was patched; None once that has been compared.
         reach: tokens beyond which every patch acts.
         probe: tokens of the texts of most checks.
         longest: tokens that the model can take at all; None without a limit.
@@ -57,7 +58,7 @@ class Case:
         self.pad = _pad(model)
         self.plain.generation_config = GenerationConfig(do_sample=False, pad_token_id=self.pad)
         fresh = self.twin()
-        self.before = snapshot(fresh)
+        self.before: Snapshot | None = snapshot(fresh)
         self.full: Any = api.patch_model(fresh, *patches, verbose=False) if patches else fresh
         self.target = Target(self.plain)
         self.promises: dict[Patch, Promises] = {patch: patch.promises(self.target) for patch in patches}

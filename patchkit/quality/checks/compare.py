@@ -24,12 +24,14 @@ class Difference:
     Attributes:
         largest: of all logits, relative to a tenth of the largest expected one where that exceeds 10 (`patchkit.testing.logit_error`).
         position: root mean square over the vocabulary, at the position where it is largest.
+        typical: the median over positions of what ``largest`` is of all.
 
-    Both are infinite if one side has a NaN or an infinity where the other has not.
+    All are infinite if one side has a NaN or an infinity where the other has not.
     """
 
     largest: float = 0.0
     position: float = 0.0
+    typical: float = 0.0
 
 
 def difference(actual: Pieces, expected: Pieces) -> Difference:
@@ -38,7 +40,8 @@ def difference(actual: Pieces, expected: Pieces) -> Difference:
     Raises:
         ValueError: the shapes differ.
     """
-    off, scale, squares = 0.0, 0.0, 0.0
+    scale, squares = 0.0, 0.0
+    off: list[torch.Tensor] = []
     for left, right in _aligned(actual, expected):
         rows = max(1, _AT_ONCE // max(1, left[:, :1].numel() * 8))
         for a, b in zip(left.split(rows, 1), right.split(rows, 1), strict=True):
@@ -48,12 +51,16 @@ def difference(actual: Pieces, expected: Pieces) -> Difference:
             if not (math.isfinite(most) and math.isfinite(size)):
                 finite = b.isfinite()
                 if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not a[finite].isfinite().all():
-                    return Difference(math.inf, math.inf)
+                    return Difference(math.inf, math.inf, math.inf)
                 apart = apart.masked_fill_(~finite, 0)
-                most, size = apart.amax().item(), b[finite].abs().amax().item() if finite.any() else 0.0
-            off, scale = max(off, most), max(scale, size)
+                size = b[finite].abs().amax().item() if finite.any() else 0.0
+            scale = max(scale, size)
+            off.append(apart.amax(-1).flatten())
             squares = max(squares, apart.float().square().mean(-1).amax().item())
-    return Difference(off / max(1.0, scale / 10), math.sqrt(squares))
+    if not off:
+        return Difference()
+    positions = torch.cat(off) / max(1.0, scale / 10)
+    return Difference(positions.max().item(), math.sqrt(squares), positions.median().item())
 
 
 def _aligned(actual: Pieces, expected: Pieces) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

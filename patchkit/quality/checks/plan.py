@@ -47,6 +47,11 @@ def _fed(case: Case, length: int) -> Work:
     return Work(40, 4 * length)
 
 
+def _singles(length: int) -> int:
+    """Single tokens of a text that is fed one by one."""
+    return length if length <= ONE_BY_ONE else 26
+
+
 def _long(case: Case) -> int:
     return max(case.reach, case.wrap) if case.longest is None and max(case.reach, case.wrap) <= LONG else 0
 
@@ -82,17 +87,18 @@ STEPS = (
         "logits are those of the definition",
         defined,
         lambda case: any(promise.definition is not None for promise in case.promises.values()),
-        lambda case: _fed(case, case.probe) + Work(4, 40 * case.reach),
+        # A definition that rounds is worked out for every way, and is the first to ask whether the unpatched model agrees with itself.
+        lambda case: _fed(case, case.probe) + (Work(1.2 * case.probe + 8) if case.rounding else Work(4, 41 * case.reach)),
     ),
     Step("no overflow in 16 bits", no_overflow, lambda case: bool(case.rounding), lambda case: Work(10)),
-    Step("no token sees a later one", causal, lambda case: True, lambda case: Work(30, 10 * case.probe)),
+    Step("no token sees a later one", causal, lambda case: True, lambda case: Work(0.46 * case.probe, 10 * case.probe)),
     Step(
         "any way of feeding is the same",
         any_feeding,
         lambda case: _patched(case) and all(promise.any_feeding for promise in case.promises.values()),
-        lambda case: _fed(case, case.probe) + (Work(70, 2 * 3 * _long(case)) if _long(case) else Work(0)),
+        lambda case: _fed(case, case.probe) + (Work(70, 2 * (4 if case.thorough else 3) * _long(case)) if _long(case) else Work(0)),
     ),
-    Step("a padded row is the row alone", padded_rows, _patched, lambda case: Work(16, 12 * case.probe)),
+    Step("a padded row is the row alone", padded_rows, _patched, lambda case: Work(9, 8.5 * case.probe)),
     Step("tokens taken back leave no trace", taken_back, _patched, lambda case: Work(40, 3 * _long(case) + 4 * case.probe)),
     Step(
         "generate says what forwards say",
@@ -114,7 +120,7 @@ STEPS = (
         "a text after others is as in a fresh model",
         not_mixed,
         lambda case: True,
-        lambda case: Work(case.probe if case.reach else 3, _long(case) + case.probe),
+        lambda case: Work(_singles(case.probe) if case.reach else 3, _long(case) + 2 * case.probe),
     ),
     Step("it acted", acted, _patched, lambda case: Work(0)),
     Step("nothing is left when removed", restored, _patched, lambda case: Work(4)),

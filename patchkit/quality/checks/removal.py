@@ -21,14 +21,16 @@ def restored(case: Case) -> None:
         promise = "nothing is left when removed"
         if any(patch.irreversible for patch in case.patches):
             raise NotJudged("these options say that they cannot be undone")
+        assert case.before is not None
         api.unpatch_model(case.full)
         try:
             assert_restored(case.before, case.full)
         except AssertionError as found:
             return Check(case.spec, "all", promise, "broken", detail=str(found))
         finally:
+            case.before = None
             api.patch_model(case.full, *case.patches, verbose=False)
-        return Check(case.spec, "all", promise, "kept", detail="modules, hooks, attributes, weights and logits, bit by bit")
+        return Check(case.spec, "all", promise, "kept", detail="everything, bit by bit")
 
     case.check("all", "nothing is left when removed", run)
 

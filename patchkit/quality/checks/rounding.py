@@ -16,6 +16,9 @@ from patchkit.quality.proof import Check
 
 # Decibels by which a module may be noisier on loud inputs in float16 than was reported of it.
 _MOST_WORSE = 10.0
+# The largest output of the original on loud inputs, and how often inputs are doubled or halved at most to get there.
+_LOUDEST = 2.0**14
+_DOUBLINGS = 15
 
 
 def no_overflow(case: Case) -> None:
@@ -62,15 +65,14 @@ def _loud(case: Case, patch: Patch) -> Check:
 def _loud_snr(original: nn.Module, patched: nn.Module, args: tuple[Any, ...]) -> float:
     """Signal-to-noise ratio in dB of a patched module in float16, on inputs as loud as the original in float16 can take."""
     exact, plain, half = copy.deepcopy(original).float(), copy.deepcopy(original).half(), copy.deepcopy(patched).to(torch.float16)
-    loudest = None
-    for exponent in range(16):
-        loud = (args[0].float() * 2.0**exponent).half(), *args[1:]
-        reached = plain(*_as(torch.float16, loud)).abs().max()
-        if not reached <= 2.0**14:  # infinite, or no number
+    # What is not linear may need less; some modules of large models are too loud for float16 as they are.
+    first = math.floor(math.log2(_LOUDEST / max(1e-30, exact(*_as(torch.float32, args)).abs().max().item())))
+    for exponent in range(max(-_DOUBLINGS, min(_DOUBLINGS, first)), -_DOUBLINGS - 1, -1):
+        loudest = (args[0].float() * 2.0**exponent).half(), *args[1:]
+        if bool(plain(*_as(torch.float16, loudest)).abs().max() <= _LOUDEST):  # finite, and a number
             break
-        loudest = loud
-    if loudest is None:
-        raise NotJudged("its outputs do not fit into float16 as they are")
+    else:
+        raise NotJudged("the outputs of a module do not fit into float16 on any inputs")
     y, rounded = exact(*_as(torch.float32, loudest)), half(*_as(torch.float16, loudest)).float()
     noise = (y - rounded).norm()
     return 20 * math.log10(max(y.norm().item(), 1e-30) / max(noise.item(), 1e-30)) if noise.isfinite() else -math.inf
