@@ -36,11 +36,18 @@ class ExportError(PatchError):
     """A patched model cannot be written as a directory; nothing is left there."""
 
 
-class PatchkitForCausalLM(PreTrainedModel):
-    """What transformers finds in an exported directory; it never becomes an object, but loads the model's own class and patches it."""
+class PatchkitForCausalLM:
+    """What transformers finds in an exported directory; it never becomes an object, but loads the model's own class and patches it.
+
+    No `PreTrainedModel`: transformers would ask one for the class of its configuration, and this stands for all.
+    """
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any, **options: Any) -> Any:  # type: ignore[override]
+    def register_for_auto_class(cls, auto_class: Any) -> None:
+        """Nothing to do: it is asked for when a model is to be saved with its code, and this one never is."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any, **options: Any) -> Any:
         """The model of an exported directory, patched.
 
         Raises:
