@@ -48,7 +48,6 @@ def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("transformers", "5.24.7"),
         ("torch", "2.8.0+cpu"),
         ("torch", "2.13.0a0+git123"),
-        ("torch", "2.15.1"),
     ],
 )
 def test_versions_that_are_tested_need_no_remark(

@@ -23,6 +23,8 @@ from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.patches import compile as compile_module
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
 
+# Inductor imports old code of torch's own.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 CLOSE = TOLERANCES[torch.float32].logits
 STREAMING = "streaming(sinks=2, window=6)"
 EAGER_BACKEND = Compile(backend="eager")  # traced by dynamo like any other, and quick
@@ -284,8 +286,20 @@ def test_unpatching_leaves_no_compiled_callable(patches):
     assert torch.equal(decoded(model, tokens()), expected)
 
 
-@pytest.mark.parametrize("patches", [[EAGER_BACKEND], [STREAMING, LAYERS]], ids=["plain", "streaming"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    ("patches", "copied"),
+    [
+        ([EAGER_BACKEND], copy.deepcopy),
+        matrix([STREAMING, LAYERS], copy.deepcopy),
+        matrix([EAGER_BACKEND], pickled),
+        ([STREAMING, LAYERS], pickled),
+    ],
+    ids=["plain, deepcopy", "streaming, deepcopy", "plain, pickle", "streaming, pickle"],
+)
 def test_a_copy_compiles_for_itself_and_is_unpatched_alone(patches, copied):
     model = patch_model(tiny_model("llama"), *patches)
     expected = decoded(model, tokens())

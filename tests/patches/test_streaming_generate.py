@@ -168,8 +168,8 @@ def test_training_is_as_if_unpatched(checkpointing):
         model = tiny_model("llama").train()
         if patch:
             patch_model(model, StreamingLLM(SINKS, WINDOW))
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if checkpointing:  # called activation checkpointing from transformers 5.24 on
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         packed = torch.tensor([[*range(15), *range(15)]])
