@@ -22,23 +22,22 @@ from patchkit.cli.common import (
 
 @app.command()
 def demo(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"{MODEL_HELP} Default 'bundled'.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default 'bundled'.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="How many tokens of text to stream; default 16384, or 1.5 times a limit of 2049 to 8192 positions."),
+        typer.Option(min=2, metavar="N", help="Tokens of text to stream; default 16384, or one and a half times a limit above 2048."),
     ] = None,
     windows: Annotated[
         str | None,
-        typer.Option(help="StreamingLLM windows in tokens, separated by commas; default 508,252,124, or shares of a limit above 2048."),
+        typer.Option(metavar="LIST", help="StreamingLLM windows in tokens; default 508,252,124, or shares of a limit above 2048."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.", dir_okay=False)] = Path("patchkit-demo.png"),
     as_json: JsonOption = False,
 ) -> None:
     """Stream real text through a model, unpatched and with StreamingLLM: perplexity, time and memory by position.
 
-    A model made for more than 2048 positions reads English, within and beyond its limit, and is asked to recall keys; any other reads
-    library code, far beyond its limit.
+    Models made for more than 2048 positions read English, within and beyond their limit, and are asked for keys; others library code.
     """
     if name is not None and model is not None and name != model:
         raise typer.BadParameter(f"{name!r} and --model {model!r} are two models: give one", param_hint="MODEL")

@@ -31,14 +31,19 @@ def needle(
     patches: PatchesOption = "",
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Tokens of prompt, such as 1k,2k,4k,8k (1k is 1024); default: up to the model's limit, at most 8k."),
+        typer.Option(
+            "--lengths", metavar="LIST", help="Tokens of prompt, such as 1k,2k,4k,8k (1k is 1024); default up to the model's limit."
+        ),
     ] = None,
     distances: Annotated[
-        str, typer.Option("--distances", help="Tokens between a key and its answer; what does not fit a length is left out.")
+        str,
+        typer.Option("--distances", metavar="LIST", help="Tokens between a key and its answer; what does not fit a length is left out."),
     ] = "200,400,800,1600,3200,6400",
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Keys, each in a text of its own, for every length and distance.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", help="Of the keys.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)] = Path("patchkit-needle"),
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, metavar="N", help="Keys, each in a text of its own, for every length and distance.")
+    ] = 3,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the keys.")] = 0,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.", file_okay=False)] = Path("patchkit-needle"),
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
