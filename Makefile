@@ -3,25 +3,42 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
+NEWEST := .venv-newest
 # The oldest transformers that patchkit supports, on the only torch whose CPU wheel is easy to come by.
 FLOOR_PINS := transformers==5.15.*
 # Two workers of one thread each: more threads would only fight for the same cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo test test-floor check format bench matrix real gpu coverage clean help
+.PHONY: demo real test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## the main job: the bundled model on 16k tokens of real text, unpatched and streaming
 	$(BIN)/patchkit demo $(ARGS)
 
-test: $(VENV)/.installed  ## the whole test suite
-	$(PYTEST) $(BIN)/python -m pytest -n 2 $(ARGS)
+test: $(VENV)/.installed  ## the fast layer of the tests, which catches every seeded bug
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(ARGS)
 
-test-floor: $(FLOOR)/.installed  ## the whole test suite on the oldest supported transformers
-	$(PYTEST) $(FLOOR)/bin/python -m pytest -n 2 $(ARGS)
+test-all: $(VENV)/.installed  ## every test: the fast layer, and the matrix of families and full sizes
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) -m "" $(ARGS)
+
+test-acting: $(VENV)/.installed  ## what a user does, start to end: the tests of tests/acting
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) tests/acting $(ARGS)
+
+test-floor: $(FLOOR)/.installed  ## the fast layer on the oldest supported transformers
+	$(ONE_THREAD) $(FLOOR)/bin/python $(PYTEST) $(ARGS)
+
+test-newest: $(NEWEST)/.installed  ## the fast layer on the transformers that pip brings today
+	$(ONE_THREAD) $(NEWEST)/bin/python $(PYTEST) $(ARGS)
+
+seeded-bugs: $(VENV)/.installed  ## is every one of 20 seeded bugs caught by the fast layer? writes evals/results/seeded_bugs.json
+	$(BIN)/python evals/seeded_bugs.py $(ARGS)
+
+seconds: $(VENV)/.installed  ## every test; records the CPU seconds of each file, by which CI chooses: writes .ci/seconds.json
+	$(ONE_THREAD) PYTHONPATH=tests $(BIN)/python $(PYTEST) -m "" -p cpu_seconds --cpu-seconds=.ci/seconds.json $(ARGS)
 
 check: $(VENV)/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -49,7 +66,7 @@ coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tin
 	$(BIN)/python evals/coverage.py $(ARGS)
 
 clean:  ## remove environments, caches and build products
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -64,4 +81,12 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt torch
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt -e '.[test]' '$(FLOOR_PINS)'
+	@touch $@
+
+# Nothing but torch is pinned: its CPU wheel is the one that is easy to come by.
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install -c $(NEWEST)/constraints.txt torch
+	$(NEWEST)/bin/python -m pip install --upgrade -c $(NEWEST)/constraints.txt -e '.[test]'
 	@touch $@

@@ -46,7 +46,7 @@ import transformers
 from oracle import OracleUnsupported, oracle_logits
 from tiny_configs import model_types, tiny_model
 
-from patchkit import PatchError, StreamingLLM, patch_model, report, unpatch_model
+from patchkit import PatchError, StreamingLLM, _compat, patch_model, report, unpatch_model
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot
 
 SINKS, WINDOW, LENGTH, CHUNK, PROMPT = 2, 6, 24, 5, 5
@@ -90,7 +90,7 @@ def in_chunks(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
     cache, rows = None, []
     for start in range(0, ids.shape[1], size):
         out = model(input_ids=ids[:, start : start + size], use_cache=True, **({} if cache is None else cache))
-        name = next((n for n in ("past_key_values", "cache_params") if getattr(out, n, None) is not None), None)
+        name = next((n for n in (_compat.CACHE, "cache_params") if getattr(out, n, None) is not None), None)
         if name is None:
             raise LookupError("forward(use_cache=True) returns no cache")
         cache = {name: getattr(out, name)}

@@ -23,13 +23,13 @@ from patchkit.errors import PatchError
 
 SUPPORTED = {"transformers": ">=5.15", "torch": ">=2.8"}
 # The newest versions that the test suite has run on. Newer ones are used too, with a warning.
-TESTED = {"transformers": "5.24", "torch": "2.15"}
+TESTED = {"transformers": "5.24", "torch": "2.14"}
 _REMEDY = 'Install a supported pair: pip install "transformers{transformers}" "torch{torch}"'.format(**SUPPORTED)
 
 _logger = logging.getLogger("patchkit")
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, GenerationMixin, PreTrainedConfig
     from transformers.cache_utils import (
         Cache,
         CacheLayerMixin,
@@ -254,6 +254,55 @@ def torchao_quantizer(dynamic: dict[str, bool]) -> tuple[Any, Any]:
     return config, AutoHfQuantizer.from_config(config, pre_quantized=True)
 
 
+# What transformers leaves on a model that it has loaded from a GGUF file (since 5.24), and on its config. No other loader leaves these
+# on a model whose weights are ordinary tensors.
+_MARKS_OF_GGUF = ("hf_quantizer", "quantization_method", "is_quantized")
+_MARKS_ON_CONFIG = ("quantization_config", "_is_quantized")
+
+
+def gguf_options() -> dict[str, Any]:
+    """The options of `from_pretrained` with which a GGUF file becomes a model of ordinary tensors, wherever it is loaded."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def gguf_pre_tokenizers() -> set[str]:
+    """The names under tokenizer.ggml.pre by which this transformers splits text as they say."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # before 5.24 it goes by the architecture
+        return set()
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+def is_unpacked_gguf(model: Any) -> bool:
+    """Whether ``model`` is called quantised because it comes from a GGUF file, although all its weights are ordinary tensors."""
+    return _is_called_gguf(model) and all(parameter.is_floating_point() for parameter in model.parameters())
+
+
+def packed_gguf(model: Any) -> str | None:
+    """Why weights of ``model`` that are still blocks of a GGUF file cannot be changed or saved; None if it has none."""
+    if not _is_called_gguf(model) or is_unpacked_gguf(model):
+        return None
+    return "its weights are packed blocks of a GGUF file: load it with quantization_config=GgufConfig(dequantize=True)"
+
+
+def _is_called_gguf(model: Any) -> bool:
+    return type(getattr(model, "hf_quantizer", None)).__name__ == "GgufHfQuantizer"
+
+
+def forget_quantizer(model: Any) -> Callable[[], None]:
+    """Take from a model of ordinary tensors, and from its config, what calls it quantised; the result puts it back."""
+    marks = {name: vars(model).pop(name) for name in _MARKS_OF_GGUF if name in vars(model)}
+    on_config = {name: vars(model.config).pop(name) for name in _MARKS_ON_CONFIG if name in vars(model.config)}
+    return functools.partial(_remember_quantizer, model, marks, on_config)
+
+
+def _remember_quantizer(model: Any, marks: dict[str, Any], on_config: dict[str, Any]) -> None:
+    vars(model).update(marks)
+    vars(model.config).update(on_config)
+
+
 # Where a name lives, and its arguments where patchkit passes or overrides them. A row of None only has to exist.
 RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "transformers:AttentionInterface.register": ("key", "value"),
@@ -287,6 +336,17 @@ RELIED_ON: dict[str, tuple[str, ...] | None] = {
     "torch.nn.modules.module:_global_forward_hooks": None,
     "torch.nn.modules.module:_global_forward_pre_hooks": None,
 }
+
+
+def missing_facts() -> list[str]:
+    """Each thing that patchkit sets or reads on instances of transformers' classes, and that is not there."""
+    config, generation = PreTrainedConfig(), GenerationConfig.__annotations__
+    facts = {
+        f"PreTrainedConfig.{name}": hasattr(config, name) for name in ("_attn_implementation_internal", "_experts_implementation_internal")
+    }
+    facts["GenerationConfig._pad_token_tensor"] = "_pad_token_tensor" in generation
+    facts["GenerationMixin.generate(custom_generate=)"] = "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
+    return [f"transformers' {name} is missing" for name, there in facts.items() if not there]
 
 
 def _installed() -> dict[str, str]:
@@ -351,7 +411,7 @@ def self_check() -> None:
     wrong = wrong_versions()
     if wrong:
         raise PatchError(f"patchkit cannot run on {' and '.join(wrong)}. {_REMEDY}")
-    changed = changed_names()
+    changed = changed_names() + missing_facts()
     if changed:
         raise PatchError(
             f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit stands on: "
@@ -475,6 +535,11 @@ def inductor_cache() -> str:
 def mark_static_address(tensor: torch.Tensor) -> None:
     """Tell CUDA graphs that ``tensor`` stays where it is, and may be written in place."""
     torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def guard_options() -> dict[str, Any]:
+    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on guards about missing names."""
+    return {"guard_filter_fn": kept_guards} if Version(torch.__version__).release >= (2, 9) else {}
 
 
 def kept_guards(guards: Any) -> list[bool]:

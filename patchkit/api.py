@@ -38,6 +38,7 @@ class PatchReport:
         changed: how many of what was changed, {"attention layers": 12}.
         left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
         hits: run-time counters since the model was patched.
+        notices: why the patch was idle where it should have acted, and how often; each was logged once as a warning.
         measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
         same_up_to: texts of at most this many tokens have the logits of the unpatched model; 0 where length plays no part.
         modules: what was done to each module, for patches that say it, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
@@ -51,6 +52,7 @@ class PatchReport:
     measured: dict[str, str] = field(default_factory=dict)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     same_up_to: int = 0
+    notices: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
@@ -60,6 +62,8 @@ class PatchReport:
             text += f"; left alone: {', '.join(f'{what} ({why})' for what, why in self.left_alone.items())}"
         if self.hits:
             text += f"; hits: {', '.join(f'{what} {count}' for what, count in self.hits.items())}"
+        for notice, count in self.notices.items():
+            text += f"; note: {notice}{f' ({count} times)' if count > 1 else ''}"
         return text
 
 
@@ -253,6 +257,9 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         handle.on_undo(compiled.restore)
         was_compiled = compiled.set_aside()
         handle.set_attribute(base, _ATTRIBUTE, handle)
+        # transformers refuses to save what it calls quantised, which this is not.
+        if _compat.is_unpacked_gguf(base):
+            handle.on_undo(_compat.forget_quantizer(base))
         for patch, length in zip(chosen, same_up_to, strict=True):
             view = handle.for_patch(patch)
             view.same_up_to = length
@@ -325,6 +332,7 @@ def _report_of(handle: Handle) -> Report:
                 dict(view.measured),
                 dict(view.modules),
                 view.same_up_to,
+                dict(view.notices),
             )
             for patch, view in handle.views
         ]

@@ -21,7 +21,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.errors import UnsupportedModel
+from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.patch import Patch, Stage, register_patch
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ MaskBuilder = Callable[..., torch.Tensor | None]
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _this_thread = threading.local()
+_PREFIX = "patchkit_"  # of every alias
 
 
 def alias_of(implementation: str) -> str:
@@ -49,9 +50,29 @@ def alias_of(implementation: str) -> str:
 
     The name avoids "sdpa", "flash" and "flex", which transformers looks for as substrings and treats specially.
     """
-    alias = f"patchkit_{zlib.crc32(implementation.encode()):08x}"
+    alias = f"{_PREFIX}{zlib.crc32(implementation.encode()):08x}"
     _compat.register_attention(alias, _in_front_of(implementation), _mask_of(implementation))
     return alias
+
+
+def refuse_other_attention(configs: Sequence[Any]) -> None:
+    """Look whether patched attention modules still reach patchkit's functions, through an alias that their configs name.
+
+    Raises:
+        StreamError: another implementation was set since; the patch would be off without a word.
+    """
+    for config in configs:
+        implementation = config._attn_implementation
+        if not (implementation or "").startswith(_PREFIX):
+            raise StreamError(
+                f"the attention implementation was set to {implementation!r} after the model was patched, which puts the patch's own "
+                "attention out of force: unpatch_model, set it, and patch again"
+            )
+
+
+def configs_of(modules: Iterable[nn.Module], model: Any) -> list[Any]:
+    """The config objects through which these attention modules look their implementation up, each once."""
+    return list({id(config): config for module in modules for config in [getattr(module, "config", model.config)]}.values())
 
 
 def attention_patch(name: str, mask: MaskRule | None = None) -> Callable[[AttentionFunction], type[AttentionPatch]]:
@@ -114,7 +135,13 @@ class AttentionPatch(Patch):
             handle.set_attribute(config, "_attn_implementation_internal", alias)
         for module in modules.values():
             handle.set_attribute(module, "_patchkit_attention", functools.partial(_run_patch, type(self), handle.hits))
+        configs = configs_of(modules.values(), target.model)
+        handle.pre_hook(target.decoder, functools.partial(_before_patched_forward, configs))
         handle.changed("attention modules", len(modules))
+
+
+def _before_patched_forward(configs: list[Any], decoder: nn.Module, args: Any) -> None:
+    refuse_other_attention(configs)
 
 
 def _run_patch(cls: type[AttentionPatch], hits: Counter[str], original: AttentionFunction, *args: Any, **kwargs: Any) -> AttentionOutput:

@@ -7,6 +7,7 @@ other way to run code of a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from patchkit import _compat
 from patchkit.api import patch_model, patched, report
 from patchkit.errors import PatchConflict, PatchError, SpecError
 from patchkit.patch import Patch, parse_spec
@@ -34,11 +36,18 @@ class ExportError(PatchError):
     """A patched model cannot be written as a directory; nothing is left there."""
 
 
-class PatchkitForCausalLM(PreTrainedModel):
-    """What transformers finds in an exported directory; it never becomes an object, but loads the model's own class and patches it."""
+class PatchkitForCausalLM:
+    """What transformers finds in an exported directory; it never becomes an object, but loads the model's own class and patches it.
+
+    No `PreTrainedModel`: transformers would ask one for the class of its configuration, and this stands for all.
+    """
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any, **options: Any) -> Any:  # type: ignore[override]
+    def register_for_auto_class(cls, auto_class: Any) -> None:
+        """Nothing to do: it is asked for when a model is to be saved with its code, and this one never is."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any, **options: Any) -> Any:
         """The model of an exported directory, patched.
 
         Raises:
@@ -68,7 +77,7 @@ def export(model: PreTrainedModel, tokenizer: Any, patches: str | Sequence[Patch
     Raises:
         SpecError: an option is an object, such as a draft model in memory.
         PatchError: a patch refuses the model.
-        ExportError: the directory is not empty, or cannot be written.
+        ExportError: the directory is not empty, or cannot be written; or the weights are packed blocks of a GGUF file.
     """
     chosen = parse_spec(patches) if isinstance(patches, str) else list(patches)
     spec = " + ".join(patch.spec for patch in chosen)
@@ -81,10 +90,15 @@ def export(model: PreTrainedModel, tokenizer: Any, patches: str | Sequence[Patch
         raise ExportError(f"{directory} is {'not empty' if directory.is_dir() else 'a file'}: give a new directory")
     if not directory.absolute().parent.is_dir():
         raise ExportError(f"the folder {directory.absolute().parent} does not exist: create it, or export elsewhere")
+    if (obstacle := _compat.packed_gguf(model)) is not None:
+        raise ExportError(f"the model cannot be saved: {obstacle}")
     _check(model, chosen)
     partial = directory.absolute().parent / f".{directory.name}.{os.getpid()}"
     try:
-        model.save_pretrained(partial)
+        with contextlib.ExitStack() as stack:
+            if _compat.is_unpacked_gguf(model):
+                stack.callback(_compat.forget_quantizer(model))
+            model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from patchkit.patch import Patch
+
+_logger = logging.getLogger("patchkit")
+
+
+class Notices(dict[str, int]):
+    """What a patch had to say while it ran, such as why it was idle in a call that it should have served; each text with its count.
+
+    Like `Handle.hits` it goes into functions that stay on the model: it can be copied and pickled on its own.
+    """
+
+    def say(self, text: str) -> None:
+        """Count ``text``, and log it as a warning the first time."""
+        if text not in self:
+            _logger.warning("patchkit: %s", text)
+        self[text] = self.get(text, 0) + 1
 
 
 class Handle:
@@ -33,6 +49,7 @@ class Handle:
         model: the patched model.
         views: on the root handle, each patch with its view, in the order of application.
         hits: run-time counters, kept by the patch and shown by `patchkit.report`.
+        notices: what the patch had to say at run time, logged once each and shown by `patchkit.report`.
         counts, reasons, measured, modules: what `changed`, `left_alone`, `measure` and `describe` were told.
         same_up_to: what the patch promised about this model (`Promises.same_up_to`).
         final: why the edits can no longer be undone; None while they can.
@@ -42,6 +59,7 @@ class Handle:
         self.model = model
         self.views: list[tuple[Patch, Handle]] = []
         self.hits: Counter[str] = Counter()
+        self.notices = Notices()
         self.counts: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
         self.measured: dict[str, str] = {}
@@ -141,6 +159,7 @@ class Handle:
         """All patches are applied: counters start, and what was to be discarded is."""
         for _, view in self.views:
             view.hits.clear()
+            view.notices.clear()
         for why, discard in self._last:
             self.final = why
             discard()

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import enum
+import functools
 import importlib
 import keyword
 import os
@@ -144,6 +145,7 @@ class Patch(Spelled):
 
 P = TypeVar("P", bound=Patch)
 S = TypeVar("S", bound=Spelled)
+T = TypeVar("T")
 
 _registry: dict[str, type[Patch]] = {}
 _discovered = False
@@ -213,8 +215,30 @@ def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
     Raises:
         SpecError: the file cannot be read, or what it says.
     """
+    return _in_file(path, _parsed)
+
+
+def check_spelling(text: str) -> None:
+    """Raise what `parse_spec` raises about syntax and about the names of patches and options, within a moment.
+
+    Patches take seconds to import, so their names and options are read in their source. What this lets pass may still be wrong: values
+    are for `parse_spec`.
+
+    Raises:
+        SpecError: as `parse_spec`.
+    """
+    known = _declared()
+    if known is None:
+        return
+    if text.strip().startswith("@"):
+        _in_file(text.strip()[1:], functools.partial(_check_names, known=known))
+    else:
+        _check_names(text, known)
+
+
+def _in_file(path: str | os.PathLike[str], read: Callable[[str], T]) -> T:
     try:
-        return _parsed(Path(path).read_text(encoding="utf-8"))
+        return read(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"the spec file {os.fspath(path)!r} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
@@ -224,6 +248,11 @@ def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
 
 
 def _parsed(text: str) -> list[Patch]:
+    return [_patch_of(node, text) for node in _terms(text, available_patches())]
+
+
+def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
+    """What is joined with '+' in a spec; nothing in the spec of no patch."""
     try:
         # In brackets, so that a spec may run over several lines (YAML).
         tree = ast.parse(f"({text.strip()}\n)", mode="eval")
@@ -233,10 +262,39 @@ def _parsed(text: str) -> list[Patch]:
             "Write it like 'streaming(sinks=4, window=1020) + mlp_int8', and quote values that are not single words"
         ) from None
     if isinstance(tree.body, ast.Tuple) and not tree.body.elts:  # nothing, or nothing but comments
-        raise SpecError(f"empty spec: name at least one patch, or write none; available: {_listed(available_patches())}")
+        raise SpecError(f"empty spec: name at least one patch, or write none; available: {_listed(known)}")
     if isinstance(tree.body, ast.Name) and tree.body.id == NO_PATCH:
         return []
-    return [_patch_of(node, text) for node in _summands(tree.body)]
+    return list(_summands(tree.body))
+
+
+def _check_names(text: str, known: dict[str, tuple[str, ...] | None]) -> None:
+    for node in _terms(text, known):
+        name = _name_of(node, text, known)
+        options = known[name]
+        if options is not None:
+            _keywords(name, node, options)
+
+
+def _declared() -> dict[str, tuple[str, ...] | None] | None:
+    """The patches by spec name, with the names of their options: of those in `patchkit/patches/` as their source says, and of those
+    that are registered already. None for the options of a class, or for everything, where the source does not say it plainly."""
+    known: dict[str, tuple[str, ...] | None] = {name: tuple(_options(cls)) for name, cls in _registry.items()}
+    for path in sorted(Path(__file__).with_name("patches").glob("*.py")) if not _discovered else []:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {name: node for node in tree.body if isinstance(node, ast.ClassDef) for name in _registered_as(node)}
+        if not found and path.name != "__init__.py":
+            return None
+        for name, node in found.items():
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each.annotation)]
+            plain = [ast.unparse(base) for base in node.bases] == [Patch.__name__]
+            known.setdefault(name, tuple(ast.unparse(each.target) for each in fields) if plain else None)
+    return dict(sorted(known.items()))
+
+
+def _registered_as(node: ast.ClassDef) -> list[str]:
+    calls = [each for each in node.decorator_list if isinstance(each, ast.Call) and ast.unparse(each.func) == register_patch.__name__]
+    return [each.args[0].value for each in calls if isinstance(each.args[0], ast.Constant) and isinstance(each.args[0].value, str)]
 
 
 def parse_object(text: str, kind: str, classes: Sequence[type[S]]) -> S:
@@ -270,38 +328,48 @@ def _summands(node: ast.expr) -> Iterable[ast.expr]:
 
 
 def _patch_of(node: ast.expr, text: str) -> Patch:
+    patches = available_patches()
+    return _made(patches[_name_of(node, text, patches)], node)
+
+
+def _name_of(node: ast.expr, text: str, known: Iterable[str]) -> str:
     word = node.func if isinstance(node, ast.Call) else node
     if not isinstance(word, ast.Name):
         raise SpecError(
             f"{ast.unparse(node)!r} in the spec {text!r} is not a patch: join patches with '+', like 'streaming(window=1020) + mlp_int8'"
         )
-    patches = available_patches()
-    if word.id not in patches:
-        raise SpecError(_unknown("patch", word.id, patches))
-    return _made(patches[word.id], node)
+    if word.id not in known:
+        raise SpecError(_unknown("patch", word.id, known))
+    return word.id
 
 
 def _made(cls: type[S], node: ast.expr) -> S:
     """An object of ``cls`` as ``node`` writes it: its bare name, or a call with options."""
-    call = node if isinstance(node, ast.Call) else None
-    if call and call.args:
-        raise SpecError(
-            f"{cls.name}: {ast.unparse(call.args[0])!r} is given without its option's name: write {cls.name}(option=value), "
-            f"options: {_listed(_options(cls))}"
-        )
-    given: dict[str, Any] = {}
-    for argument in call.keywords if call else []:
-        if argument.arg is None:
-            raise SpecError(f"{cls.name}: '**' is not allowed in a spec: write every option as option=value")
-        if argument.arg not in _options(cls):
-            raise SpecError(_unknown(f"option of {cls.name}", argument.arg, _options(cls)))
-        if argument.arg in given:
-            raise SpecError(f"{cls.name}: the option {argument.arg!r} is given twice: give it once")
-        given[argument.arg] = _value_of(argument.value, cls, argument.arg)
+    given = {option: _value_of(value, cls, option) for option, value in _keywords(cls.name, node, _options(cls)).items()}
     try:
         return cls(**given)
     except (TypeError, ValueError) as error:
         raise SpecError(f"{ast.unparse(node)}: {error}") from error
+
+
+def _keywords(name: str, node: ast.expr, options: Iterable[str]) -> dict[str, ast.expr]:
+    """The options that are given to the object called ``name``."""
+    call = node if isinstance(node, ast.Call) else None
+    if call and call.args:
+        raise SpecError(
+            f"{name}: {ast.unparse(call.args[0])!r} is given without its option's name: write {name}(option=value), "
+            f"options: {_listed(options)}"
+        )
+    given: dict[str, ast.expr] = {}
+    for argument in call.keywords if call else []:
+        if argument.arg is None:
+            raise SpecError(f"{name}: '**' is not allowed in a spec: write every option as option=value")
+        if argument.arg not in options:
+            raise SpecError(_unknown(f"option of {name}", argument.arg, options))
+        if argument.arg in given:
+            raise SpecError(f"{name}: the option {argument.arg!r} is given twice: give it once")
+        given[argument.arg] = argument.value
+    return given
 
 
 def _value_of(node: ast.expr, cls: type[Spelled], option: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patchkit.models import bundled_path
+
+
+@pytest.fixture(autouse=True)
+def log_levels_stay() -> Iterator[None]:
+    """A command quiets the loggers of its process, which here is that of the tests after it."""
+    loggers = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    before = {logger: logger.level for logger in loggers}
+    yield
+    for logger, level in before.items():
+        if logger.level != level:
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

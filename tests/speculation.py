@@ -14,7 +14,8 @@ from patchkit import patch_model
 from patchkit.generation.drafter import Drafter, Proposal, Session, State
 from patchkit.testing import tiny_model
 
-NEW = 200
+# New tokens: of the bar, and of its smaller sibling, in which windows of 6 to 16 tokens have passed several times.
+NEW, FEW = 200, 52
 
 
 def text_of(model: PreTrainedModel, batch: int, new: int = NEW, **options: Any) -> torch.Tensor:
@@ -28,9 +29,10 @@ def text_of(model: PreTrainedModel, batch: int, new: int = NEW, **options: Any) 
 
 
 @functools.cache
-def plain_text(family: str, batch: int, streaming: bool = False) -> torch.Tensor:
+def plain_text(family: str, batch: int, streaming: bool = False, new: int = NEW) -> torch.Tensor:
+    """What plain decoding gives, [B, 12 + new]."""
     model = tiny_model(family)
-    return text_of(patch_model(model, "streaming(sinks=2, window=10)", verbose=False) if streaming else model, batch)
+    return text_of(patch_model(model, "streaming(sinks=2, window=10)", verbose=False) if streaming else model, batch, new)
 
 
 Rule = Callable[[State, int, int], int]  # state, row, index of the token in the row's buffer -> token

@@ -342,6 +342,7 @@ def test_the_report_counts_at_run_time(model: Any) -> None:
         "measured": {},
         "modules": {},
         "same_up_to": 0,
+        "notices": {},
     }
     report = patchkit.report(model)
     assert json.loads(json.dumps(report.to_dict()))["patches"][0] == entry

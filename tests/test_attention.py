@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import cache_of, cached
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patchkit import _compat, attention_patch, patch, patch_model, patched, report, unpatch_model
@@ -59,7 +60,7 @@ def test_its_mask_rule_limits_what_is_visible(registry):
         out = model(input_ids=ids[:, :12], use_cache=True)
         steps = [out.logits]
         for t in range(12, 20):
-            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(input_ids=ids[:, t : t + 1], **cached(cache_of(out)))
             steps.append(out.logits)
         assert logit_error(torch.cat(steps, 1), expected) <= CLOSE
 

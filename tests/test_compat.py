@@ -40,27 +40,43 @@ def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "version", "supported"),
+    ("library", "version"),
     [
-        ("transformers", "5.15.0", True),
-        ("transformers", "5.23.0", True),
-        ("transformers", "5.23.1.dev0", True),
-        ("transformers", "5.24.0.dev0", False),
-        ("transformers", "5.24.0", False),
-        ("transformers", "5.14.2", False),
-        ("transformers", "6.0.0", False),
-        ("torch", "2.8.0+cpu", True),
-        ("torch", "2.13.0a0+git123", True),
-        ("torch", "2.7.1", False),
+        ("transformers", "5.15.0"),
+        ("transformers", "5.23.1.dev0"),
+        ("transformers", "5.24.0.dev0"),
+        ("transformers", "5.24.7"),
+        ("torch", "2.8.0+cpu"),
+        ("torch", "2.13.0a0+git123"),
     ],
 )
-def test_versions(monkeypatch: pytest.MonkeyPatch, library: str, version: str, supported: bool) -> None:
+def test_versions_that_are_tested_need_no_remark(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, library: str, version: str
+) -> None:
     monkeypatch.setattr({"transformers": transformers, "torch": torch}[library], "__version__", version)
-    if supported:
+    _compat.self_check()
+    assert library not in caplog.text
+
+
+@pytest.mark.parametrize("newer", ["{major}.{next_minor}.0.dev0", "{next_major}.0.0"])
+@pytest.mark.parametrize("library", ["transformers", "torch"])
+def test_newer_versions_are_used_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, library: str, newer: str
+) -> None:
+    major, minor = map(int, _compat.TESTED[library].split("."))
+    version = newer.format(major=major, next_minor=minor + 1, next_major=major + 1)
+    monkeypatch.setattr({"transformers": transformers, "torch": torch}[library], "__version__", version)
+    _compat.self_check()
+    (warned,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{library} {version} (tested up to {_compat.TESTED[library]})" in warned.getMessage()
+    assert "patchkit prove" in warned.getMessage()
+
+
+@pytest.mark.parametrize(("library", "version"), [("transformers", "5.14.2"), ("transformers", "5.15.0.dev0"), ("torch", "2.7.1")])
+def test_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch, library: str, version: str) -> None:
+    monkeypatch.setattr({"transformers": transformers, "torch": torch}[library], "__version__", version)
+    with pytest.raises(PatchError, match=rf"cannot run on {library} {version}, needs .*pip install"):
         _compat.self_check()
-    else:
-        with pytest.raises(PatchError, match=rf"cannot run on {library} {version}, needs .*pip install"):
-            _compat.self_check()
 
 
 def test_a_failed_check_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The contract of every patch (docs/design.md): over the registry and the families, with no list of patches here."""
+"""The contract of every patch (docs/design.md): over the registry and the families, with no list of patches here.
+
+What a patch refuses is in `refusals.REFUSED`; every other family it has to serve.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import dataclasses
 
 import pytest
 import torch
+from refusals import REFUSED, is_refused, refusal
+from support import FAMILIES_FAST, fast_first
 from transformers import AutoModelForCausalLM
 
 from patchkit import Patch, available_patches, patch_model, report, unpatch_model
-from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
+from patchkit.errors import PatchConflict, PatchError, SpecError
 from patchkit.handle import Handle
 from patchkit.patch import Stage, parse_spec
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
@@ -33,22 +38,19 @@ def logits(model) -> torch.Tensor:
     return model(input_ids=tokens()).logits
 
 
-def applied(model, patch: Patch) -> None:
-    """Patch, or skip this family with the patch's own reason, having seen that a refusal leaves no trace."""
-    before = snapshot(model)
-    try:
-        patch_model(model, patch)
-    except (UnsupportedModel, NothingMatched) as reason:
-        assert_restored(before, model)
-        pytest.skip(str(reason))
+SERVED = [(name, family) for name in PATCHES for family in families() if not is_refused(name, family)]
+NOT_SERVED = [(name, family) for name in PATCHES for family in families() if is_refused(name, family)]
 
 
-@pytest.mark.parametrize("family", families())
-@pytest.mark.parametrize("name", PATCHES)
+def in_a_fast_family(case: tuple[str, str]) -> bool:
+    return case[1] in FAMILIES_FAST
+
+
+@pytest.mark.parametrize(("name", "family"), fast_first(SERVED, in_a_fast_family))
 def test_a_patch_acts_and_is_gone_when_removed(name, family):
     model = tiny_model(family)
     before, plain = snapshot(model), logits(model)
-    applied(model, small(name))
+    patch_model(model, small(name))
     if available_patches()[name].exact:
         assert logit_error(logits(model), plain) <= TOLERANCES[torch.float32].logits
     else:
@@ -61,17 +63,21 @@ def test_a_patch_acts_and_is_gone_when_removed(name, family):
     assert_restored(before, model)
 
 
-@pytest.mark.parametrize("name", PATCHES)
-def test_every_exact_family_count(name):
-    """At least 25 families differ in anatomy, and most of them are served: a patch that refuses all would pass the other tests."""
-    served = 0
-    for family in families():
-        try:
-            unpatch_model(patch_model(tiny_model(family), small(name)))
-            served += 1
-        except (UnsupportedModel, NothingMatched):
-            continue
-    assert len(families()) >= 25 and served >= 20
+@pytest.mark.parametrize(("name", "family"), fast_first(NOT_SERVED, in_a_fast_family))
+def test_a_refusal_says_why_and_leaves_no_trace(name, family):
+    model = tiny_model(family)
+    before = snapshot(model)
+    with refusal(name, family):
+        patch_model(model, small(name))
+    assert_restored(before, model)
+
+
+def test_most_families_are_served():
+    """A table that says of every family that it is refused would leave nothing to test."""
+    assert len(families()) >= 25 and REFUSED.keys() <= set(PATCHES)
+    for name in PATCHES:
+        assert REFUSED.get(name, {}).keys() <= set(families())
+        assert sum(not is_refused(name, family) for family in families()) >= 20
 
 
 @pytest.mark.parametrize("edits", [0, 1, 3, 6])
@@ -110,7 +116,7 @@ def test_an_exception_half_way_restores(name, edits, monkeypatch):
 def test_a_saved_patched_model_is_a_stock_checkpoint(name, tmp_path):
     model = tiny_model("llama")
     plain = logits(model)
-    applied(model, small(name))
+    patch_model(model, small(name))
     model.save_pretrained(tmp_path)
     again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -141,7 +147,7 @@ def test_typos_are_answered_with_the_nearest_name(name):
 @pytest.mark.parametrize("name", PATCHES)
 def test_patching_twice_is_refused(name):
     model = tiny_model("llama")
-    applied(model, small(name))
+    patch_model(model, small(name))
     expected = logits(model)
     with pytest.raises(PatchConflict):
         patch_model(model, small(name))

@@ -11,14 +11,26 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from patchkit.cli.common import Dtype, JsonOption, UsageError, app, emit, load, parse, patch, print_table, progress, report, stderr
+from patchkit.cli.common import (
+    MODEL_HELP,
+    Dtype,
+    JsonOption,
+    UsageError,
+    app,
+    emit,
+    load,
+    parse,
+    patch,
+    print_table,
+    progress,
+    report,
+    stderr,
+)
 
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="'bundled', a directory or a hub id; with --endpoint its name there.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP[:-1]}; with --endpoint its name there.")] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML; what is given beside it wins.")] = None,
     patches: Annotated[str | None, typer.Option("--patches", metavar="SPEC", help="Patches of a local model.")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="A server, such as http://localhost:8000/v1.")] = None,

@@ -50,32 +50,54 @@ app = typer.Typer(
 
 
 class Dtype(str, Enum):
-    """Precision of the weights."""
+    """Precision of the weights; `auto` is the one that the checkpoint was saved in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    auto = "auto"
 
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="'bundled', a model directory, or a hub id.")]
+_SHORT_DTYPES = {"fp32": Dtype.float32, "bf16": Dtype.bfloat16, "fp16": Dtype.float16}
+
+
+def _dtype(text: str) -> Dtype:
+    try:
+        return _SHORT_DTYPES.get(text) or Dtype(text)
+    except ValueError:
+        known = ", ".join([*(dtype.value for dtype in Dtype), *_SHORT_DTYPES])
+        raise typer.BadParameter(f"{text!r} is not one of {known}") from None
+
+
+MODEL_HELP = "'bundled', 'smollm2', a model directory, a GGUF file, or a hub id."
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 PatchesOption = Annotated[
     str, typer.Option("--patches", metavar="SPEC", help="Patches, such as 'streaming(sinks=4, window=508)', or @FILE; default none.")
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        parser=_dtype,
+        metavar=f"[{'|'.join(dtype.value for dtype in Dtype)}]",
+        help="Precision of the weights; fp32, bf16 and fp16 for short, auto for the checkpoint's own.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs, such as 'cpu' or 'cuda'.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
-    import torch
-    import transformers
+    from patchkit.models import find, load_model
 
-    from patchkit.models import load_model
+    find(model)  # what is wrong with a name shows before anything large is imported
+    import transformers
 
     # What goes wrong is said by patchkit; the rest of transformers' remarks would bury it.
     transformers.logging.set_verbosity_error()
     loaded: Any
-    loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype.value))
+    loaded, tokenizer = load_model(model, dtype=dtype.value)
     try:
         return loaded.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
@@ -84,9 +106,12 @@ def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple
 
 def parse(spec: str) -> list[Patch]:
     """The patches of a spec, before anything large is loaded. An empty spec means none."""
-    from patchkit.patch import parse_spec
+    from patchkit.patch import check_spelling, parse_spec
 
-    return parse_spec(spec) if spec.strip() else []
+    if not spec.strip():
+        return []
+    check_spelling(spec)  # importing the patches takes seconds
+    return parse_spec(spec)
 
 
 def patch(model: PreTrainedModel, chosen: list[Patch]) -> None:

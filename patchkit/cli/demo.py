@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from patchkit.cli.common import (
+    MODEL_HELP,
     JsonOption,
     UsageError,
     app,
@@ -21,9 +22,7 @@ from patchkit.cli.common import (
 
 @app.command()
 def demo(
-    name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="'bundled', a model directory, or a hub id; default 'bundled'.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default 'bundled'.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")] = None,
     tokens: Annotated[
         int | None,

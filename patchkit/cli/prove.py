@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +38,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from patchkit.quality.proof import Proof
+
+# Where nobody sees a bar, something is said at least so often.
+_SILENCE_S = 30.0
+
 
 @app.command()
 def prove(
@@ -45,62 +54,161 @@ def prove(
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of text to score.")] = 16384,
     fast: Annotated[bool, typer.Option("--fast", help="Check with short windows only, score a quarter of the text, time less.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", metavar="PROMISE[,PROMISE]", help="Check these promises only, by their names in the report; time nothing."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder for report.json and report.html.", file_okay=False)] = Path("patchkit-prove"),
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Check everything that the patches promise on this model; exit code 1 if a promise is broken."""
+    """Check everything that the patches promise on this model; exit code 1 if a promise is broken.
+
+    Interrupted by SIGINT or SIGTERM it writes what it found and what it did not check, and ends with 130 or 143.
+    """
     chosen = parse(patches)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
         raise UsageError(f"{out} cannot be written: give another --out")
+    from patchkit.quality.checks.plan import wanted
     from patchkit.quality.perplexity import read_text
     from patchkit.quality.proof import Proof
     from patchkit.quality.prove import prove as run
+    from patchkit.quality.prove import reach_of
 
+    names = None if only is None else list(wanted([name.strip() for name in only.split(",")]))
     # Every view of the model would say again what patching says; the tables hold it.
     logging.getLogger("patchkit").setLevel(logging.ERROR)
     contents = [read_text(path) for path in text] if text else None
     loaded, tokenizer = load(model, dtype, device)
-    documents = _documents(tokenizer, contents, tokens // 4 if fast else tokens)
-    proof = Proof(patches, dtype.value)
+    documents = _documents(tokenizer, contents, tokens // 4 if fast else tokens, reach_of(loaded, chosen))
+    proof = Proof(patches, str(loaded.dtype).removeprefix("torch."))
     try:
-        with progress() as bar:
-            task = bar.add_task("", total=None)
-            run(proof, loaded, chosen, documents, _passkeys(tokenizer), fast, lambda what: bar.update(task, description=escape(what)))
-            bar.update(task, description="done", total=1, completed=1)
+        with _interruptible(proof) as signals, _shown(proof) as advance:
+            run(proof, loaded, chosen, documents, _passkeys(tokenizer), fast, advance, names)
     finally:
-        # After Ctrl-C too: what was found so far is a report, which says that it is incomplete.
-        if proof.checks:
+        if proof.checks or proof.complete or proof.interrupted:
             _write(proof, out, model)
-            if not proof.complete:
-                stderr().print(f"{proof.verdict}; see {out}", style="bold red", highlight=False, soft_wrap=True)
-    if as_json:
-        from patchkit.quality.environment import environment
-
-        emit({"model": model, **proof.to_dict(), "out": str(out), "environment": environment()})
-    else:
-        from patchkit.quality import report
-
-        console = Console()
-        console.width = max(console.width, 110)
-        for table in report.tables(proof):
-            console.print(table)
-        console.print(report.near_ties(proof), highlight=False, soft_wrap=True)
-        console.print(f"report.json, report.html in {out}", highlight=False, soft_wrap=True)
-        stderr().print(proof.verdict, style="bold green" if proof.passed else "bold red", highlight=False, soft_wrap=True)
+    _say(proof, out, model, as_json)
+    if signals:
+        raise typer.Exit(128 + signals[0])
     if not proof.passed:
         raise typer.Exit(1)
 
 
-def _documents(tokenizer: PreTrainedTokenizerBase, contents: list[str] | None, tokens: int) -> list[list[int]]:
-    """Token ids of about ``tokens`` in all, in eight documents or more where the texts allow: intervals are over documents."""
+def _say(proof: Proof, out: Path, model: str, as_json: bool) -> None:
+    if as_json:
+        from patchkit.quality.environment import environment
+
+        emit({"model": model, **proof.to_dict(), "out": str(out), "environment": environment()})
+        return
+    from patchkit.quality import report
+
+    console = Console()
+    console.width = max(console.width, 110)
+    for table in report.tables(proof):
+        console.print(table)
+    for remark in report.remarks(proof):
+        console.print(remark, highlight=False, soft_wrap=True, markup=False)
+    if proof.near_tie_rate is not None:
+        console.print(report.near_ties(proof), highlight=False, soft_wrap=True)
+    console.print(f"report.json, report.html in {out}", highlight=False, soft_wrap=True)
+    stderr().print(proof.verdict, style="bold green" if proof.passed else "bold red", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _interruptible(proof: Proof) -> Iterator[list[int]]:
+    """Ends at SIGINT and SIGTERM, whose number is then in the list, and leaves what was found so far in ``proof``.
+
+    A second signal does what it would have done without this.
+    """
+    signals: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(number: int, frame: Any) -> None:
+        signals.append(number)
+        proof.interrupted = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield signals
+    except KeyboardInterrupt:
+        if not signals:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _shown(proof: Proof) -> Iterator[Callable[[str], object]]:
+    """A function that shows what is being done: on a bar, or in lines where stderr is no terminal, one for each check."""
+    if not stderr().is_terminal:
+        lines = _Lines(proof)
+        try:
+            yield lines.advance
+        finally:
+            lines.catch_up()
+        return
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(what: str) -> None:
+            left, done = len(proof.not_checked), len({(check.patches, check.promise) for check in proof.checks})
+            about = "" if proof.estimated_seconds is None else f" (about {_duration(proof.estimated_seconds)} in all)"
+            bar.update(task, description=escape(what + about), completed=done, total=done + left if left else None)
+
+        yield advance
+        bar.update(task, description="done", total=1, completed=1)
+
+
+class _Lines:
+    """Progress on a stderr that is no terminal."""
+
+    def __init__(self, proof: Proof) -> None:
+        self.proof, self.told, self.estimated = proof, 0, False
+        self.started = self.said = time.monotonic()
+
+    def advance(self, what: str) -> None:
+        """Say what was found since the last call; what is being done only if nothing was said for long."""
+        if self.proof.estimated_seconds is not None and not self.estimated:
+            self.estimated = True
+            count = len(self.proof.not_checked)
+            self._line(f"{count} checks, about {_duration(self.proof.estimated_seconds)} by the time of one forward")
+        self.catch_up()
+        if time.monotonic() - self.said > _SILENCE_S:
+            self._line(what)
+
+    def catch_up(self) -> None:
+        """Say what was found since the last call."""
+        for check in self.proof.checks[self.told :]:
+            self._line(f"{check.status:<10} {check.seconds:6.1f} s  {check.promise} [{check.patches}]")
+        self.told = len(self.proof.checks)
+
+    def _line(self, text: str) -> None:
+        self.said = time.monotonic()
+        typer.echo(f"{self.said - self.started:5.0f} s  {text}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
+def _documents(tokenizer: PreTrainedTokenizerBase, contents: list[str] | None, tokens: int, reach: int = 0) -> list[list[int]]:
+    """Token ids of about ``tokens`` in all, in eight documents where the texts allow: intervals are over documents.
+
+    Fewer, down to four, if they would not be longer by half than the ``reach`` tokens beyond which the patches act.
+    """
     from patchkit.quality.perplexity import TextError, encode
     from patchkit.quality.stdlib_text import read_texts, stdlib_files
 
-    length = max(64, tokens // 8)
+    length = max(64, tokens // 8, min(tokens // 4, reach + reach // 2))
     found: list[list[int]] = []
     try:
         for content in read_texts(stdlib_files("heldout")) if contents is None else contents:
@@ -131,7 +239,7 @@ def _passkeys(tokenizer: PreTrainedTokenizerBase) -> Callable[[int, int], tuple[
     return make
 
 
-def _write(proof: Any, out: Path, model: str) -> None:
+def _write(proof: Proof, out: Path, model: str) -> None:
     from patchkit.quality import report
 
     try:

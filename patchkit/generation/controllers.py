@@ -47,6 +47,10 @@ class ControllerSession(ABC):
         """Plain over speculative time per token at the K that would be chosen now; None if that is not known."""
         return None
 
+    def why_plain(self) -> str | None:
+        """Why `choose` may have given 0 again and again; None if that is what was asked for."""
+        return "no number of drafts is expected to pay"
+
 
 class Controller(ABC):
     """Options of a way to choose K: a frozen dataclass, validated in `__post_init__`, without run-time state."""
@@ -79,6 +83,9 @@ class _FixedSession(ControllerSession):
 
     def choose(self) -> int:
         return self.k
+
+    def why_plain(self) -> str | None:
+        return None
 
 
 @dataclass(frozen=True)

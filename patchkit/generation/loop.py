@@ -31,6 +31,7 @@ from patchkit.generation.controllers import ControllerSession
 from patchkit.generation.drafter import Drafter, Proposal, State
 from patchkit.generation.statistics import RunStatistics, StepRecord
 from patchkit.generation.traced import Traced
+from patchkit.handle import Notices
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
 from patchkit.quality.latency import cache_bytes
 
@@ -38,6 +39,8 @@ from patchkit.quality.latency import cache_bytes
 _MOST_RUNS = 256
 # The room that a cache is given at first, in tokens, however many may be generated.
 _MOST_ROOM = 4096
+# So many rounds of a text without a draft are worth a remark.
+_IDLE_ROUNDS = 32
 # Arguments of a forward that the loop makes itself; a run that needs others is not ours.
 _OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
 # Processors that look at one row at a time; others may hold something for each row of the batch.
@@ -84,10 +87,10 @@ class Speculation:
     ragged: bool
     trace: bool
     hits: Counter[str]
+    notices: Notices
     runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
     hidden: torch.Tensor | None = None
-    said: set[str] = field(default_factory=set)
 
 
 def speculate(
@@ -256,7 +259,18 @@ class _Run:
             self.statistics.add(record)
             speculation.controller.observe(record)
             self._count(record)
+        self._notice_idleness()
         return self._finish(session)
+
+    def _notice_idleness(self) -> None:
+        """Say so where a text of some length was made without a single draft."""
+        steps = self.statistics.steps
+        if len(steps) < _IDLE_ROUNDS or any(sum(step.proposed) for step in steps):
+            return
+        asked = any(step.k > 0 for step in steps)
+        reason = f"{self.speculation.label} had nothing to propose" if asked else self.speculation.controller.why_plain()
+        if reason is not None:
+            self.speculation.notices.say(f"generate ran without drafts: {reason}")
 
     def _prefill(self, session: Any) -> None:
         """Feed the prompt and take the first token from its logits."""

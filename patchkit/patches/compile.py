@@ -42,7 +42,7 @@ from patchkit import _compat
 from patchkit.cache.step import FixedCache, LayerOfStep, StepCache
 from patchkit.cache.streaming import StreamingCache
 from patchkit.errors import NothingMatched, UnsupportedModel
-from patchkit.handle import Handle
+from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Stage, register_patch
 from patchkit.target import Target
 
@@ -51,6 +51,9 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _PLAIN = {*_TENSORS, _compat.CACHE, "use_cache", "return_dict"}
 _ASKING = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+# So many forwards of at most so many tokens without a compiled step among them are worth a remark.
+_IDLE_FORWARDS, _FEW_TOKENS = 16, 17
 
 # The room that `generate` is given at first, in tokens, however many it may make.
 _MOST_ROOM = 4096
@@ -134,12 +137,13 @@ class Compile(Patch):
         if runtime is not None:
             _refuse_stream(runtime.plan)
         layers = _decoder_layers(target) if self.scope == "layers" else []
-        steps = Steps(self, decoder, layers, len(_compat.DynamicCache(config=target.config).layers), handle.hits)
+        cache_layers = len(_compat.DynamicCache(config=target.config).layers)
+        steps = Steps(self, decoder, layers, cache_layers, handle.hits, handle.notices)
         handle.set_attribute(decoder, "_patchkit_compile", steps)  # for copies: see `Steps.__setstate__`
         for module, call in steps.calls():
             handle.set_attribute(module, "_compiled_call_impl", call)
         if runtime is None:
-            prepare = functools.partial(_prepare_cache, target.model, steps.cache_layers)
+            prepare = functools.partial(_prepare_cache, target.model, steps)
             handle.set_attribute(target.model, "_prepare_cache_for_generation", prepare)
         handle.changed("decoder layers" if layers else "decoders", len(layers) or 1)
 
@@ -173,17 +177,23 @@ def _refuse_stream(plan: Any) -> None:
 
 @dataclass(eq=False)
 class Steps:
-    """The compiled steps of one patched model. ``step`` is set while its decoder runs one."""
+    """The compiled steps of one patched model.
+
+    Attributes:
+        step: set while its decoder runs one.
+        idle: forwards of a few tokens since the last compiled step.
+    """
 
     patch: Compile
     decoder: nn.Module
     layers: list[nn.Module]
     cache_layers: int
     hits: Counter[str]
+    notices: Notices
     step: StepCache | None = None
     kind: tuple[Any, ...] = ()
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
+    idle: int = 0
 
     def calls(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """Each module with what stands in its ``_compiled_call_impl``."""
@@ -219,12 +229,17 @@ class Steps:
             _logger.info("patchkit: compiled %d graph(s) of %s in %.1f s%s", new, type(args[0]).__name__, seconds, place)
         return output
 
-    def eager(self, reason: str | None) -> None:
-        """Count a forward as eager; say why, once, where that may come as a surprise."""
+    def eager(self, reason: str | None, tokens: int) -> None:
+        """Count a forward of ``tokens`` tokens as eager; say why, once, where that may come as a surprise.
+
+        A single forward of a few tokens is nothing to speak of, but many in a row are what compiled steps are for.
+        """
         self.hits["eager forwards"] += 1
-        if reason and reason not in self.said:
-            self.said.add(reason)
-            _logger.warning("patchkit: steps of this model run uncompiled: %s", reason)
+        self.idle += tokens <= _FEW_TOKENS
+        if not reason and self.idle == _IDLE_FORWARDS:
+            reason = f"{_IDLE_FORWARDS} forwards of at most {_FEW_TOKENS} tokens, one after the other, were none of one token with a cache"
+        if reason:
+            self.notices.say(f"steps of this model run uncompiled: {reason}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "compiled": {}, "step": None}
@@ -287,6 +302,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
         cache.advance(step.layers[0].slots.shape[0])
     output[_compat.CACHE] = cache
     steps.hits["compiled steps"] += 1
+    steps.idle = 0
     return output
 
 
@@ -332,7 +348,8 @@ def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | 
     elif reason is None and isinstance(cache, FixedCache):
         step = _fixed_step(decoder, cache, kwargs)
     if step is None:
-        steps.eager(reason)
+        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        steps.eager(reason, 0 if inputs is None else inputs.shape[1])
     return step
 
 
@@ -340,6 +357,8 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a forward cannot run compiled, "" where that is a matter of course; None if it can."""
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    if decoder.training and not torch.is_grad_enabled():
+        return "the model is in training mode, call model.eval()"
     if cache is None or cache.get_seq_length() == 0 or inputs is None or decoder.training:
         return ""
     if isinstance(cache, FixedCache) and not cache.step_lengths:
@@ -394,7 +413,7 @@ def _uses_cudagraphs(patch: Compile, decoder: Any) -> bool:
 
 def _options(patch: Compile, decoder: Any) -> dict[str, Any]:
     """Of torch.compile, where mode and options exclude each other."""
-    options: dict[str, Any] = {"guard_filter_fn": _compat.kept_guards}
+    options: dict[str, Any] = _compat.guard_options()
     if patch.backend == "inductor":
         options.update({"size_asserts": False, "nan_asserts": False, "scalar_asserts": False})
         options["triton.cudagraphs"] = _uses_cudagraphs(patch, decoder)
@@ -407,7 +426,7 @@ def _options(patch: Compile, decoder: Any) -> dict[str, Any]:
 
 def _prepare_cache(
     model: Any,
-    cache_layers: int,
+    steps: Steps,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -417,6 +436,8 @@ def _prepare_cache(
     **kwargs: Any,
 ) -> Any:
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    if generation_config.use_cache is False:
+        steps.notices.say("steps of this model run uncompiled: generate was called with use_cache=False")
     given, kind = model_kwargs.get(_compat.CACHE), generation_config.cache_implementation
     prepare = type(model)._prepare_cache_for_generation
     if given is not None or kind not in (None, "dynamic", "static"):
@@ -426,5 +447,5 @@ def _prepare_cache(
     generation_config.cache_implementation = kind
     if model_kwargs.get(_compat.CACHE) is not None:
         # A limit far beyond what will be generated must not cost memory, nor make every step read it.
-        model_kwargs[_compat.CACHE] = FixedCache(cache_layers, min(max_cache_length, _MOST_ROOM))
+        model_kwargs[_compat.CACHE] = FixedCache(steps.cache_layers, min(max_cache_length, _MOST_ROOM))
     return result

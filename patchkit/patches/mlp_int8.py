@@ -26,7 +26,7 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import NothingMatched, SlowerPatch, UnsupportedModel
-from patchkit.handle import Handle
+from patchkit.handle import Handle, Notices
 from patchkit.int8_weight import FreedWeight, Int8Weight
 from patchkit.kernels.int8_experts_linear import int8_experts_linear
 from patchkit.patch import Patch, Promises, Stage, register_patch
@@ -131,7 +131,9 @@ class MLPInt8(Patch):
         for block in kept:
             block.install(handle, originals, self.keep_original)
         _count(handle, kept)
-        handle.pre_hook(_compat.decoder_of(target.model), functools.partial(_count_forward, handle.hits), with_kwargs=True)
+        modules = [block.module for block in kept if isinstance(block, _Linear)]
+        count = functools.partial(_count_forward, handle.hits, handle.notices, modules)
+        handle.pre_hook(_compat.decoder_of(target.model), count, with_kwargs=True)
         _make_saveable(target.model, handle, [block for block in kept if isinstance(block, _Linear) and not block.transposed])
         if not self.keep_original:
             handle.make_final(
@@ -156,6 +158,7 @@ class MLPInt8(Patch):
         if not linears and not experts:
             reasons = (
                 "; ".join(f"{what}: {why}" for what, why in list(left.items())[:3])
+                or _compat.packed_gguf(target.model)
                 or "its decoder layers hold no linear layer outside attention"
             )
             raise NothingMatched(f"{name} has no feed-forward linear that can be converted ({reasons})")
@@ -438,8 +441,11 @@ def _count(handle: Handle, blocks: list[_Linear | _Experts]) -> None:
     handle.measure("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
 
 
-def _count_forward(hits: Counter[str], module: nn.Module, args: Any, kwargs: Any) -> None:
+def _count_forward(hits: Counter[str], notices: Notices, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:
     hits["forwards"] += 1
+    replaced = sum(not isinstance(module._parameters.get("weight"), Int8Weight) for module in modules)
+    if replaced:
+        notices.say(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and run over that")
 
 
 # -- finding and refusing --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +35,6 @@ from patchkit.generation.loop import Speculation, Unserved, speculate
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.target import Target
-
-_logger = logging.getLogger("patchkit")
 
 
 @register_patch("speculative")
@@ -110,7 +107,7 @@ class Speculative(Patch):
         drafter = target.views.pop(id(self))
         _, ragged = target.rollback
         prepared, control = drafter.prepared(target), self._controller().begin()
-        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits)
+        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices)
         handle.set_attribute(target.model, "_patchkit_speculative", speculation)
         handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
         handle.hook(target.decoder, _keep_hidden)
@@ -185,9 +182,7 @@ def _generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -
         except Unserved as unserved:
             reason = str(unserved)
     speculation.hits["stock calls"] += 1
-    if reason not in speculation.said:
-        speculation.said.add(reason)
-        _logger.warning("patchkit: generate runs without speculation: it does not serve %s", reason)
+    speculation.notices.say(f"generate runs without speculation: it does not serve {reason}")
     return stock(model, *args, **kwargs)
 
 

@@ -28,12 +28,12 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.attention import AttentionOutput, alias_of, original_function, swap_mask_builder
+from patchkit.attention import AttentionOutput, alias_of, configs_of, original_function, refuse_other_attention, swap_mask_builder
 from patchkit.cache.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
 from patchkit.cache.step import StepCache
 from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
-from patchkit.handle import Handle
+from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.quality.definitions import window_logits
 from patchkit.target import AttentionLayer, Rotary, Target
@@ -267,12 +267,15 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
         PatchConflict: both plans have rules for one layer.
     """
     runtime: Runtime | None = target.decoder.__dict__.get("_patchkit_streaming")
+    called = [layer.module for layer in target.attention_layers if layer.index in plan.lanes and layer.interface]
     if runtime is not None:
+        handle.set_attribute(runtime, "configs", configs_of(called, target.model) + runtime.configs)
         handle.set_attribute(runtime, "plan", _joined(target, runtime.plan, plan))
         handle.set_attribute(runtime, "counters", [*runtime.counters, (plan.main, handle.hits)])
         return runtime
     configs = _compat.attention_configs(target.model)
-    runtime = Runtime(plan, [(plan.main, handle.hits)], tuple({config._attn_implementation or "eager" for config in configs}))
+    implementations = tuple({config._attn_implementation or "eager" for config in configs})
+    runtime = Runtime(plan, [(plan.main, handle.hits)], implementations, handle.notices, configs_of(called, target.model))
     handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
     handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
     handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
@@ -335,11 +338,16 @@ class Runtime:
 
     Attributes:
         counters: the lane that each patch has brought, and the patch's hits.
+        implementations: of attention, that the configs named before.
+        notices: of the first patch.
+        configs: those in which the alias of our attention must stand.
     """
 
     plan: Plan
     counters: list[tuple[Lane, Counter[str]]]
     implementations: tuple[str, ...]
+    notices: Notices
+    configs: list[Any] = dataclasses.field(default_factory=list)
     frame: Frame | None = None
     cache: StreamingCache | None = None
     outer_mask_builder: Any = None
@@ -365,7 +373,10 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if decoder.training:
         if isinstance(cache, StreamingCache):
             raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
+        if not torch.is_grad_enabled():
+            runtime.notices.say("the model is in training mode, where it runs unpatched: call model.eval()")
         return None
+    refuse_other_attention(runtime.configs)
     if kwargs.get("output_attentions"):
         raise StreamError("output_attentions is not available with streaming or linear: their attention runs over blocks of the window")
     inputs = kwargs.get("input_ids")
@@ -768,6 +779,8 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
     generation_config.cache_implementation = None
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     generation_config.cache_implementation = kind
+    if generation_config.use_cache is False:
+        runtime.notices.say("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")
     made = model_kwargs.get(_compat.CACHE)
     if given is None and made is not None:
         cache = runtime.plan.new_cache()

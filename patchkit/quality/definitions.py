@@ -2,6 +2,7 @@
 
 Each function has the signature of `patchkit.patch.Definition` once its keyword arguments are bound: a model without the patch in
 question, token ids [1, T], and the patch's own report; it gives logits [1, T, V]. The model is hooked meanwhile, and left as it was.
+Those that take ``at``, positions [P] in rising order, give logits [1, P, V] of these only: of a long text all are more than fits.
 
 Shapes: B batch, H heads, G kv heads, T tokens, K key dimension, D hidden size, V vocabulary, S sinks, W window.
 """
@@ -9,6 +10,7 @@ Shapes: B batch, H heads, G kv heads, T tokens, K key dimension, D hidden size, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 # Queries of which each is computed as a text of its own, at once.
 _ROWS = 16
+# Steps by which an input of int8 layers, in units of its rounding, may differ between two computations: some last bits of float32.
+_UNSURE_STEPS = 127 * 2.0**-21
+# The same where inputs are not rounded, as a share of a row's largest: kernels take them as integers of 16 bits (docs/kernels.md).
+_UNSURE_SHARE = 2.0**-16
 
 
 class NoDefinition(PatchError):
@@ -35,7 +41,15 @@ class NoDefinition(PatchError):
 
 
 def window_logits(
-    model: Any, ids: torch.Tensor, facts: PatchReport, *, modules: Sequence[str], sinks: int, window: int, in_cache: bool = True
+    model: Any,
+    ids: torch.Tensor,
+    facts: PatchReport,
+    *,
+    modules: Sequence[str],
+    sinks: int,
+    window: int,
+    in_cache: bool = True,
+    at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """StreamingLLM: query i of the attention modules named sees the first S tokens and the last W, and no others.
 
@@ -48,7 +62,7 @@ def window_logits(
     """
     size, length = sinks + window, ids.shape[1]
     if length <= size:
-        return model(input_ids=ids, use_cache=False).logits
+        return logits_at(model, ids, at)
     rows = [[*range(sinks), *range(query - window + 1, query + 1)] for query in range(size - 1, length)]
     visible = torch.tensor(rows, device=ids.device)
     attention = [model.get_submodule(name) for name in modules]
@@ -86,7 +100,7 @@ def window_logits(
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for module in set(attention)]
     hooks += [module.register_forward_hook(after) for module in set(attention)]
     with _removed(hooks):
-        return model(input_ids=ids, use_cache=False).logits
+        return logits_at(model, ids, at)
 
 
 _Call = tuple[int, int]  # a module by identity, and how many times it was called before in this forward
@@ -115,7 +129,7 @@ def _calls(
         # Without a mask, transformers reads a gap in the positions as the start of another text.
         options = {"position_ids": positions, "attention_mask": torch.ones_like(ids)}
     with _removed([module.register_forward_pre_hook(notice, with_kwargs=True) for module in set(modules)]):
-        model(input_ids=ids, use_cache=False, **options)
+        logits_at(model, ids, torch.tensor([ids.shape[1] - 1]), **options)  # the arguments are wanted, not the logits
     return found
 
 
@@ -147,6 +161,22 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return hidden if torch.is_tensor(output) else type(output)((hidden, *output[1:]))
 
 
+def logits_at(model: Any, ids: torch.Tensor, at: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    """Logits of ids [B, T] as a whole: [B, P, V] at positions ``at`` [P], [B, T, V] at all for None; without a cache by default."""
+    options = {"use_cache": False, **options}
+    if at is None or len(at) == ids.shape[1]:
+        return model(input_ids=ids, **options).logits
+    at = at.to(ids.device)
+    if not keeps_some(model):
+        return model(input_ids=ids, **options).logits[:, at]
+    return model(input_ids=ids, logits_to_keep=at, **options).logits
+
+
+def keeps_some(model: Any) -> bool:
+    """Whether the model can leave out logits of positions that are not wanted."""
+    return "logits_to_keep" in _compat.argument_names(model)
+
+
 @contextlib.contextmanager
 def _removed(hooks: list[Any]) -> Iterator[None]:
     """Without gradients, and without these hooks afterwards."""
@@ -171,6 +201,7 @@ def hybrid_logits(
     window: int,
     min_length: int,
     adapted: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The equation of `patchkit.linear.hybrid`, pair by pair, all T x T of them.
 
@@ -212,7 +243,7 @@ def hybrid_logits(
     _compat.register_attention(name, attend, _compat.mask_function("sdpa"))
     hooks = [model.get_submodule(each).register_forward_hook(_adapter(*pair)) for each, pair in adapted.items()]
     with _removed(hooks), _compat.attention_set_to(model, lambda _: name):
-        return model(input_ids=ids.expand(2, -1), use_cache=False, **options).logits[:1]
+        return logits_at(model, ids.expand(2, -1), at, **options)[:1]
 
 
 def _hybrid(
@@ -248,8 +279,14 @@ def _adapter(a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:
 # -- weights of eight bits -------------------------------------------------------------------------------------------------
 
 
-def rounded_logits(model: Any, ids: torch.Tensor, facts: PatchReport) -> torch.Tensor:
+def rounded_logits(
+    model: Any, ids: torch.Tensor, facts: PatchReport, *, at: torch.Tensor | None = None, unsure: torch.Generator | None = None
+) -> torch.Tensor:
     """The modules that the patch reports with weights rounded to 255 levels per output channel; in mode "dynamic" inputs too, per token.
+
+    Args:
+        unsure: with it the inputs of these modules are moved at random by what two computations of them may differ; what that does to
+            logits is what nobody can promise.
 
     Raises:
         NoDefinition: fused experts that round their inputs, which nothing outside them sees; or weights that came in int8.
@@ -272,10 +309,10 @@ def rounded_logits(model: Any, ids: torch.Tensor, facts: PatchReport) -> torch.T
                     across -= 1
                 originals.append((module, key, parameter))
                 module._parameters[key] = nn.Parameter(_rounded(parameter.detach(), across), requires_grad=False)
-            if dynamic:
-                hooks.append(module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], -1), *args[1:])))
+            if dynamic or unsure is not None:
+                hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, dynamic, unsure)))
         with _removed(hooks):
-            return model(input_ids=ids, use_cache=False).logits
+            return logits_at(model, ids, at)
     finally:
         for hook in hooks:
             hook.remove()
@@ -283,7 +320,24 @@ def rounded_logits(model: Any, ids: torch.Tensor, facts: PatchReport) -> torch.T
             module._parameters[key] = parameter
 
 
-def _rounded(x: torch.Tensor, across: int) -> torch.Tensor:
+def _input_rounded(dynamic: bool, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the first one rounded in mode "dynamic", and moved by what is unsure of it."""
+    x = args[0]
+    if dynamic:
+        return _rounded(x, -1, unsure), *args[1:]
+    moved = x.float() + _UNSURE_SHARE * x.float().abs().amax(-1, keepdim=True) * _noise(x, unsure)
+    return moved.to(x.dtype), *args[1:]
+
+
+def _rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None) -> torch.Tensor:
     """x on the 255 levels from -127 to 127 times max|x| / 127, the maximum being taken along one dimension; computed in float32."""
     step = x.float().abs().amax(across, keepdim=True).clamp(min=1e-30) / 127
-    return ((x.float() / step).round() * step).to(x.dtype)
+    steps = x.float() / step
+    if unsure is not None:
+        steps = steps + _UNSURE_STEPS * _noise(x, unsure)
+    return (steps.round() * step).to(x.dtype)
+
+
+def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Numbers from -1 to 1, of x's shape."""
+    return 2 * torch.rand(x.shape, generator=generator).to(x.device) - 1

@@ -18,9 +18,11 @@ class Check:
     Attributes:
         patches: the spec that was checked.
         about: the patch whose promise it is, or "all".
-        measured, allowed: the largest difference of logits found and the largest allowed (in 16 bits, root mean square at the worst
-            position); None where the promise is not about logits.
+        measured, allowed: the largest difference found, and the very bound that it was held to; of logits unless ``bound`` says otherwise
+            (in 16 bits, root mean square at the worst position); None where the promise is not about a size.
+        bound: where ``allowed`` comes from.
         detail: what was compared, and why it was not judged or how it was explained.
+        seconds: that the check took.
     """
 
     patches: str
@@ -29,7 +31,9 @@ class Check:
     status: Status
     measured: float | None = None
     allowed: float | None = None
+    bound: str = ""
     detail: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,11 @@ class Proof:
 
     Attributes:
         near_tie_rate: share of positions whose two likeliest tokens are closer than one step of the logits' dtype.
-        complete: everything was checked; False after an interruption.
+        only: the promises that were asked for; None for all.
+        not_checked: what was asked for and not checked yet, as "promise [patches]".
+        interrupted: what broke the run off, such as "SIGTERM"; None if nothing did.
+        complete: everything that was asked for was checked.
+        estimated_seconds: how long all of it takes, from the time of one forward; `seconds`: how long it did take.
         speedup: time of a step unpatched over patched, with the interval over pairs; `generate_speedup` the same of `generate`.
         bandwidth_gb_s: of a copy on this machine, read and written.
     """
@@ -102,7 +110,16 @@ class Proof:
     generate_speedup: paired.Interval | None = None
     bandwidth_gb_s: float | None = None
     near_tie_rate: float | None = None
+    only: list[str] | None = None
+    not_checked: list[str] = field(default_factory=list)
+    interrupted: str | None = None
     complete: bool = False
+    estimated_seconds: float | None = None
+    seconds: float = 0.0
+
+    def add(self, check: Check, seconds: float) -> None:
+        """Add what was found and how long that took."""
+        self.checks.append(dataclasses.replace(check, seconds=round(seconds, 3)))
 
     @property
     def broken(self) -> list[Check]:
@@ -120,8 +137,10 @@ class Proof:
         counts = {status: sum(check.status == status for check in self.checks) for status in ("kept", "broken", "not judged")}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         if not self.complete:
-            return f"incomplete: interrupted after {len(self.checks)} checks ({said or 'none'})"
-        return f"{'passed' if self.passed else 'FAILED'}: of {len(self.checks)} promises checked, {said}"
+            by = "" if self.interrupted is None else f" by {self.interrupted}"
+            return f"incomplete: interrupted{by} after {len(self.checks)} checks ({said or 'none'}), {len(self.not_checked)} not checked"
+        asked = "" if self.only is None else ", of those asked for"
+        return f"{'passed' if self.passed else 'FAILED'}: of {len(self.checks)} promises checked{asked}, {said or 'none judged'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

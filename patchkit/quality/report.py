@@ -40,7 +40,8 @@ def write(proof: Proof, folder: Path, model: str, command: str) -> None:
         near_ties=near_ties(proof),
         picture=_picture(proof),
         environment=where,
-        figure=_figure,
+        figure=figure,
+        not_checked=proof.not_checked,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -55,26 +56,41 @@ def finite(value: Any) -> Any:
 
 
 def tables(proof: Proof) -> list[Table]:
-    """The promises, and quality and speed, for a terminal of 110 columns or more."""
-    promises = Table(title="promises (differences are of logits)", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("promise", "of", "", "difference", "allowed"):
-        promises.add_column(heading, justify="right" if heading in ("difference", "allowed") else "left")
-    checked = None
-    for check in proof.checks:
-        if check.patches != checked:
-            checked = check.patches
-            promises.add_section()
-            promises.add_row(f"[bold]{escape(checked)}[/]")
-        status = f"[{_STYLES[check.status]}]{check.status}[/]"
-        promises.add_row(check.promise, escape(check.about), status, _figure(check.measured), _figure(check.allowed))
-        if check.status != "kept":
-            promises.add_row(f"[dim]  {escape(check.detail)}[/]")
-    measured = Table(title="quality and speed", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "unpatched", "patched", "ratio"):
-        measured.add_column(heading, justify="right" if heading else "left")
-    for row in figures(proof):
-        measured.add_row(*row)
-    return [promises, measured]
+    """The promises, one table for each set of patches, and quality and speed if measured, for a terminal of 110 columns or more."""
+    found = []
+    for patches in dict.fromkeys(check.patches for check in proof.checks):
+        promises = Table(title=escape(patches), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("promise", "of", "", "difference", "allowed", "which is"):
+            number = heading in ("difference", "allowed")
+            promises.add_column(heading, justify="right" if number else "left", no_wrap=heading != "which is")
+        checks = [check for check in proof.checks if check.patches == patches]
+        for check in checks:
+            name = check.promise
+            if sum((other.promise, other.about) == (check.promise, check.about) for other in checks) > 1:
+                name += f", {check.detail.partition(',')[0]}"
+            status = f"[{_STYLES[check.status]}]{check.status}[/]"
+            # What is not a matter of size says what it saw; reasons of what is not kept come below.
+            bound = escape(check.bound) if check.bound or check.status != "kept" else f"[dim]{escape(check.detail)}[/]"
+            about = escape(check.about.partition("(")[0])
+            promises.add_row(name, about, status, figure(check.measured), figure(check.allowed), bound)
+        found.append(promises)
+    rows = figures(proof)
+    if rows:
+        measured = Table(title="quality and speed", title_justify="left", box=SIMPLE_HEAD)
+        for heading in ("", "unpatched", "patched", "ratio"):
+            measured.add_column(heading, justify="right" if heading else "left")
+        for row in rows:
+            measured.add_row(*row)
+        found.append(measured)
+    return found
+
+
+def remarks(proof: Proof) -> list[str]:
+    """What was found where a promise is not kept, why others were not judged, and what was not checked at all."""
+    said = [f"{check.status}: {check.promise}: {check.detail}" for check in proof.checks if check.status != "kept"]
+    if proof.not_checked:
+        said.append(f"not checked: {', '.join(proof.not_checked)}")
+    return said
 
 
 def figures(proof: Proof) -> list[list[str]]:
@@ -121,7 +137,8 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """Two digits; nothing for None."""
     return "" if value is None else f"{value:.2g}"
 
 

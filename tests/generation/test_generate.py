@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from speculation import plain_text, text_of, told
+from speculation import FEW, NEW, plain_text, text_of, told
+from support import cache_of, cached, fast_first, matrix
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from patchkit import patch_model, patched, report, unpatch_model
@@ -46,23 +47,26 @@ class Recorder:
         self.ended += 1
 
 
+GIVEN: list[dict[str, Any]] = [
+    dict(repetition_penalty=1.5),
+    dict(no_repeat_ngram_size=2),
+    dict(min_new_tokens=20, eos_token_id=list(range(3, 60))),
+    dict(max_new_tokens=1),
+    dict(max_new_tokens=2),
+    dict(max_new_tokens=7),
+    dict(max_length=20, max_new_tokens=None),
+    dict(suppress_tokens=[5, 6, 7]),
+    dict(prefill_chunk_size=5),
+    dict(exponential_decay_length_penalty=(5, 1.5), eos_token_id=9),
+]
+
+
+# Every option once, alone or as four rows by turns.
 @pytest.mark.parametrize(
-    "options",
-    [
-        dict(repetition_penalty=1.5),
-        dict(no_repeat_ngram_size=2),
-        dict(min_new_tokens=20, eos_token_id=list(range(3, 60))),
-        dict(max_new_tokens=1),
-        dict(max_new_tokens=2),
-        dict(max_new_tokens=7),
-        dict(max_length=20, max_new_tokens=None),
-        dict(suppress_tokens=[5, 6, 7]),
-        dict(prefill_chunk_size=5),
-        dict(exponential_decay_length_penalty=(5, 1.5), eos_token_id=9),
-    ],
-    ids=lambda options: ",".join(options),
+    ("options", "batch"),
+    fast_first([(options, batch) for options in GIVEN for batch in (1, 4)], lambda case: case[1] == (4, 1)[GIVEN.index(case[0]) % 2]),
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
-@pytest.mark.parametrize("batch", (1, 4))
 def test_options_of_generate(options: dict[str, Any], batch: int) -> None:
     model = tiny_model("llama")
     options = {"new": 40, **options}
@@ -92,8 +96,8 @@ def test_the_cache_that_is_returned_goes_on() -> None:
     longer = model.generate(PROMPT, **OPTIONS | dict(max_new_tokens=50))
     with patched(model, right(model), verbose=False):
         first = model.generate(PROMPT, **OPTIONS, return_dict_in_generate=True)
-        assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-        again = model.generate(first.sequences, **OPTIONS | dict(max_new_tokens=10), past_key_values=first.past_key_values)
+        assert cache_of(first).get_seq_length() == first.sequences.shape[1] - 1
+        again = model.generate(first.sequences, **OPTIONS | dict(max_new_tokens=10), **cached(cache_of(first)))
     assert torch.equal(again, longer)
 
 
@@ -210,7 +214,7 @@ def test_copies_and_pickles_speculate_on_their_own() -> None:
     patch_model(model, Speculative(draft=PromptLookup(min_ngram=1)), verbose=False)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         reset_statistics(model)
-        assert torch.equal(text_of(copied, 2), plain_text("llama", 2))
+        assert torch.equal(text_of(copied, 2, FEW), plain_text("llama", 2, new=FEW))
         assert statistics_of(copied).steps and not statistics_of(model).steps
         unpatch_model(copied)
         assert "generate" not in vars(copied)
@@ -221,21 +225,28 @@ def test_nothing_stays_behind_on_target_and_draft() -> None:
     model, draft = tiny_model("llama"), tiny_model("llama", seed=2)
     before, draft_before = snapshot(model), snapshot(draft)
     with patched(model, Speculative(draft=draft), "streaming(window=16)", verbose=False):
-        text_of(model, 4)
+        text_of(model, 4, FEW)
     assert_restored(before, model)
     assert_restored(draft_before, draft)
 
 
-@pytest.mark.parametrize("spec", ("streaming(sinks=2, window=8)", "mlp_int8(mode=weight_only)", "streaming(sinks=1, window=9) + mlp_int8"))
-@pytest.mark.parametrize("family", ("llama", "gpt_neox", "mixtral"))
-def test_lossless_makes_a_lossy_patch_exact(family: str, spec: str) -> None:
+LOSSY = ("streaming(sinks=2, window=8)", "mlp_int8(mode=weight_only)", "streaming(sinks=1, window=9) + mlp_int8")
+SERVED = ("llama", "gpt_neox", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "new"),
+    [(family, spec, FEW) for family, spec in zip(SERVED, LOSSY, strict=True)]
+    + [matrix(family, spec, NEW) for family in SERVED for spec in LOSSY],
+)
+def test_lossless_makes_a_lossy_patch_exact(family: str, spec: str, new: int) -> None:
     model = tiny_model(family)
     with torch.no_grad():
         view = patch_model(tiny_model(family), spec, verbose=False)
         assert not torch.equal(view(PROMPT.repeat(1, 4)).logits, model(PROMPT.repeat(1, 4)).logits)  # it is lossy
     before = snapshot(model)
     patch_model(model, spec, lossless=True, verbose=False)
-    assert torch.equal(text_of(model, 1), plain_text(family, 1))
+    assert torch.equal(text_of(model, 1, new), plain_text(family, 1, new=new))
     assert statistics_of(model).proposed > 0
     unpatch_model(model)
     assert_restored(before, model)

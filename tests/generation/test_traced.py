@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from speculation import plain_text, text_of
+from support import cached
 from torch import nn
 
 from patchkit import patched
@@ -20,7 +21,7 @@ from patchkit.testing import TOLERANCES, logit_error, tiny_model
 def filled(model: Any, lengths: list[int]) -> tuple[RaggedCache, torch.Tensor]:
     ids = torch.randint(3, 128, (len(lengths), 20), generator=torch.Generator().manual_seed(0))
     cache = RaggedCache(model.config.num_hidden_layers)
-    model(input_ids=ids[:, : max(lengths)], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, : max(lengths)], **cached(cache), use_cache=True)
     cache.keep(max(lengths), lengths)
     return cache, ids
 

@@ -172,6 +172,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.matrix
 def test_the_same_under_tritons_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", VARIABLE: "triton", "PYTHONPATH": str(ROOT)}

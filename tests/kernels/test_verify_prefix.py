@@ -255,6 +255,7 @@ def test_the_distribution_at_every_position(form):
         assert chi_square(tokens, p[(position + 1) % 3]) > 1
 
 
+@pytest.mark.matrix
 def test_all_but_the_distributions_under_tritons_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", VARIABLE: "triton", "PYTHONPATH": str(ROOT)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
+from support import cache_of, cached, fast_first, feed, matrix
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -39,20 +41,6 @@ WAYS = ([TOKENS], [1] * TOKENS, [5] * 6, [7, 7, 7, 7, 2], [13] + [1] * 6 + [3] +
 
 def tokens(rows: int = 1, length: int = TOKENS, seed: int = 3) -> torch.Tensor:
     return torch.randint(4, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def feed(model, ids, chunks, mask=None, cache=None):
-    """Logits [B, T, V] of ``ids`` fed in forwards of ``chunks`` tokens, and the cache."""
-    logits, start = [], 0
-    for n in chunks:
-        extra = {} if mask is None else {"attention_mask": mask[:, : start + n]}
-        out = model(input_ids=ids[:, start : start + n], past_key_values=cache, use_cache=True, **extra)
-        cache = out.past_key_values
-        logits.append(out.logits)
-        start += n
-    assert start == ids.shape[1]
-    return torch.cat(logits, 1), cache
 
 
 def close(actual, expected):
@@ -172,7 +160,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES))
 def test_every_way_of_feeding_gives_the_oracles_logits(family, rule):
     model, ids, min_length = tiny_model(family), tokens(), RULES[rule][-1]
     state = trained(model, rule)
@@ -254,8 +242,8 @@ def test_gradients_flow_in_evaluation_mode():
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
     cache, steps = None, []
     for i in range(TOKENS):
-        out = model(input_ids=ids[:, i : i + 1], past_key_values=cache)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, i : i + 1], **cached(cache))
+        cache = cache_of(out)
         steps.append(out.logits)
     close(torch.cat(steps, 1).detach(), whole.detach())
 
@@ -278,7 +266,7 @@ def test_each_sequence_switches_once():
     hits = report(model).patches[0].hits
     assert "switched to linear" not in hits
     for end, switched in ((13, 1), (14, 1), (15, 1), (16, 2), (17, 2)):
-        feed_one = dict(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+        feed_one = dict(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], **cached(cache))
         with torch.no_grad():
             model(**feed_one)
         assert report(model).patches[0].hits["switched to linear"] == switched
@@ -290,8 +278,12 @@ def test_each_sequence_switches_once():
 # -- rollback, batches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    fast_first(
+        itertools.product(["llama", "gpt2", "gemma3_text"], RULES), [("llama", "router"), ("gpt2", "plain"), ("gemma3_text", "sinks")]
+    ),
+)
 def test_rollback_before_at_and_after_tokens_become_old(family, rule):
     model, ids, wrong = tiny_model(family), tokens(length=40), tokens(length=40, seed=9)
     patch_model(model, LinearAttention(state_dict=trained(model, rule), min_length=RULES[rule][-1]))
@@ -366,7 +358,7 @@ def test_generate_by_beams_and_in_turns():
     chosen = logits[:, 8:-1].log_softmax(-1).gather(-1, beams.sequences[:, 9:, None]).sum((1, 2))
     close(chosen, scores)
     more = torch.cat([texts.sequences, tokens(2, 4)], 1)
-    assert torch.equal(greedy(model, more, past_key_values=texts.past_key_values), greedy(model, more))
+    assert torch.equal(greedy(model, more, **cached(cache_of(texts))), greedy(model, more))
 
 
 # -- memory and length ------------------------------------------------------------------------------------------------------
@@ -597,7 +589,7 @@ def test_int8_weights_beside_linear_attention():
     assert (whole - alone).abs().max() > DIFFERS
 
 
-@pytest.mark.parametrize(("rule", "length"), [("router", 1100), ("sinks", 90), ("plain", 90)])
+@pytest.mark.parametrize(("rule", "length"), [("router", 150), matrix("router", 1100), ("sinks", 90), matrix("plain", 90)])
 def test_a_thousand_compiled_steps_are_one_graph(rule, length):
     plain, model = tiny_model("llama"), tiny_model("llama")
     patch = LinearAttention(state_dict=trained(plain, rule), min_length=RULES[rule][-1])
@@ -616,8 +608,10 @@ def test_a_thousand_compiled_steps_are_one_graph(rule, length):
     assert report(model).patches[1].hits["graphs compiled"] == 1
 
 
-@pytest.mark.parametrize("scope", ["model", "layers"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    fast_first(itertools.product(["gpt2", "gemma3_text"], ["model", "layers"]), [("gpt2", "layers"), ("gemma3_text", "model")]),
+)
 def test_compiled_steps_of_padded_rows_with_rollback(family, scope):
     model = tiny_model(family)
     patch_model(model, LinearAttention(state_dict=trained(model, "router"), min_length=14), Compile(backend="eager", scope=scope))
@@ -635,6 +629,7 @@ def test_compiled_steps_of_padded_rows_with_rollback(family, scope):
     assert report(model).patches[1].hits["graphs compiled"] <= 2
 
 
+@pytest.mark.matrix
 def test_inductor_gives_the_eager_logits():
     plain, model, ids = tiny_model("llama"), tiny_model("llama"), tokens()
     patch = LinearAttention(state_dict=trained(plain, "sinks"))

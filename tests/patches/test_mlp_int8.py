@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import cache_of, cached
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -175,8 +176,8 @@ def test_together_with_streaming(spec):
         whole = model(input_ids=IDS).logits
         cache, steps = None, []
         for i in range(IDS.shape[1]):
-            out = model(input_ids=IDS[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=IDS[:, i : i + 1], **cached(cache), use_cache=True)
+            cache = cache_of(out)
             steps.append(out.logits)
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-3)
 

@@ -80,6 +80,28 @@ def scale_of_another_channel(monkeypatch: Any) -> None:
     monkeypatch.setattr(patchkit.int8_weight, "int8_linear", lambda x, w, scale, *rest: right(x, w, scale.roll(1), *rest))
 
 
+def scale_a_little_large(monkeypatch: Any) -> None:
+    """By a thousandth: a tenth of what rounding itself does to these logits."""
+    right = patchkit.int8_weight.int8_linear
+    monkeypatch.setattr(patchkit.int8_weight, "int8_linear", lambda x, w, scale, *rest: right(x, w, 1.001 * scale, *rest))
+
+
+def inputs_rounded_together(monkeypatch: Any) -> None:
+    """One step for all tokens of a forward, so that a token's result depends on its neighbours."""
+    right = patchkit.int8_weight.int8_linear
+
+    def int8_linear(
+        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float"
+    ) -> torch.Tensor:
+        if activation == "float":
+            return right(x, weight, scale, bias, activation)
+        step = x.float().abs().max().clamp(min=1e-30) / 127
+        y = ((x.float() / step).round() @ weight.float().T) * scale * step
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    monkeypatch.setattr(patchkit.int8_weight, "int8_linear", int8_linear)
+
+
 def mask_lost(monkeypatch: Any) -> None:
     right = Frame.visible
     monkeypatch.setattr(Frame, "visible", lambda self, *args: torch.ones_like(right(self, *args)))
@@ -197,6 +219,9 @@ BUGS = {
     "drafts not rolled back": Bug(drafts_not_rolled_back, "speculative", "greedy text stays the same"),
     "scale after matmul": Bug(scale_after_matmul, "mlp_int8(mode=weight_only)", "no overflow in 16 bits"),
     "scale of another channel": Bug(scale_of_another_channel, "mlp_int8", "logits are those of the definition"),
+    "scale a little large": Bug(scale_a_little_large, "mlp_int8(mode=weight_only)", "logits are those of the definition"),
+    "scale a little large, inputs rounded": Bug(scale_a_little_large, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
+    "inputs rounded together": Bug(inputs_rounded_together, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
     "mask lost": Bug(mask_lost, STREAMING, "no token sees a later one"),
     "window off by one": Bug(window_off_by_one, STREAMING, "logits are those of the definition"),
     "linear window off by one": Bug(linear_window_off_by_one, LINEAR, "logits are those of the definition"),

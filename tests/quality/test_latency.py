@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import cached
 
 from patchkit import StreamingLLM, patch_model
 from patchkit.quality.latency import Stream, cache_bytes, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
@@ -40,7 +41,7 @@ def test_a_filled_cache_looks_like_a_real_one(family: str, context: int) -> None
     for one, other in zip(filled.layers, real.layers, strict=True):
         assert one.keys.shape == other.keys.shape and one.values.shape == other.values.shape
         assert one.keys.dtype == other.keys.dtype
-    assert torch.isfinite(model(input_ids=torch.tensor([[5]]), past_key_values=filled, use_cache=True).logits).all()
+    assert torch.isfinite(model(input_ids=torch.tensor([[5]]), **cached(filled), use_cache=True).logits).all()
 
 
 def test_a_filled_cache_needs_a_token() -> None:

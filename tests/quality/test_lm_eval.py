@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import cache_of, cached
 from typer.testing import CliRunner
 
 from patchkit import patch_model, report, unpatch_model
@@ -72,8 +73,8 @@ def log_likelihood(model: Any, context: list[int], continuation: list[int]) -> f
     ids = context + continuation
     with torch.no_grad():
         for index, (token, following) in enumerate(itertools.pairwise(ids)):
-            out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=torch.tensor([[token]]), **cached(cache), use_cache=True)
+            cache = cache_of(out)
             if index + 1 >= len(context):
                 total += out.logits[0, -1].double().log_softmax(-1)[following].item()
     return total
@@ -282,6 +283,7 @@ def test_every_patch_has_an_example_that_reads() -> None:
         assert [patch.name for patch in parse_spec(cls.example or name)] == [name]
 
 
+@pytest.mark.matrix
 def test_two_processes_share_the_work(model_dir: Path, tmp_path: Path) -> None:
     """Sums over processes, and a patch that acts in one of them only has acted."""
     script = tmp_path / "work.py"

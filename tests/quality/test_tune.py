@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import matrix
 from typer.testing import CliRunner
 
 from patchkit import MLPInt8, StreamingLLM, patch_model, patched, report
@@ -151,9 +152,10 @@ def best_speed(machine: Machine) -> float:
     return found
 
 
-def test_finds_the_best_of_known_landscapes() -> None:
+@pytest.mark.parametrize("count", [8, matrix(20)])
+def test_finds_the_best_of_known_landscapes(count: int) -> None:
     shares = []
-    for seed in range(20):
+    for seed in range(count):
         machine = landscape(seed)
         _, best = searched(machine)
         assert best.increase is not None and best.increase.high <= BOUND

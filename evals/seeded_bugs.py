@@ -1,0 +1,324 @@
+# ruff: noqa: E402  (the path is set before patchkit is imported)
+"""Does the fast layer of the tests catch what a thinner suite might miss? Writes evals/results/seeded_bugs.json.
+
+    python evals/seeded_bugs.py                         # make seeded-bugs
+    python evals/seeded_bugs.py --only "window one token too long" --only "sinks turned the wrong way"
+
+Each bug is one edit of patchkit's own code, made in a copy of the tree; product code knows nothing of it. In the copy, the fast layer (no
+case of the matrix) of the test files named with the bug runs up to its first failure. Naming files keeps this affordable, and is stricter
+than the whole layer: what one of these files catches, the whole catches too. At the end the tests that failed are run on an unedited copy,
+where they have to pass. Exit status 1 if a bug escapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from patchkit.quality.environment import environment
+
+RESULTS = ROOT / "evals" / "results" / "seeded_bugs.json"
+# Of one bug; a fast layer that hangs has not caught it.
+LIMIT_S = 1800
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``old``, which is in patchkit/ exactly once, becomes ``new``; ``tests`` are the files that have to notice."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+STREAMING = ("tests/patches/test_streaming.py",)
+GENERATE = ("tests/patches/test_streaming_generate.py",)
+COMPILE = ("tests/patches/test_compile.py",)
+LINEAR = ("tests/patches/test_linear.py",)
+INT8 = ("tests/patches/test_mlp_int8.py", "tests/test_int8_weight.py", "tests/test_contract.py")
+EXACT = ("tests/generation/test_exact.py",)
+CONTRACT = ("tests/test_contract.py",)
+
+BUGS = [
+    # -- streaming
+    Bug("window one token too long", "return key > query - self.window", "return key >= query - self.window", STREAMING),
+    Bug("sinks one position off", "(self.plan.main.capacity - 1)).clamp(min=0)", "self.plan.main.capacity).clamp(min=0)", STREAMING),
+    Bug(
+        "sinks turned the wrong way",
+        "turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))",
+        "turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, -sin.to(k.device))",
+        STREAMING,
+    ),
+    Bug("window turned the wrong way when positions begin anew", "layer.turn_window(cos, sin)", "layer.turn_window(cos, -sin)", STREAMING),
+    Bug("causal mask lost", "(row >= 0) & (key <= query) & (lane", "(row >= 0) & (lane", STREAMING),
+    Bug("left padding ignored", "        stream.set_pads(pads)\n", "        pass\n", STREAMING),
+    Bug(
+        "ring one slot too short",
+        "in_ring = self.sinks + (token - self.sinks) % self.window",
+        "in_ring = self.sinks + (token - self.sinks) % max(1, self.window - 1)",
+        STREAMING,
+    ),
+    Bug(
+        "rollback forgets one token",
+        "first = max(seen - count, lane.capacity)",
+        "first = max(seen - count + 1, lane.capacity)",
+        STREAMING,
+    ),
+    Bug(
+        "sinks stay with their row when rows are reordered",
+        "self.raw, self.raw_quarter = index(self.raw), index(self.raw_quarter)",
+        "pass",
+        STREAMING,
+    ),
+    Bug(
+        "copied cache shares its state",
+        "vars(copied).update(copy.deepcopy(vars(self), memo))",
+        "vars(copied).update(vars(self))",
+        (*STREAMING, "tests/patches/test_refresh.py"),
+    ),
+    # -- linear attention
+    Bug(
+        "boundary token counted in window and state",
+        "near = key > query - self.softmax_window",
+        "near = key >= query - self.softmax_window",
+        LINEAR,
+    ),
+    Bug(
+        "state of linear attention not reset",
+        "self.state = self.normalizer = None",
+        'self.state, self.normalizer = getattr(self, "state", None), getattr(self, "normalizer", None)',
+        LINEAR,
+    ),
+    # -- int8
+    Bug(
+        "int8 scale of another channel",
+        "return int8_linear(x, self.qdata, self.scale, bias, self.activation)",
+        "return int8_linear(x, self.qdata, self.scale.roll(1), bias, self.activation)",
+        INT8,
+    ),
+    Bug(
+        "int8 bias dropped",
+        "return int8_linear(x, self.qdata, self.scale, bias, self.activation)",
+        "return int8_linear(x, self.qdata, self.scale, None, self.activation)",
+        INT8,
+    ),
+    Bug(
+        "experts stay int8 after unpatching",
+        'handle.set_attribute(self.module, "_patchkit_experts", self.weights)',
+        'vars(self.module)["_patchkit_experts"] = self.weights',
+        INT8,
+    ),
+    # -- compile
+    Bug("compiled steps keep a stale mask", "step.masks_open = full", "step.masks_open = True", COMPILE),
+    Bug(
+        "compiled steps do not count what they stored",
+        "layer.seen += tokens",
+        "layer.seen += tokens if tokens > 1 else tokens * (layer.seen % 7 > 0)",
+        COMPILE,
+    ),
+    # -- speculation
+    Bug(
+        "one draft too many accepted",
+        "return choice, ((draft == choice[:, :-1]) & drafted).cumprod(1).sum(1)",
+        "return choice, (((draft == choice[:, :-1]) & drafted).cumprod(1).sum(1) + 1).clamp(max=counts)",
+        EXACT,
+    ),
+    Bug(
+        "token after the drafts is the last position's",
+        "[self._append(row, chosen[row][: n + 1]) for row, n in enumerate(lengths)]",
+        "[self._append(row, [*chosen[row][:n], chosen[row][-1]]) for row, n in enumerate(lengths)]",
+        EXACT,
+    ),
+    Bug("drafts that fell are kept in the cache", "self.cache.keep(count, counts)", "self.cache.keep(count, [count] * len(counts))", EXACT),
+    Bug(
+        "rows that go on take the numbers of those that ended",
+        "self.active = [self.active[row] for row in rows]",
+        "self.active = self.active[: len(rows)]",
+        EXACT,
+    ),
+    Bug(
+        "rejected token drawn from the target",
+        "weights = torch.where(((accepted < counts) & residual.any(1))",
+        "weights = torch.where(((accepted > counts) & residual.any(1))",
+        ("tests/generation/test_sampling.py",),
+    ),
+    Bug(
+        "drawn drafts accepted a little too often",
+        "(known & (accept_draws * q < p))",
+        "(known & (accept_draws * q < 1.25 * p))",
+        ("tests/generation/test_sampling.py",),
+    ),
+    Bug(
+        "end of text overlooked inside a draft",
+        "if self.stops.after(state.tokens, row, length + count, token):",
+        "if count == len(new) and self.stops.after(state.tokens, row, length + count, token):",
+        EXACT,
+    ),
+    Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/generation/test_generate.py",)),
+    # -- patching
+    Bug(
+        "a hook stays after unpatching",
+        "self._steps.append(functools.partial(_remove_hook, module.register_forward_pre_hook(fn, **kw)))",
+        "module.register_forward_pre_hook(fn, **kw)",
+        CONTRACT,
+    ),
+    Bug(
+        "the alias of the attention function stays in the config",
+        'handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))',
+        'config._attn_implementation_internal = alias_of(config._attn_implementation or "eager")',
+        CONTRACT,
+    ),
+    Bug(
+        "the third option of a spec is dropped",
+        "for argument in call.keywords if call else []:",
+        "for argument in call.keywords[:2] if call else []:",
+        ("tests/test_patch.py",),
+    ),
+    # -- gates
+    Bug(
+        "a gate passes when its interval reaches below the bound",
+        "not speedup.low >= bounds.min_speedup",
+        "not speedup.high >= bounds.min_speedup",
+        ("tests/quality/test_gate.py",),
+    ),
+    Bug("a gate never fails", "failures=failures + violations(", "failures=[] and violations(", ("tests/quality/test_gate.py",)),
+]
+
+
+@dataclass
+class Found:
+    """What became of one bug: the test that failed, the first line of why, and seconds from the start of pytest."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    caught_by: str | None = None
+    because: str = ""
+    seconds: float = 0.0
+    confirmed: bool = field(default=False)
+
+
+def place_of(bug: Bug) -> Path:
+    """The file that holds ``bug.old``.
+
+    Raises:
+        SystemExit: none does, or it is there several times: the code has moved on, and the seed has to follow.
+    """
+    found = [(path, count) for path in sorted((ROOT / "patchkit").rglob("*.py")) if (count := path.read_text().count(bug.old))]
+    if len(found) != 1 or found[0][1] != 1:
+        places = ", ".join(f"{path.relative_to(ROOT)} ({count})" for path, count in found) or "no file"
+        sys.exit(f"{bug.name}: {bug.old!r} must be in patchkit/ exactly once, and is in {places}. Bring this seed up to date")
+    return found[0][0].relative_to(ROOT)
+
+
+def copy_of_the_tree(place: Path) -> None:
+    """The files that git knows, or would, as hard links where that goes."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        source, target = ROOT / name, place / name
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copy2(source, target)
+
+
+def run_tests(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest on the copy at ``place``, with one thread."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environ = {**os.environ, **threads, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+def try_one(bug: Bug) -> Found:
+    """Seed the bug into a copy and run its tests to the first failure."""
+    file = place_of(bug)
+    found = Found(bug.name, str(file), bug.old, bug.new, bug.tests)
+    with tempfile.TemporaryDirectory(prefix="seeded-") as name:
+        place = Path(name)
+        copy_of_the_tree(place)
+        seeded = (place / file).read_text().replace(bug.old, bug.new)
+        (place / file).unlink()  # a hard link: the tree itself stays as it is
+        (place / file).write_text(seeded)
+        started = time.perf_counter()
+        done = run_tests(place, "-x", *bug.tests)
+        found.seconds = round(time.perf_counter() - started, 1)
+    failed = re.search(r"^FAILED (\S+\.py::.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        found.caught_by, found.because = failed[1], (failed[2] or "").strip()
+    elif done.returncode != 0:
+        sys.exit(f"{bug.name}: pytest itself failed (exit status {done.returncode}), so nothing was tried\n{done.stdout}\n{done.stderr}")
+    print(f"{found.seconds:6.1f} s  {bug.name}: {found.caught_by or 'ESCAPED'}", flush=True)
+    return found
+
+
+def confirm(all_found: list[Found]) -> None:
+    """Without any bug, the tests that failed pass."""
+    caught = [found for found in all_found if found.caught_by]
+    with tempfile.TemporaryDirectory(prefix="unseeded-") as name:
+        copy_of_the_tree(Path(name))
+        done = run_tests(Path(name), *sorted({str(found.caught_by) for found in caught}))
+    failed = set(re.findall(r"^FAILED (\S+\.py::.*?)(?: - .*)?$", done.stdout, re.MULTILINE))
+    if done.returncode not in (0, 1):
+        sys.exit(f"the tests did not run on the unedited copy (exit status {done.returncode})\n{done.stdout}\n{done.stderr}")
+    for found in caught:
+        found.confirmed = found.caught_by not in failed
+        if not found.confirmed:
+            print(f"{found.caught_by} fails without any bug, so it says nothing about {found.bug!r}")
+
+
+def main() -> int:
+    """Try all bugs, print a line for each, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="BUG", help="this bug only; may be given several times; nothing is written")
+    parser.add_argument("--jobs", type=int, default=2, help="bugs that are tried at once (default: 2)")
+    given = parser.parse_args()
+    unknown = set(given.only or ()) - {bug.name for bug in BUGS}
+    if unknown:
+        parser.error(f"no such bug: {', '.join(sorted(unknown))}. There are: {'; '.join(bug.name for bug in BUGS)}")
+    bugs = [bug for bug in BUGS if not given.only or bug.name in given.only]
+    for bug in bugs:
+        place_of(bug)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = list(pool.map(try_one, bugs))
+    confirm(found)
+    caught = sum(each.confirmed for each in found)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"{caught} of {len(found)} seeded bugs are caught by the fast layer, in {minutes:.1f} minutes")
+    if not given.only:
+        result = {
+            "command": "python evals/seeded_bugs.py",
+            "caught": caught,
+            "bugs": len(found),
+            "minutes": round(minutes, 1),
+            "load_average": [round(load, 1) for load in os.getloadavg()],
+            "environment": environment(),
+            "results": [asdict(each) for each in found],
+        }
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if caught == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Load what `patchkit.models.find` has found, with transformers."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from patchkit import _compat
+from patchkit.models import ModelUnavailable, Source, converted, gguf
+
+_HUB_TIMEOUT_S = 5.0
+
+
+def load(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `patchkit.models.load_model`, of what was found."""
+    if dtype != "auto":
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype={dtype!r}: give a floating-point dtype of torch, its name such as 'bfloat16', or 'auto'")
+        dtype = found
+    if source.keep:
+        file = Path(source.place) / str(source.gguf)
+        kept = converted.keep(file, functools.partial(_write, source))
+        if kept is not None:
+            return _load(str(kept), source.name, dtype, local_only=True)
+    if source.gguf is not None:
+        return _load_gguf(source, dtype)
+    return _load(source.place, source.name, dtype, local_only=source.is_local or _hub_is_out_of_reach(source.place))
+
+
+@functools.lru_cache(maxsize=1)
+def directory_of(source: Source) -> Path:
+    """The directory with the converted copy of a GGUF model: the one that is kept, or where none can be, one for this process.
+
+    Raises:
+        ModelUnavailable: it can be written nowhere.
+    """
+    kept = converted.keep(Path(source.place) / str(source.gguf), functools.partial(_write, source))
+    if kept is not None:
+        return kept
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="patchkit-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _write(source, folder)
+    except converted.WRITE_ERRORS as error:
+        raise ModelUnavailable(
+            f"the converted copy of {source.name} can be written neither under the cache folder nor under {tempfile.gettempdir()} "
+            f"({error}): set XDG_CACHE_HOME to a folder with room for it"
+        ) from error
+    return folder
+
+
+def _write(source: Source, folder: Path) -> None:
+    for part in _load_gguf(source, torch.float32):
+        part.save_pretrained(folder)
+
+
+def _load_gguf(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    facts = gguf.read(Path(source.place) / str(source.gguf), source.name)
+    wanted = torch.float32 if dtype == "auto" else dtype
+    model, tokenizer = _load(source.place, source.name, wanted, local_only=True, gguf_file=source.gguf, **_compat.gguf_options())
+    gguf.make_dense(model, facts)
+    gguf.mend_tokenizer(tokenizer, model, facts)
+    return model, tokenizer
+
+
+def _hub_is_out_of_reach(repo: str) -> bool:
+    """Ask the hub for the model's config once, with a short timeout, because transformers would retry for minutes.
+
+    Raises:
+        ModelUnavailable: the hub answered, and it has no such model for this user.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, "config.json"), timeout=_HUB_TIMEOUT_S)
+    except HFValidationError as error:
+        raise ModelUnavailable(f"{repo!r} is neither a directory nor a valid hub id: {first_line(error)}") from error
+    except GatedRepoError as error:
+        raise ModelUnavailable(f"{repo!r} is gated on the hub: accept its terms there and run `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelUnavailable(
+            f"{repo!r} is neither a directory here nor a model on the hub: check the spelling, or run `hf auth login` if it is private"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ModelUnavailable(f"{repo!r} on the hub has no config.json: it is not a transformers model") from error
+    except Exception:
+        # Name resolution, proxy, TLS, timeout, a 5xx answer: the HTTP client's own types, which change between hub versions.
+        return True
+    return False
+
+
+def _load(
+    place: str, name: str, dtype: torch.dtype | str, local_only: bool, gguf_file: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from huggingface_hub import try_to_load_from_cache
+
+    if local_only and not Path(place).is_dir() and not isinstance(try_to_load_from_cache(place, "config.json"), str):
+        raise ModelUnavailable(
+            f"{name!r} is no directory here, is not in the local cache, and the hub cannot be reached: "
+            "connect to the network (or unset HF_HUB_OFFLINE), or give a model directory or 'bundled'"
+        )
+    where: dict[str, Any] = {"local_files_only": local_only} | ({} if gguf_file is None else {"gguf_file": gguf_file})
+    again = "save or download the model again"
+    # Foreign files can make transformers raise nearly anything; to the user each of it means that this model cannot be loaded.
+    try:
+        config = AutoConfig.from_pretrained(place, **where)
+    except Exception as error:
+        raise ModelUnavailable(f"the config of {name} cannot be used ({first_line(error)}): {again}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnavailable(
+            f"{name} is a {config.model_type!r} model, which is not a causal language model: give one that generates text"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True, **where, **options)
+    except Exception as error:
+        raise ModelUnavailable(f"the weights of {name} cannot be loaded ({first_line(error)}): {again}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelUnavailable(
+            f"the weights of {name} are incomplete: {len(missing)} tensors are missing, {missing[0]} among them. "
+            "Save or download the model again"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **where)
+    except Exception as error:
+        raise ModelUnavailable(f"{name} has no usable tokenizer ({first_line(error)}): save one beside the weights") from error
+    return model.eval(), tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of what it says, short enough for one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
