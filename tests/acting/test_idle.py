@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from patchkit import patch_model, report, unpatch_model
+from patchkit import patch, patch_model, report, unpatch_model
 from patchkit._compat import CACHE
 from patchkit.attention import attention_patch
 from patchkit.errors import StreamError
@@ -120,7 +120,6 @@ def test_int8_layers_that_were_given_other_weights(caplog: pytest.LogCaptureFixt
 # -- attention implementations that are set after the patch ------------------------------------------------------------------
 
 
-@attention_patch("idle_last_three", mask=lambda batch, head, query, key: key > query - 3)
 def last_three(module, query, key, value, attention_mask, scaling=None, **kwargs):
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -128,9 +127,16 @@ def last_three(module, query, key, value, attention_mask, scaling=None, **kwargs
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
+@pytest.fixture
+def own_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch of one attention function, for the length of a test."""
+    monkeypatch.setattr(patch, "_registry", dict(patch.available_patches()))
+    attention_patch("idle_last_three", mask=lambda batch, head, query, key: key > query - 3)(last_three)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("spec", [STREAMING, LINEAR, "idle_last_three"])
-def test_another_attention_implementation_is_refused(spec: str, implementation: str) -> None:
+def test_another_attention_implementation_is_refused(spec: str, implementation: str, own_patch: None) -> None:
     model, plain = patch_model(tiny_model("llama"), spec), tiny_model("llama")
     with torch.no_grad():
         ours, unpatched = model(input_ids=prompt()).logits, plain(input_ids=prompt()).logits
