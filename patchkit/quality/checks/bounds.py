@@ -88,7 +88,7 @@ def same(
         found = size(case, difference)
         kept, bound = judged(found, _bounds(case, pairs, of_any_view, detail, noise))
         if kept and bound.typical is not None and difference.typical > bound.typical:
-            kept, found, bound = False, difference.typical, Bound(bound.typical, f"{bound.why}, at half of the positions")
+            kept, found, bound = False, difference.typical, Bound(bound.typical, f"{bound.why}, half of the text")
         others = [patch for patch in case.patches if patch not in case.rounding]
         if kept and bound.value > case.tolerance.differs and case.rounding and others and of_any_view:
             # So wide a bound could hide what is not due to rounding, so that is looked at alone.
@@ -111,13 +111,13 @@ def _own(case: Case, pairs: Pairs, detail: str) -> Iterator[Bound]:
     found = largest(pairs(case.plain))
     if size(case, found) > case.tolerance.differs:
         raise NotJudged(f"the unpatched model differs by {size(case, found):.2g} itself ({detail})")
-    yield Bound(_OWN_NOISE * size(case, found), f"{_OWN_NOISE:g} x unpatched, the same test")
+    yield Bound(_OWN_NOISE * size(case, found), f"{_OWN_NOISE:g} x unpatched, same test")
 
 
 def own_of_feeding(case: Case) -> Iterator[Bound]:
     """Three times what the unpatched model differs by between ways of feeding; in 16 bits that is less than `tight`."""
     if case.model.dtype not in SIXTEEN_BITS:
-        yield Bound(_OWN_NOISE * case.own, f"{_OWN_NOISE:g} x unpatched, fed in other ways")
+        yield Bound(_OWN_NOISE * case.own, f"{_OWN_NOISE:g} x unpatched, by feeding")
 
 
 def tight(case: Case) -> Bound:
@@ -130,13 +130,13 @@ def tight(case: Case) -> Bound:
         texts = [case.text(case.probe, number) for number in range(3)]
         found = largest((fed(case.plain, ids, [], at=at), fed(exact, ids, [], at=at)) for ids in texts)
         case.once["tight"] = _OWN_NOISE * found.position
-    return Bound(case.once["tight"], f"{_OWN_NOISE:g} x unpatched, beside float32")
+    return Bound(case.once["tight"], f"{_OWN_NOISE:g} x unpatched, to float32")
 
 
 def for_logits(case: Case) -> Iterator[Bound]:
     """Bounds for single logits, not for whole positions."""
     yield Bound(case.tolerance.logits, f"rounding of {case.proof.dtype}")
-    yield Bound(_OWN_NOISE * case.own, f"{_OWN_NOISE:g} x unpatched, fed in other ways")
+    yield Bound(_OWN_NOISE * case.own, f"{_OWN_NOISE:g} x unpatched, by feeding")
     if case.rounding:
         yield rounding_noise(case, single_logits=True)
 
@@ -155,7 +155,7 @@ def rounding_noise(case: Case, single_logits: bool = False) -> Bound:
 
 def noise_bound(found: float, typical: float | None = None) -> Bound:
     """Of what a definition differs from itself."""
-    return Bound(_OWN_NOISE * found, f"{_OWN_NOISE:g} x last bits where it rounds", None if typical is None else _OWN_NOISE * typical)
+    return Bound(_OWN_NOISE * found, f"{_OWN_NOISE:g} x its own last bits", None if typical is None else _OWN_NOISE * typical)
 
 
 def _unsure(case: Case) -> Iterator[tuple[Pieces, Pieces]]:

@@ -57,7 +57,7 @@ def _loud(case: Case, patch: Patch) -> Check:
         "kept" if worst[0] > -_MOST_WORSE else "broken",
         max(0.0, -worst[0]),
         _MOST_WORSE,
-        "dB below what was reported",
+        "dB below its report",
         detail,
     )
 
