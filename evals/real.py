@@ -198,7 +198,7 @@ def speed(
         "edits": in_turns({name: ways[name] for name in (PLAIN, SPECULATIVE)}, prompts["edits"], new_tokens, rounds),
     }
     return {
-        "what": f"greedy, at most {new_tokens} new tokens after {_lengths(prompts)} of prompt, rounds: {rounds}; ms from the first token on",
+        "what": f"greedy, at most {new_tokens} new tokens after {_lengths(prompts)} of prompt, rounds: {rounds}; ms after the first token",
         "prompts": {group: list(texts) for group, texts in groups.items()},
         "prepared": prepared,
         **{group: {way: compared(found, way, len(prompts[group])) for way in found} for group, found in runs.items()},
