@@ -207,3 +207,11 @@ def test_an_interrupted_run_leaves_a_report_that_says_what_was_not_checked(
     assert done and not any(promise.startswith(tuple(done)) for promise in written["not_checked"])
     page = (out / "report.html").read_text()
     assert "Not checked:" in page and f"interrupted by {name}" in page
+
+
+@pytest.mark.parametrize("found", [float("inf"), float("nan")])
+def test_no_noise_is_large_enough_for_an_infinite_difference(found: float) -> None:
+    from patchkit.quality.checks.bounds import Bound, judged
+
+    noise = [Bound(1e-4, "rounding"), Bound(float("inf"), "noise")]
+    assert not judged(found, noise)[0] and judged(1.0, noise)[0]

@@ -61,7 +61,7 @@ def judged(found: float, bounds: Iterable[Bound]) -> tuple[bool, Bound]:
     """Whether ``found`` is within one of the bounds, and the bound that decided: the first that holds, else the largest."""
     most = Bound(-math.inf, "")
     for bound in bounds:
-        if found <= bound.value:
+        if math.isfinite(found) and found <= bound.value:
             return True, bound
         most = max(most, bound, key=lambda each: each.value)
     return False, most
