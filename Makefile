@@ -19,7 +19,7 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## the main job: the bundled model on 16k tokens of real text, unpatched and streaming
 	$(BIN)/patchkit demo $(ARGS)
 
-test: $(VENV)/.installed  ## the fast layer of the tests, which catches every seeded bug
+test: $(VENV)/.installed  ## the fast layer of the tests, in minutes
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.installed  ## every test: the fast layer, and the matrix of families and full sizes
