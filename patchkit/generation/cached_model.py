@@ -161,12 +161,12 @@ class CachedModel:
             StreamError: the cache cannot roll back.
         """
         layers = self.cache.layers
-        if all(layer.is_croppable for layer in layers):
+        if all(map(_is_croppable, layers)):
             self._rollback = "crop"
             self.cache.activate_past_recording()
             if isinstance(self.cache, RaggedCache):
                 self.cache.verifying = True
-        elif type(self.cache) is _compat.DynamicCache and all(isinstance(layer, _REPLAYED) or layer.is_croppable for layer in layers):
+        elif type(self.cache) is _compat.DynamicCache and all(isinstance(layer, _REPLAYED) or _is_croppable(layer) for layer in layers):
             self._rollback = "replay"
         else:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
@@ -251,6 +251,11 @@ def make_cache(model: Any, tokens: int = 1) -> Any:
     if stock.layers and {type(layer) for layer in stock.layers} <= plain:
         return RaggedCache(len(stock.layers), tokens)
     return stock
+
+
+def _is_croppable(layer: Any) -> bool:
+    # The recurrent layers of transformers 5.15 do not say that they are not.
+    return bool(getattr(layer, "is_croppable", False))
 
 
 def keeps_own_cache(model: Any) -> bool:
