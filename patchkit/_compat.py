@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from patchkit.errors import PatchError
 
 SUPPORTED = {"transformers": ">=5.15", "torch": ">=2.8"}
-# The newest versions that the test suite has run on. Newer ones are used too, with a warning.
+# The newest versions on which tests/acting has run, at least. Newer ones are used too, with a warning.
 TESTED = {"transformers": "5.24", "torch": "2.14"}
 _REMEDY = 'Install a supported pair: pip install "transformers{transformers}" "torch{torch}"'.format(**SUPPORTED)
 

@@ -2,5 +2,5 @@
 
 How much two computations may differ is a row of `patchkit.testing.TOLERANCES`, in 16 bits three times what the unpatched model differs
 from its own weights in float32; or three times what the unpatched model differs from itself in the same test, where that is more; and for
-patches that round, a quarter of what rounding does.
+patches that round, three times what their definition differs from itself by its last bits (`bounds`).
 """
