@@ -1,25 +1,27 @@
 # ruff: noqa: E402  (the path is set before patchkit is imported: nothing has to be installed)
-"""Every check and benchmark that needs a GPU, in one command of at most ten minutes.
+"""Every check and benchmark that needs a GPU, in one command of at most twelve minutes, what matters most first.
 
     python3 evals/gpu.py                               # on one H100 or H200
     python3 evals/gpu.py --sections correctness        # a part of it
     python3 evals/gpu.py --device cpu --tiny           # every part at sizes that say nothing, to try the script itself
 
 It needs torch, transformers and triton, and takes patchkit from this folder. One JSON, gpu_<device>.json, goes to the folder that
-the environment variable OUT names, else to evals/results/; a table is printed.
+the environment variable OUT names, else to evals/results/, after each section; a table is printed. Sections that a run leaves out
+stay in the JSON as they were.
 
 correctness    every backend of every op against float64 arithmetic on the device, with unwritten memory set to NaN; int8_linear also
                on the shapes of the feed-forward blocks of Llama-3-8B; a row of one token alone and among 16 must have the same bits
+decode         one token after another through the shape of Pythia-2.8b with random fp16 weights at context 1024, in turns. The share is
+               (bytes of weights and of keys and values / that copy bandwidth) / time
+smollm2        a real pretrained model, where it is installed: see evals/gpu_smollm2.py
 bandwidth      int8_linear on those shapes, weight-only, and F.linear beside it. Each pass goes over a gigabyte of different weights,
                so that they come from memory. "graph" times the kernels alone, "launched" the calls as Python makes them.
                A share is (bytes of the int8 weights / time) / (bytes read + bytes written / time of a copy on the device)
-verification   verify_prefix, verify_prefix_sampled and kv_append on the shapes of Llama-3-8B and of a vocabulary of 50304, and torch's own
-               operators beside them, which must agree
 linear         linear_attention in bf16 from 512 to 65536 tokens, beside SDPA (causal) and, where flash-linear-attention is installed, its
                chunked kernel. The share is (8 bytes for every element of q / that copy bandwidth) / time; two replays of a CUDA
                graph must give the same bits, and those of a plain call
-decode         one token after another through the shape of Pythia-2.8b with random fp16 weights at context 1024, in turns. The share is
-               (bytes of weights and of keys and values / that copy bandwidth) / time
+verification   verify_prefix, verify_prefix_sampled and kv_append on the shapes of Llama-3-8B and of a vocabulary of 50304, and torch's own
+               operators beside them, which must agree
 
 Exit status 1 if any row failed: a wrong result or an exception. A bar that was missed is reported, and is no failure.
 """
@@ -51,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from evals import gpu_smollm2
 from patchkit import _compat, patch_model, report
 from patchkit.int8_weight import Int8Weight
 from patchkit.kernels import Op, available_ops
@@ -58,12 +61,13 @@ from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.linear_attention import linear_attention
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
+from patchkit.models import SMOLLM2, ModelUnavailable, load_model, smollm2_gguf
 from patchkit.quality.environment import environment, version_of
 from patchkit.quality.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
 from patchkit.testing import TOLERANCES, logit_error
 
 # Seconds; what a section leaves unused goes to the next.
-LIMITS = {"correctness": 180, "bandwidth": 90, "verification": 30, "linear": 60, "decode": 240}
+LIMITS = {"correctness": 160, "decode": 200, "smollm2": 180, "bandwidth": 80, "linear": 60, "verification": 30}
 PASSED, FAILED, NOT_MEASURED, NO_TIME = "passed", "failed", "not measured", "no time"
 LEAST_SHARE, MOST_MS = 0.75, 2.2
 DTYPES = (torch.float16, torch.bfloat16)
@@ -84,6 +88,7 @@ class Sizes:
         attended: (B, H, T, K) of linear_attention, V = K.
         model: of the decoded model's config.
         compiler: further options of the patch `compile`.
+        smollm2_tokens: None for the real model and the real lengths; else a stand-in, and so many tokens.
     """
 
     shapes: tuple[tuple[int, int], ...] = ((14336, 4096), (4096, 14336))
@@ -111,6 +116,7 @@ class Sizes:
     rounds: int = 40
     greedy_tokens: int = 64
     compiler: tuple[str, ...] = ()
+    smollm2_tokens: int | None = None
 
 
 TINY = Sizes(
@@ -132,6 +138,7 @@ TINY = Sizes(
     rounds=4,
     greedy_tokens=8,
     compiler=("backend=aot_eager",),
+    smollm2_tokens=8,
 )
 
 
@@ -734,14 +741,37 @@ class Decode:
         return {**row, "message": f"tokens {wrong} are others than the eager ones, and no near ties"} if wrong else row
 
 
+# -- smollm2 ---------------------------------------------------------------------------------------------------------------------
+
+
+def smollm2(sizes: Sizes, device: torch.device) -> Cases:
+    """The cases of evals/gpu_smollm2.py; on the tiny sizes those of a model that is always there, in few tokens."""
+    if sizes.smollm2_tokens is None:
+        try:
+            smollm2_gguf()
+        except ModelUnavailable as error:
+            yield "smollm2", functools.partial(not_measured, str(error).splitlines()[0])
+            return
+        yield from gpu_smollm2.cases(lambda: load_model(SMOLLM2), device)
+    else:
+        few = sizes.smollm2_tokens
+        load = functools.partial(load_model, "stdlib-1m-draft")
+        yield from gpu_smollm2.cases(load, device, ("speculative",), ("streaming(window=28)",), few, demo=False)
+
+
+def not_measured(reason: str) -> Row:
+    raise NotMeasured(reason)
+
+
 # -- the report ------------------------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
     "correctness": correctness,
-    "bandwidth": bandwidth,
-    "verification": verification,
-    "linear": linear,
     "decode": decode,
+    "smollm2": smollm2,
+    "bandwidth": bandwidth,
+    "linear": linear,
+    "verification": verification,
 }
 
 
@@ -838,6 +868,7 @@ SHOWN = (
     "op_graph_ms", "op_launched_ms", "torch_graph_ms", "torch_launched_ms", "torch_over_op",
     "linear_graph_ms", "linear_launched_ms", "sdpa_graph_ms", "sdpa_over_linear", "fla_graph_ms", "fla_over_linear",
     "ms", "limit_ms", "back_to_back_ms", "other_over_this", "compile_milliseconds", "tokens", "near_ties", "largest_logit_error",
+    "stories", "edits", "found",
 )  # fmt: skip
 
 
@@ -878,7 +909,12 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(os.environ.get("OUT") or ROOT / "evals" / "results") / f"gpu_{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python3 evals/gpu.py", *arguments])
-    result: Row = {"device": name, "command": command, "environment": described(device), "sections": {}, "seconds": {}}
+    result: Row = {"device": name, "environment": described(device), "commands": {}, "sections": {}, "seconds": {}}
+    if path.is_file():
+        # What other commands found on the same device with the same versions stays.
+        before_this = json.loads(path.read_text())
+        if (before_this["device"], before_this["environment"]) == (name, result["environment"]):
+            result = before_this
 
     before = signal.signal(signal.SIGALRM, out_of_time)
     until = time.monotonic()
@@ -888,6 +924,7 @@ def main(arguments: list[str] | None = None) -> int:
             started = time.monotonic()
             print(f"{section} ...", flush=True)
             result["sections"][section] = run_section(SECTIONS[section](sizes, device), until)
+            result["commands"][section] = command
             result["seconds"][section] = round(time.monotonic() - started, 1)
             result["bars"] = bars({} if options.tiny else result["sections"], name)
             path.write_text(json.dumps(result, indent=2) + "\n")

@@ -111,7 +111,7 @@ class Clock:
 
     def __call__(self, tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool)
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
@@ -157,12 +157,17 @@ def compared(found: dict[str, list[Answered]], way: str, prompts: int) -> dict[s
     ratio = median_ratio([a for a, _ in timed], [b for _, b in timed])
     same = sum(a.ids == b.ids for a, b in zip(found[PLAIN][:prompts], found[way][:prompts], strict=True))
     return {
-        "ms_per_token": statistics.median(b for _, b in timed),
+        "ms_per_token": median_of(found[way]),
         "plain_over_this": dataclasses.asdict(ratio),
         "identical": same,
         "prompts": prompts,
         "tokens": sum(len(each.ids) for each in found[way][:prompts]),
     }
+
+
+def median_of(answers: Sequence[Answered]) -> float:
+    """Milliseconds per token, the median over answers of two tokens or more."""
+    return statistics.median(each.ms_per_token for each in answers if each.ms_per_token is not None)
 
 
 def speed(

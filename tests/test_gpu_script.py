@@ -56,14 +56,15 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     status, result = run()
     printed = capsys.readouterr().out
     assert status == 0
-    assert result["device"] == "cpu" and result["command"] == "python3 evals/gpu.py --device cpu --tiny"
+    assert result["device"] == "cpu" and set(result["commands"].values()) == {"python3 evals/gpu.py --device cpu --tiny"}
     assert {"torch", "transformers", "triton", "python", "gpu"} <= result["environment"].keys()
-    assert list(result["sections"]) == list(result["seconds"]) == ["correctness", "bandwidth", "verification", "linear", "decode"]
+    assert list(result["sections"]) == list(result["seconds"]) == list(gpu.SECTIONS)
     for rows in result["sections"].values():
         assert rows and {row["status"] for row in rows} <= {"passed", "not measured"}
         assert all(row["message"] for row in rows if row["status"] == "not measured")
 
-    correctness, bandwidth, verification, linear, decode = ({row["name"]: row for row in rows} for rows in result["sections"].values())
+    by_name = {name: {row["name"]: row for row in rows} for name, rows in result["sections"].items()}
+    correctness, decode, smollm2, bandwidth, linear, verification = by_name.values()
     checked = {(row["op"], row["backend"]) for row in correctness.values() if row["status"] == "passed"}
     assert {(name, "cpu") for name in OPS} <= checked
     assert all(row["error"] <= row["bound"] for row in correctness.values() if "error" in row)
@@ -80,6 +81,9 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     assert decode["unpatched: ms per token"]["share"] > 0
     assert decode["streaming + compile: ms per token"]["other_over_this"].keys() == {"unpatched", "streaming", "streaming + int8"}
     assert decode["streaming + compile: greedy tokens"]["near_ties"] == 0
+    assert smollm2["speculative: greedy answers"]["hits"]["speculative: rounds"] > 0
+    timed = smollm2["streaming(window=28): ms per token"]
+    assert timed["stories"]["ms_per_token"] > 0 and timed["edits"]["plain_over_this"]["value"] > 0
     assert {bar["verdict"] for bar in result["bars"]} == {"not measured"}
     assert all(bar["bar"] in printed for bar in result["bars"])
 
