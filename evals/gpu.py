@@ -6,11 +6,12 @@
     python3 evals/gpu.py --device cpu --tiny           # every part at sizes that say nothing, to try the script itself
 
 It needs torch, transformers and triton, and takes patchkit from this folder. One JSON, gpu_<device>.json, goes to the folder that
-the environment variable OUT names, else to evals/results/, after each section; a table is printed. Sections that a run leaves out
+the environment variable OUT names, else to evals/results/, after each row; a table is printed. Sections that a run leaves out
 stay in the JSON as they were.
 
 correctness    every backend of every op against float64 arithmetic on the device, with unwritten memory set to NaN; int8_linear also
-               on the shapes of the feed-forward blocks of Llama-3-8B; a row of one token alone and among 16 must have the same bits
+               on the shapes of the feed-forward blocks of Llama-3-8B; a row of one token alone and among 4 must have the same bits, and
+               so must five rows alone and among 16
 decode         one token after another through the shape of Pythia-2.8b with random fp16 weights at context 1024, in turns. The share is
                (bytes of weights and of keys and values / that copy bandwidth) / time
 smollm2        a real pretrained model, where it is installed: see evals/gpu_smollm2.py
@@ -314,8 +315,9 @@ EXACT: dict[str, Callable[..., Any]] = {
 
 
 def correctness(sizes: Sizes, device: torch.device) -> Cases:
-    for label, x, *rest in random_int8_linear(sizes, device, (16,)):
-        yield f"int8_linear, {label}: each row alone", functools.partial(check_alone, int8_linear, x, *rest)
+    for label, x, *rest in random_int8_linear(sizes, device, (4, 16)):
+        few = 1 if len(x) == 4 else 5
+        yield f"int8_linear, {label}: {few} at once", functools.partial(check_alone, int8_linear, few, x, *rest)
     for label, *given in random_int8_linear(sizes, device, sizes.rows):
         for name, reason in int8_linear.explain(*given).items():
             if reason is None:
@@ -393,15 +395,15 @@ def widened(value: Any) -> Any:
 
 
 @torch.no_grad()
-def check_alone(found: Op, x: torch.Tensor, *rest: Any) -> Row:
-    """Every row of x by itself against the same row among the others, bit by bit."""
+def check_alone(found: Op, few: int, x: torch.Tensor, *rest: Any) -> Row:
+    """Every ``few`` rows of x by themselves against the same rows among the others, bit by bit."""
     backend = found.choose(x, *rest)
     if backend == "reference":
         raise NotMeasured("no backend serves it here")
-    together = found(x, *rest)
-    unequal = [i for i in range(len(x)) if not torch.equal(found(x[i : i + 1], *rest), together[i : i + 1])]
+    together, starts = found(x, *rest), range(0, len(x) - few + 1, few)
+    unequal = [i for i in starts if not torch.equal(found(x[i : i + few], *rest), together[i : i + few])]
     row: Row = {"op": found.name, "backend": backend, "rows": len(x)}
-    return {**row, "message": f"rows {unequal} are others alone than together"} if unequal else row
+    return {**row, "message": f"rows from {unequal} are others alone than together"} if unequal else row
 
 
 def refused_on(device: torch.device, backend: str, reason: str) -> Row:
@@ -775,14 +777,16 @@ SECTIONS: dict[str, Callable[[Sizes, torch.device], Cases]] = {
 }
 
 
-def run_section(cases: Cases, until: float) -> list[Row]:
-    """Every case as a row with a status, whatever happens in it."""
+def run_section(cases: Cases, until: float, done: Callable[[list[Row]], object] = lambda rows: None) -> list[Row]:
+    """Every case as a row with a status, whatever happens in it; ``done`` is called after each with all so far."""
     rows: list[Row] = []
     try:
         for name, case in cases:
             rows.append({"name": name, **outcome(case, until)})
+            done(rows)
     except Exception as error:  # of the generator, between two cases
         rows.append({"name": "cases", **failure(error)})
+        done(rows)
     return rows
 
 
@@ -923,11 +927,15 @@ def main(arguments: list[str] | None = None) -> int:
             until += LIMITS[section]
             started = time.monotonic()
             print(f"{section} ...", flush=True)
-            result["sections"][section] = run_section(SECTIONS[section](sizes, device), until)
             result["commands"][section] = command
-            result["seconds"][section] = round(time.monotonic() - started, 1)
-            result["bars"] = bars({} if options.tiny else result["sections"], name)
-            path.write_text(json.dumps(result, indent=2) + "\n")
+
+            def write(rows: list[Row], section: str = section, started: float = started) -> None:
+                result["sections"][section] = rows
+                result["seconds"][section] = round(time.monotonic() - started, 1)
+                result["bars"] = bars({} if options.tiny else result["sections"], name)
+                path.write_text(json.dumps(result, indent=2) + "\n")
+
+            run_section(SECTIONS[section](sizes, device), until, write)
     finally:
         signal.signal(signal.SIGALRM, before)
 

@@ -123,7 +123,7 @@ def test_a_row_that_depends_on_its_neighbours_fails():
     vars(made).update(vars(int8_linear), backends={"neighbourly": Backend("neighbourly", neighbourly, lambda *args: None)})
     made._call = made._dispatch
     _, x, *rest = next(gpu.random_int8_linear(gpu.TINY, CPU, (16,)))
-    assert "alone" in gpu.check_alone(made, x, *rest)["message"]
+    assert "alone" in gpu.check_alone(made, 1, x, *rest)["message"] and "alone" in gpu.check_alone(made, 5, x, *rest)["message"]
 
 
 def test_triton_may_not_refuse_on_a_gpu():

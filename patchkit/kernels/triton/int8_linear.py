@@ -2,15 +2,17 @@
 
 Shapes: M rows (tokens), K input and N output features. x [M, K], weight int8 [N, K], scale fp32 [N] or [N, K // group], y [M, N].
 
-* `few_rows`, M <= 16: one token, or a handful to verify. It waits for the weights, so all that matters is that 16-byte loads of
-  them are always under way. Each program owns BLOCK_N output features and all of K, which its warps share out among them: a
-  batched tl.dot, one batch entry per warp, added up once at the end. So there is one launch, no workspace and no atomics. Rows
-  are padded to 16 for the tensor cores, and M is an argument, not a constant: the same code runs for 1 and for 16 rows, each
-  output row comes from its own input row by the same operations in the same order, and a token's result does not depend on
-  which or how many others are beside it.
+* `one_to_four_rows`: decoding. It waits for the weights, so all that matters is that 16-byte loads of them are always under way. Each
+  program owns BLOCK_N output features and all of K; weights go to registers through a pipeline of stages, and are multiplied there
+  in fp32 (int32 for int8 rows): tensor cores would have to be fed from shared memory, and took up to 1.8 times as long on an H100.
+* `few_rows`, 5 to 16: a handful to verify. The multiplications of 16 rows are too many without tensor cores. The warps of a program
+  share K out among them: a batched tl.dot, one batch entry per warp, added up once at the end. Rows are padded to 16.
+  Neither of the two has a workspace or atomics, and M is an argument of both, not a constant: each output row comes from its own input
+  row by the same operations in the same order, so that a token's result does not depend on which others are beside it, nor on how many
+  within 1 to 4 and within 5 to 16. int8 rows give the same bits in all kernels: their sums are of integers.
 * `many_rows`, M > 16: the usual tiles. The weights are the left operand, because Hopper's tensor cores take only that one
   from registers, where the bytes have just become x's dtype.
-* `quantize_rows`: dynamic quantisation, one program per row. The integers then go through the same two kernels, in int32.
+* `quantize_rows`: dynamic quantisation, one program per row. The integers then go through the same kernels, in int32.
 
 Weights become x's dtype exactly, products are summed in fp32 and scaled in fp32, and only then cast: nothing overflows on the way.
 """
@@ -26,7 +28,7 @@ import triton.language as tl
 
 from patchkit.kernels.triton import Launch, Signature
 
-FEW = 16
+FOUR, FEW = 4, 16
 _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
 
 
@@ -56,19 +58,24 @@ def _quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plan(m: int, n: int, k: int, dtype: torch.dtype, group: int) -> Launch:
-    """Kernel, grid and tile sizes. Up to 16 rows they depend on everything but the number of rows.
+    """Kernel, grid and tile sizes. Within 1 to 4 rows, and within 5 to 16, the order of operations is independent of the number of rows.
 
     Args:
         dtype: of the rows; int8 after dynamic quantisation.
         group: input features per scale, a multiple of 16 (of 32 for int8 rows), or 0: one scale per output feature.
     """
+    if m <= FOUR:
+        # Of 19 choices timed on an H100 the fastest over the layers of Pythia-2.8b and Llama-3-8B: evals/results/gpu_int8_tiles.json.
+        columns, depth = 8, 512
+        constants = dict(GROUP=group, BLOCK_N=columns, BLOCK_K=depth, ROWS=m if m < 3 else FOUR, EVEN_K=k % depth == 0, STAGES=4)
+        return Launch(one_to_four_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=4))
     # The largest power of two that a block of K may have, so that it lies in one group.
     most = group & -group if group else 1024
     if m <= FEW:
-        # Few output features: narrower tiles, so that no multiprocessor is idle.
-        columns, depth, parts = 32 if n >= 4096 else 16, min(32 if dtype == torch.float32 else 64, most), 8
+        # Few parts and narrow tiles, so that several programs fit on a multiprocessor: of ten choices the best on the same layers.
+        columns, depth, parts = 16, min(32 if dtype == torch.float32 else 64, most), 4
         constants = dict(GROUP=group, BLOCK_M=FEW, BLOCK_N=columns, BLOCK_K=depth, PARTS=parts, EVEN_K=k % (parts * depth) == 0)
-        return Launch(few_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=parts, num_stages=4))
+        return Launch(few_rows, (triton.cdiv(n, columns),), constants, _options(num_warps=parts, num_stages=5))
     # Without tensor cores (fp32), and where rows start anywhere, larger tiles would not fit into the registers.
     if dtype == torch.float32 or k % 16:
         rows, columns, depth, warps = 64, 64, 32, 4
@@ -86,7 +93,8 @@ def signatures() -> Iterator[Signature]:
     """Every kernel with the tiles that `plan` gives it, for each dtype, per channel and per group."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
         for m, n, group, aligned in (
-            *((1, 14336, 0, True), (1, 2560, 0, True), (1, 67, 0, False), (1, 14336, 32, True), (1, 14336, 128, True)),
+            *((1, 14336, 0, True), (2, 2560, 0, True), (4, 2560, 0, True), (1, 67, 0, False), (4, 14336, 32, True), (1, 14336, 128, True)),
+            *((5, 14336, 0, True), (16, 2560, 0, True), (16, 67, 0, False), (16, 14336, 32, True), (16, 14336, 128, True)),
             *((64, 14336, 0, True), (512, 14336, 0, True), (512, 67, 0, False), (512, 14336, 32, True), (512, 14336, 128, True)),
         ):
             launch = plan(m, n, 4096 if aligned else 67, dtype, group)
@@ -114,6 +122,53 @@ def _weights_as(weights, dtype: tl.constexpr):
         # As the last bits of 1024 + (w + 128), because the plain conversion runs at a fraction of the rate of additions.
         return ((weights ^ -128).to(tl.uint8, bitcast=True).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
     return weights.to(dtype)
+
+
+@triton.jit(do_not_specialize=["M"])
+def one_to_four_rows(
+    x, weight, scale, bias, step, y, M, N, K,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] for M <= ROWS, which is 1, 2 or 4. A lane sums its own 16 input features of every block."""
+    number: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    lanes = tl.arange(0, BLOCK_K // 16) * 16
+    w_rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    sums_0 = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32 if GROUP else number)
+    sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        inside = EVEN_K | (start + k < K)
+        w = tl.load(w_rows + start, mask=(n[:, None] < N) & inside[None, :], other=0).to(number)
+        s = sums_0
+        if GROUP:
+            groups = (start + lanes) // GROUP
+            at = scale + n.to(tl.int64)[:, None] * (K // GROUP) + groups[None, :]
+            s = tl.load(at, mask=(n[:, None] < N) & (groups[None, :] < K // GROUP), other=0)
+        x_row = x + start + k
+        sums_0 = _added(sums_0, x_row, 0, M, K, inside, w, s, GROUP)
+        if ROWS > 1:
+            sums_1 = _added(sums_1, x_row, 1, M, K, inside, w, s, GROUP)
+        if ROWS > 2:
+            sums_2 = _added(sums_2, x_row, 2, M, K, inside, w, s, GROUP)
+            sums_3 = _added(sums_3, x_row, 3, M, K, inside, w, s, GROUP)
+    m = tl.arange(0, 1)
+    _finish(tl.sum(sums_0, 1)[None, :], scale, bias, step, y, m, n, M, N, GROUP)
+    if ROWS > 1:
+        _finish(tl.sum(sums_1, 1)[None, :], scale, bias, step, y, m + 1, n, M, N, GROUP)
+    if ROWS > 2:
+        _finish(tl.sum(sums_2, 1)[None, :], scale, bias, step, y, m + 2, n, M, N, GROUP)
+        _finish(tl.sum(sums_3, 1)[None, :], scale, bias, step, y, m + 3, n, M, N, GROUP)
+
+
+@triton.jit
+def _added(sums, x_row, m, M, K, inside, w, s, GROUP: tl.constexpr):
+    """sums [BLOCK_N, BLOCK_K // 16] and the products of row m with the weights w [BLOCK_N, BLOCK_K], 16 input features in each sum."""
+    values = tl.load(x_row + m * K, mask=inside & (m < M), other=0).to(w.dtype)
+    products = tl.sum(tl.reshape(w * values[None, :], [w.shape[0], w.shape[1] // 16, 16]), 2)
+    if GROUP:
+        return sums + products.to(tl.float32) * s
+    return sums + products
 
 
 @triton.jit(do_not_specialize=["M"])
