@@ -51,6 +51,7 @@ COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
 INT8 = ("tests/patches/test_mlp_int8.py", "tests/test_int8_weight.py", "tests/test_contract.py")
 EXACT = ("tests/generation/test_exact.py",)
+VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
 CONTRACT = ("tests/test_contract.py",)
 
 BUGS = [
@@ -135,6 +136,12 @@ BUGS = [
         "one draft too many accepted",
         "return choice, ((draft == choice[:, :-1]) & drafted).cumprod(1).sum(1)",
         "return choice, (((draft == choice[:, :-1]) & drafted).cumprod(1).sum(1) + 1).clamp(max=counts)",
+        VERIFIED,
+    ),
+    Bug(
+        "one draft too many accepted on a CPU",
+        "if tokens[i] != right[i]), count) for tokens, right, count in rows]",
+        "if tokens[i] != right[i] and i % 3 != 2), count) for tokens, right, count in rows]",
         EXACT,
     ),
     Bug(
@@ -154,12 +161,24 @@ BUGS = [
         "rejected token drawn from the target",
         "weights = torch.where(((accepted < counts) & residual.any(1))",
         "weights = torch.where(((accepted > counts) & residual.any(1))",
+        VERIFIED,
+    ),
+    Bug(
+        "rejected token drawn from the target on a CPU",
+        "residual = np.maximum(weights - q[row, stand], 0)",
+        "residual = np.maximum(weights - 0 * q[row, stand], 0)",
         ("tests/generation/test_sampling.py",),
     ),
     Bug(
         "drawn drafts accepted a little too often",
         "(known & (accept_draws * q < p))",
         "(known & (accept_draws * q < 1.25 * p))",
+        VERIFIED,
+    ),
+    Bug(
+        "drawn drafts accepted a little too often on a CPU",
+        "uniform[row, stand] * q[row, stand, token] < p[row, stand, token])",
+        "uniform[row, stand] * q[row, stand, token] < 1.25 * p[row, stand, token])",
         ("tests/generation/test_sampling.py",),
     ),
     Bug(

@@ -66,6 +66,7 @@ def test_the_result_of_discovery_is_a_copy() -> None:
         ("t_dummy(layers=(0,))", [Dummy(layers=(0,))]),
         ("t_dummy(layers=[a, 'b c', 2.5, None])", [Dummy(layers=["a", "b c", 2.5, None])]),
         ("t_dummy(layers=None, fast=False)", [Dummy(fast=False)]),
+        ("t_dummy(fast=False, layers=[1], mode=x, size=3)", [Dummy(size=3, mode="x", layers=[1], fast=False)]),
         ("t_dummy(layers={'a': 1e-3})", [Dummy(layers={"a": 1e-3})]),
         ("t_dummy + t_needs_draft(draft=small)", [Dummy(), NeedsDraft("small")]),
         ("t_needs_draft(draft='org/name')\n  + t_dummy(\n size=3)", [NeedsDraft("org/name"), Dummy(size=3)]),
