@@ -40,7 +40,7 @@ try:
         LinearAttentionLayer,
     )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -103,6 +103,23 @@ def mask_function(implementation: str) -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, lambda *args, **kwargs: None)
 
 
+def is_causal_rule(rule: Any) -> bool:
+    """Whether a mask function of transformers shows no query a later key, as far as that can be told from how it is put together."""
+    if rule is causal_mask_function:
+        return True
+    names = getattr(getattr(rule, "__code__", None), "co_freevars", ())
+    held = dict(zip(names, (cell.cell_contents for cell in rule.__closure__ or ()), strict=True)) if names else {}
+    if "mask_functions" in held:
+        parts = map(is_causal_rule, held["mask_functions"])
+        return any(parts) if rule.__qualname__.startswith("and_masks.") else all(parts)
+    return "q_offset" in held and is_causal_rule(held.get("mask_function"))
+
+
+def means_nothing_to_a_model(value: Any) -> bool:
+    """Whether an argument of a forward is an object that no model computes with: transformers' generate leaves a tokenizer there."""
+    return not isinstance(value, torch.Tensor | int | float | list | tuple | dict | Cache | type(None))
+
+
 def has_global_hooks() -> bool:
     """Whether something is run before or after the forward of every module in this process."""
     module: Any = importlib.import_module("torch.nn.modules.module")
@@ -148,6 +165,39 @@ def on_experts_interface(module: Any) -> bool:
     """Whether ``module`` holds fused expert weights and lets a registered experts implementation run them."""
     marks = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "down_proj", "config")
     return all(hasattr(module, mark) for mark in marks) and hasattr(type(module).forward, "__wrapped__")
+
+
+def is_shared_by_processes(model: Any) -> bool:
+    """Whether several processes hold one model between them (tensor parallel, FSDP, ZeRO-3), so that all must run the same forwards."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    from torch.distributed.tensor import DTensor
+    from transformers.generation.utils import is_fsdp_managed_module
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model) or (getattr(model, "_tp_size", None) or 1) > 1:
+        return True
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def has_adapters_by_row(model: Any) -> bool:
+    """Whether PEFT's hooks are in place that give every row of the batch an adapter of its own."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(getattr(getattr(hook, "func", None), "__name__", "") == "_adapter_names_pre_forward_hook" for hook in hooks)
+
+
+def continuous_batching(model: Any) -> list[str]:
+    """The methods of ``model`` that generate with continuous batching, whose cache is paged."""
+    names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+    return [name for name in names if callable(getattr(model, name, None))]
+
+
+def takes_tokens_back(layer: Any) -> bool:
+    """Whether a cache layer's ``crop`` brings back what it was. Layers of transformers 5.15 do not say so: there, those of keys and values
+    do, and recurrent ones do not."""
+    said = getattr(layer, "is_croppable", None)
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) if said is None else bool(said)
 
 
 def supports_dynamic_cache(model: Any) -> bool:

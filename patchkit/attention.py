@@ -23,7 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 
 _this_thread = threading.local()
 _PREFIX = "patchkit_"  # of every alias
+_aliased: dict[str, str] = {}  # alias -> what it stands for
 
 
 def alias_of(implementation: str) -> str:
@@ -50,9 +51,18 @@ def alias_of(implementation: str) -> str:
 
     The name avoids "sdpa", "flash" and "flex", which transformers looks for as substrings and treats specially.
     """
+    # That of an alias, which another model with the same config may have put there, is that of what it stands for.
+    implementation = _aliased.get(implementation, implementation)
     alias = f"{_PREFIX}{zlib.crc32(implementation.encode()):08x}"
+    _aliased[alias] = implementation
     _compat.register_attention(alias, _in_front_of(implementation), _mask_of(implementation))
     return alias
+
+
+def original_name(config: Any) -> str:
+    """The attention implementation that ``config`` names, or that the alias stands for which it names."""
+    name = config._attn_implementation or "eager"
+    return _aliased.get(name, name)
 
 
 def refuse_other_attention(configs: Sequence[Any]) -> None:
@@ -129,10 +139,11 @@ class AttentionPatch(Patch):
     def apply(self, target: Target, handle: Handle) -> None:
         modules = {id(layer.module): layer.module for layer in target.attention_layers}
         for config in _compat.attention_configs(target.model):
-            original = config._attn_implementation or "eager"
+            original = original_name(config)
             alias = f"{alias_of(original)}_{self.name}"
+            _aliased[alias] = original
             _compat.register_attention(alias, _in_front_of(original), functools.partial(_additive_mask, type(self).rule))
-            handle.set_attribute(config, "_attn_implementation_internal", alias)
+            handle.set_shared(config, "_attn_implementation_internal", alias)
         for module in modules.values():
             handle.set_attribute(module, "_patchkit_attention", functools.partial(_run_patch, type(self), handle.hits))
         configs = configs_of(modules.values(), target.model)
@@ -145,7 +156,8 @@ def _before_patched_forward(configs: list[Any], decoder: nn.Module, args: Any) -
 
 
 def _run_patch(cls: type[AttentionPatch], hits: Counter[str], original: AttentionFunction, *args: Any, **kwargs: Any) -> AttentionOutput:
-    hits["attention calls"] += 1
+    if not torch.compiler.is_compiling():  # a count that changes would be a graph of its own for every call
+        hits["attention calls"] += 1
     return cls.function(*args, **kwargs)
 
 
@@ -155,15 +167,23 @@ def _additive_mask(rule: MaskRule | None, *args: Any, **kwargs: Any) -> torch.Te
     return _compat.mask_function("eager")(*args, **kwargs)
 
 
-def swap_mask_builder(builder: MaskBuilder | None) -> MaskBuilder | None:
-    """From now on, in this thread, an alias's masks come from ``builder`` (None: from the original's function).
+class Masks(NamedTuple):
+    """Where the masks of the models with ``configs`` come from: see `swap_mask_builder`."""
 
-    It is called as ``builder(implementation, ...)``, with the name of the original and the arguments of transformers' mask functions.
+    builder: MaskBuilder | None
+    configs: Sequence[Any]
 
-    Returns the builder that was in force, for the caller to put back when its forward ends.
+
+def swap_mask_builder(masks: Masks | None) -> Masks | None:
+    """From now on, in this thread, the masks of models with ``masks.configs`` come from ``masks.builder``.
+
+    It is called as ``builder(implementation, ...)``, with the name of the original and the arguments of transformers' mask functions. None
+    means the original's function. Other models are not concerned: KeyboardInterrupt can end a forward without anybody being told.
+
+    Returns what was in force, for the caller to put back when its forward ends.
     """
-    before = getattr(_this_thread, "builder", None)
-    _this_thread.builder = builder
+    before = getattr(_this_thread, "masks", None)
+    _this_thread.masks = masks
     return before
 
 
@@ -171,10 +191,12 @@ def swap_mask_builder(builder: MaskBuilder | None) -> MaskBuilder | None:
 def masks_from(configs: list[Any], builder: MaskBuilder | None) -> Iterator[None]:
     """Within this context (and thread), models with these configs get their masks from ``builder``; None: from the usual functions.
 
-    Each implementation ``"sdpa"`` then runs without copying keys for the heads that share them (`_grouped_sdpa`).
+    Each implementation ``"sdpa"`` then runs without copying keys for the heads that share them (`_grouped_sdpa`). Configs that name an
+    alias already are left as they are, so that another thread may run a model with the same config.
     """
+    outer, grouped = swap_mask_builder(Masks(builder, tuple(configs))), getattr(_this_thread, "grouped", False)
+    configs = [config for config in configs if not (config._attn_implementation_internal or "").startswith(_PREFIX)]
     before = [config._attn_implementation_internal for config in configs]
-    outer, grouped = swap_mask_builder(builder), getattr(_this_thread, "grouped", False)
     _this_thread.grouped = True
     try:
         for config, implementation in zip(configs, before, strict=True):
@@ -254,9 +276,11 @@ def _grouped_sdpa(
 
 def _mask_of(implementation: str) -> Callable[..., torch.Tensor | None]:
     def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-        builder = getattr(_this_thread, "builder", None)
-        if builder is not None:
-            return builder(implementation, *args, **kwargs)
+        masks = getattr(_this_thread, "masks", None)
+        if masks is not None and masks.builder is not None:
+            config = kwargs.get("config")
+            if config is None or any(config is each for each in masks.configs):
+                return masks.builder(implementation, *args, **kwargs)
         built = _compat.mask_function(implementation)(*args, **kwargs)
         recorders = getattr(_this_thread, "recorders", None)
         if recorders is not None and torch.is_tensor(built):

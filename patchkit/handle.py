@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchkit.errors import IrreversiblePatch, PatchError
 
@@ -124,6 +126,20 @@ class Handle:
         else:
             self._steps.append(functools.partial(_delete_plain, obj, name))
 
+    def set_shared(self, obj: object, name: str, value: Any) -> None:
+        """`set_attribute` on an object that several patched models may share, a config: undo waits for the last of them.
+
+        While some are patched, the value is that of the one patched last.
+        """
+        token = _Token()
+        with _shared_guard:
+            found = _shared.get((id(obj), name))
+            if found is None or found.obj() is not obj:
+                found = _shared[id(obj), name] = _Shared(weakref.ref(obj), getattr(obj, name, _MISSING), {})
+            found.values[token] = value
+            setattr(obj, name, value)
+        self._steps.append(functools.partial(_release, obj, name, token, found.original))
+
     def on_undo(self, callback: Callable[[], object]) -> None:
         """Any other edit brings its own way back: `on_undo(functools.partial(put_back, module, weight))`.
 
@@ -189,6 +205,50 @@ class Handle:
             raise IrreversiblePatch(
                 f"{len(failures)} undo step(s) failed ({listed}). All others ran, but the model may not be what it was: load it again."
             ) from failures[0]
+
+
+class _Token:
+    """One use of a shared attribute. A copy of it is another one."""
+
+
+class _Missing:
+    """In the place of the value of an attribute that was not there; a copy of it says the same."""
+
+
+_MISSING = _Missing()
+
+
+class _Shared(NamedTuple):
+    """An attribute that patched models share: on what, its value before the first of them, and the value of each."""
+
+    obj: weakref.ReferenceType[Any]
+    original: Any
+    values: dict[_Token, Any]
+
+
+_shared: dict[tuple[int, str], _Shared] = {}
+_shared_guard = threading.Lock()
+
+
+def _release(obj: object, name: str, token: _Token, original: Any) -> None:
+    with _shared_guard:
+        found = _shared.get((id(obj), name))
+        if found is None or found.obj() is not obj or token not in found.values:  # of a copy, which is alone
+            _put_back(obj, name, original)
+            return
+        del found.values[token]
+        if found.values:
+            setattr(obj, name, list(found.values.values())[-1])
+        else:
+            _put_back(obj, name, found.original)
+            del _shared[id(obj), name]
+
+
+def _put_back(obj: object, name: str, original: Any) -> None:
+    if isinstance(original, _Missing):
+        _delete_plain(obj, name)
+    else:
+        setattr(obj, name, original)
 
 
 def _remove_hook(removable: RemovableHandle) -> None:

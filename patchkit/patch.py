@@ -200,8 +200,8 @@ def parse_spec(text: str) -> list[Patch]:
     """Read a spec string: `streaming(sinks=4, window=1020) + mlp_int8`.
 
     Option values are Python literals (int, float, string, list, tuple, dict, None, True, False); a bare word is a string. Options that
-    take objects are written as calls: `streaming(refresh=reencode(every=64))`. `none` is no patch, and `@FILE` what the file says
-    (`read_spec`).
+    take objects are written as calls: `streaming(refresh=reencode(every=64))`, `speculative(k=adaptive(target=0.8))`. `none` is no patch,
+    and `@FILE` what the file says (`read_spec`).
 
     Raises:
         SpecError: bad syntax, an unknown patch or option (with the nearest valid name), or a value that the patch refuses.
@@ -377,6 +377,8 @@ def _value_of(node: ast.expr, cls: type[Spelled], option: str) -> Any:
     objects = _options(cls)[option].metadata.get("objects", ())
     if objects and not isinstance(node, ast.Constant):
         return _object_of(node, f"{option} of {cls.name}", objects)
+    if isinstance(node, ast.Call) and _options(cls)[option].type in ("Any", Any):
+        return ast.unparse(node)  # k=adaptive(target=0.8), draft=eagle("FILE"): the option reads it
     try:
         value = ast.literal_eval(_Words().visit(node))
     except (ValueError, TypeError, SyntaxError):

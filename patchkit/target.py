@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.attention import alias_of, recorded
+from patchkit.attention import alias_of, original_name, recorded
 from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ _PROBE_SHIFT = 101
 _MOST_ROUNDING, _FAR_BETTER = 0.12, 4.0
 # An `AttentionLayer.obstacle` that matters only to patches that move keys.
 BAKED_IN = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
+_NOISE = (
+    "its weights are quantised, and what they lose hides how positions enter its keys: load it in floating point, or quantise it with "
+    "patchkit's mlp_int8 in the same patch_model"
+)
 # Keyword arguments of attention calls that hold tensors and do not change which key a query may see, or where it stands.
 _HARMLESS_TENSORS = {"s_aux", "position_ids", "position_embeddings", "cos", "sin", "labels", "token_type_ids", "input_ids"}
 
@@ -58,6 +62,11 @@ class Rotary:
     slot: Literal["keys", "values"]
     cached_start: int
     buffer: str
+
+    def follow(self, buffer: torch.Tensor) -> None:
+        """Take the frequencies from the module's ``buffer`` [n/2] anew: the model was moved to another dtype, which rounds them."""
+        sign = -1 if self.buffer.startswith("-") else 1  # see `_run_probe`
+        object.__setattr__(self, "frequencies", sign * buffer.detach().double().cpu())
 
     @property
     def width(self) -> int:
@@ -169,8 +178,8 @@ class Target:
     attention_implementation: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # Now, because a patch that is applied puts an alias there.
-        self.attention_implementation = self.config._attn_implementation or "eager"
+        # Now, because a patch that is applied puts an alias there; so may one of another model with this config.
+        self.attention_implementation = original_name(self.config)
 
     @cached_property
     def config(self) -> Any:
@@ -408,11 +417,18 @@ def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:
             continue
         if layer.obstacle is None and calls:
             _find_positions(layer, cached, calls[0], frequencies, probe.shift, first=len(layers) == 1)
+            if layer.obstacle == BAKED_IN and frequencies and _is_quantised(target.model):
+                layer.obstacle = _NOISE
         elif layer.obstacle is None:
             _find_alibi(layer, cached, probe.biases.get(index))
         if layer.obstacle is None and layer.alibi is None and not probe.shifted:
             layer.obstacle = "its decoder takes no position_ids, so how positions enter cannot be probed"
     return layers
+
+
+def _is_quantised(model: Any) -> bool:
+    """Whether some of the weights are not plain floating-point tensors."""
+    return any(type(parameter) is not nn.Parameter or not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def _kind(config: Any, index: int, cached: Any) -> tuple[Kind, int | None]:

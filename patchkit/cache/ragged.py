@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from patchkit.cache.step import FixedCache, FixedLayer
+from patchkit.cache.step import FixedCache, FixedLayer, of_one_dtype
 from patchkit.kernels.kv_append import kv_append
 
 # Forwards that verify drafts have one of these numbers of tokens where each would be compiled for itself.
@@ -31,6 +31,7 @@ class RaggedLayer(FixedLayer):
             return super().update(key_states, value_states)
         end = self.seen + key_states.shape[2]
         self.reserve(end)
+        key_states, value_states = of_one_dtype(self, key_states, value_states)
         kv_append(self.keys, self.values, key_states, value_states, self.cache.offsets, None, None)
         self.seen = end
         return self.keys[:, :, :end], self.values[:, :, :end]

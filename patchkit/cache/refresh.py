@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from patchkit import _compat
-from patchkit.cache.streaming import ROLLBACK, Frame, Lane, Plan, Stream, StreamingCache, StreamLayer
+from patchkit.cache.streaming import ROLLBACK, Frame, Lane, Plan, Stream, StreamingCache, StreamLayer, writable
 from patchkit.errors import StreamError
 from patchkit.patch import Spelled
 from patchkit.target import AttentionLayer, Rotary
@@ -267,6 +267,12 @@ class ReencodedCache(RefreshedCache):
             layer.overwrite(rows, keys, values)
         stream.place(rows, base)
 
+    def make_writable(self) -> None:
+        super().make_writable()
+        if not torch.is_inference_mode_enabled():
+            for before in self.before:
+                before.base, before.layers = writable(before.base), writable(before.layers)
+
     # -- rollback ----------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -394,7 +400,7 @@ class DynamicLayer(StreamLayer):
         Args:
             mask: [B or 1, 1, T, n], True where visible, or what to add to the scores; None hides nothing.
         """
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             batch = len(query)
             groups = query.float().unflatten(1, (key.shape[1], -1))  # [B, G', h, T, K]
             scores = groups @ key.float().mT[:, :, None] * (query.shape[-1] ** -0.5 if scaling is None else scaling)

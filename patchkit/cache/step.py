@@ -73,7 +73,7 @@ class StepLayer(_compat.CacheLayerMixin):
             held = ring[:, :, :count]
             new = torch.cat([torch.cat([held[..., : sinks.start], turned, held[..., end:]], -1), new], 2)
             slots = torch.cat([torch.arange(count, device=slots.device), slots])
-        ring.index_copy_(2, slots, new)
+        ring.index_copy_(2, slots, new.to(ring.dtype))
 
     def get_seq_length(self) -> int:
         raise StreamError("a layer of a step does not know how many tokens were seen: ask its StepCache")
@@ -135,6 +135,18 @@ class LayerOfStep(StepCache):
         return self.layers[0]
 
 
+def of_one_dtype(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """New keys and values, and those that ``layer`` holds, in the wider of their dtypes, as where a cache concatenates them.
+
+    They differ where autocast begins or ends within a text.
+    """
+    if keys.dtype == layer.keys.dtype and values.dtype == layer.values.dtype:
+        return keys, values
+    of_keys, of_values = torch.promote_types(keys.dtype, layer.keys.dtype), torch.promote_types(values.dtype, layer.values.dtype)
+    layer.keys, layer.values, layer.dtype = layer.keys.to(of_keys), layer.values.to(of_values), of_keys
+    return keys.to(of_keys), values.to(of_values)
+
+
 class FixedLayer(_compat.CacheLayerMixin):
     """All keys and values so far, at the front of a buffer with room for more."""
 
@@ -175,6 +187,7 @@ class FixedLayer(_compat.CacheLayerMixin):
         self.reserve(end)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = of_one_dtype(self, key_states, value_states)
         self.keys[:, :, self.seen : end] = key_states
         self.values[:, :, self.seen : end] = value_states
         self.seen = end
@@ -215,11 +228,17 @@ class FixedCache(_compat.Cache):
         """Room for ``tokens`` in ``layers`` layers; more is made when it is needed."""
         super().__init__(layers=[FixedLayer(_room(tokens)) for _ in range(layers)])
         self._steps: dict[int, StepCache] = {}
+        self.autocast: torch.dtype | None = None  # of the last eager forward
 
     @property
     def room(self) -> int:
         """Tokens that the buffers can hold."""
         return self.layers[0].room
+
+    @property
+    def max_cache_len(self) -> int:
+        """No limit, as -1: PEFT asks every cache that is no DynamicCache."""
+        return -1
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
@@ -231,7 +250,7 @@ class FixedCache(_compat.Cache):
         layers = self.layers
         seen, device = layers[0].seen, layers[0].keys.device
         for layer in layers:
-            layer.reserve(seen + tokens)
+            layer.reserve(seen + tokens)  # those that are empty, too: all have one room
         step = self._steps.get(tokens)
         if step is not None and step.layers[0].keys is not layers[0].keys:
             self._steps.clear()  # they keep the old buffers alive
@@ -239,7 +258,9 @@ class FixedCache(_compat.Cache):
         if step is None:
             slots = torch.empty(tokens, dtype=torch.int64, device=device)
             at = torch.zeros((), dtype=torch.int64, device=device)
-            step = self._steps[tokens] = StepCache([StepLayer(layer.keys, layer.values, slots) for layer in layers], at)
+            # A decoder layer may have been taken out, whose place in the cache then stays empty.
+            own = [StepLayer(layer.keys, layer.values, slots) if layer.is_initialized else layer for layer in layers]
+            step = self._steps[tokens] = StepCache(own, at)
         step.seen.fill_(seen)
         torch.arange(seen, seen + tokens, out=step.layers[0].slots)
         return step

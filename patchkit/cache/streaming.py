@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patchkit import _compat
-from patchkit.cache.step import Sinks, StepCache, StepLayer
+from patchkit.cache.step import Sinks, StepCache, StepLayer, of_one_dtype
 from patchkit.errors import StreamError
 from patchkit.target import Rotary, same_rotary
 
@@ -267,6 +267,7 @@ class Stream:
         self.rebase_at = self.plan.limit
         self.frame: Frame | None = None
         self.broken = False
+        self.in_inference = False  # a forward ran in inference mode, whose tensors can be written to there only
         self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
         self._steady: dict[int, list[Any]] = {}
         self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
@@ -285,6 +286,7 @@ class Stream:
         if self.broken:
             raise StreamError("an earlier forward with this cache failed half-way, so its contents are not defined. Start a new cache.")
         self.broken = True  # until this forward commits
+        self.in_inference = self.in_inference or torch.is_inference_mode_enabled()
         self.base = self.base.to(device)
         many = tokens > 1 or not in_place
         if not many and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
@@ -474,6 +476,7 @@ class StreamLayer(_compat.CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = self._of_one_dtype(key_states, value_states)
         if frame.many:
             return self._extend(frame, key_states, value_states)
         if frame.start < self.lane.capacity:
@@ -483,6 +486,16 @@ class StreamLayer(_compat.CacheLayerMixin):
             self.values[:, :, frame.start] = value_states[:, :, 0]
             return self.keys[:, :, : frame.end], self.values[:, :, : frame.end]
         return self._step(frame, key_states, value_states)
+
+    def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is kept and what is new in the wider of their dtypes, as in a cache that concatenates them: autocast may begin or end."""
+        before = self.keys.dtype, self.values.dtype
+        keys, values = of_one_dtype(self, keys, values)
+        if (self.keys.dtype, self.values.dtype) != before:
+            if self.log is not None:
+                self.log = self.log[0].to(self.keys.dtype), self.log[1].to(self.values.dtype)
+            self.stream.step = None
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens seen, as transformers expects: more than are kept."""
@@ -761,6 +774,17 @@ class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: 
         _compat.LinearAttentionLayer.crop(self, tokens_to_remove)
 
 
+def writable(value: Any) -> Any:
+    """A value with a copy in the place of every tensor in it that inference mode has made."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_inference() else value
+    if type(value) in (list, tuple):
+        return type(value)(map(writable, value))
+    if type(value) is dict:
+        return {name: writable(each) for name, each in value.items()}
+    return value
+
+
 class StreamingCache(_compat.Cache):
     """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
 
@@ -771,6 +795,7 @@ class StreamingCache(_compat.Cache):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.stream = Stream(plan)
+        self.autocast: torch.dtype | None = None  # of the last eager forward of a model whose steps are compiled
         super().__init__(layers=[self._layer(i, layer) for i, layer in enumerate(plan.stock_layers())])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
@@ -792,6 +817,19 @@ class StreamingCache(_compat.Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.stream.seen
+
+    @property
+    def max_cache_len(self) -> int:
+        """No limit, as -1: PEFT asks every cache that is no DynamicCache."""
+        return -1
+
+    def make_writable(self) -> None:
+        """Copy what inference mode has made, if that has ended: such tensors can only be written to within it."""
+        if torch.is_inference_mode_enabled() or not self.stream.in_inference:
+            return
+        for holder in (*self.own_layers, self.stream, self):
+            vars(holder).update({name: writable(value) for name, value in vars(holder).items() if name not in ("layers", "frame", "step")})
+        self.stream.step, self.stream.in_inference = None, False
 
     def step(self) -> StepCache | None:
         """The forward under way, if it is of one token, as compiled code sees it; None where it has to run eagerly."""
@@ -822,6 +860,7 @@ class StreamingCache(_compat.Cache):
                 f"cannot take back {count} tokens: what they pushed out of the window was not recorded. Call "
                 f"cache.activate_past_recording() before the tokens are fed, and take back at most {ROLLBACK}."
             )
+        self.make_writable()
         # Other layers first: one of them may refuse, and nothing must be half done.
         layers: list[Any] = self.layers
         for layer in layers:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from patchkit import _compat
-from patchkit.attention import masks_from
+from patchkit.attention import masks_from, original_name
 from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import StreamError
@@ -50,10 +50,9 @@ class CachedModel:
         self.pads = list(pads)
         self.fed = [fed] * len(pads)
         self.configs, self._arguments = _compat.attention_configs(model), _compat.argument_names(model)
-        implementations = {config._attn_implementation or "eager" for config in self.configs}
         self.traced = traced
         self.hidden: torch.Tensor | None = None
-        self.ragged = ragged and isinstance(cache, RaggedCache) and implementations <= set(_MASKABLE)
+        self.ragged = ragged and isinstance(cache, RaggedCache) and takes_any_mask(self.configs)
         self._rollback: str | None = None  # how tokens are taken back once the prompt is in: "crop" or "replay"
         self._saved: list[dict[str, Any]] = []
         self._pending: list[torch.Tensor] = []  # tokens fed since the last `keep`
@@ -160,20 +159,17 @@ class CachedModel:
         Raises:
             StreamError: the cache cannot roll back.
         """
-        layers = self.cache.layers
-        if all(map(_is_croppable, layers)):
-            self._rollback = "crop"
-            self.cache.activate_past_recording()
-            if isinstance(self.cache, RaggedCache):
-                self.cache.verifying = True
-        elif type(self.cache) is _compat.DynamicCache and all(isinstance(layer, _REPLAYED) or _is_croppable(layer) for layer in layers):
-            self._rollback = "replay"
-        else:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        self._rollback = rollback_of(self.cache)
+        if self._rollback is None:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(self.cache, "layers", [])})) or "its own"
             raise StreamError(
                 f"a {type(self.cache).__name__} with layers of type {kinds} cannot take tokens back, which speculation needs: leave "
                 f"{_compat.CACHE} and cache_implementation out, or unpatch speculative"
             )
+        if self._rollback == "crop":
+            self.cache.activate_past_recording()
+            if isinstance(self.cache, RaggedCache):
+                self.cache.verifying = True
 
     def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows only."""
@@ -224,6 +220,11 @@ def _row_mask(
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def takes_any_mask(configs: list[Any]) -> bool:
+    """Whether the attention implementations that these configs name take a mask of any form."""
+    return all(original_name(config) in _MASKABLE for config in configs)
+
+
 # Cache layers whose states are copied; their keys and values are never written in place, so those are only remembered.
 _REPLAYED = (_compat.DynamicLayer, _compat.LinearAttentionLayer)
 
@@ -253,6 +254,18 @@ def make_cache(model: Any, tokens: int = 1) -> Any:
     return stock
 
 
+def rollback_of(cache: Any) -> str | None:
+    """How ``cache`` takes tokens back: by "crop", by "replay" of what stands, or None if it cannot."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return None
+    if all(map(_is_croppable, layers)):
+        return "crop"
+    if type(cache) is _compat.DynamicCache and all(isinstance(layer, _REPLAYED) or _is_croppable(layer) for layer in layers):
+        return "replay"
+    return None
+
+
 def _is_croppable(layer: Any) -> bool:
     # The recurrent layers of transformers 5.15 do not say that they are not.
     return bool(getattr(layer, "is_croppable", False))
@@ -265,31 +278,67 @@ def keeps_own_cache(model: Any) -> bool:
     return type(made) not in (_compat.DynamicCache, FixedCache)
 
 
-def find_obstacle(model: Any) -> tuple[str | None, bool]:
+def find_obstacle(model: Any, drafts: bool = False) -> tuple[str | None, bool]:
     """Feed a short text in pieces, taking tokens back in between, and compare with one token at a time.
+
+    Args:
+        drafts: the model only drafts. It may then round in another way where it is fed several tokens (int8 activations do), but what
+            was taken back must not show: the comparison is with the same pieces, of which other tokens were taken back.
 
     Returns:
         Why nothing can be verified exactly, or None; and whether rows may advance by their own numbers of tokens.
     """
+    probe = _probe_taken_back if drafts else _probe
     with evaluating(model), torch.no_grad():
         errors: dict[bool, float] = {}
         for ragged in (True, False):
             try:
-                errors[ragged] = _probe(model, ragged)
+                errors[ragged] = probe(model, ragged)
             except Exception as error:
                 if not ragged:
                     return f"it failed when a forward of several tokens was taken back ({type(error).__name__}: {error})", False
                 errors[ragged] = float("inf")
             if errors[ragged] <= TOLERANCES[model.dtype].logits:
                 return None, ragged
+    if drafts:
+        return f"tokens that were taken back change what follows (logits by {errors[False]:.2g})", False
     return f"a forward of several tokens gives other logits than one token at a time (by {errors[False]:.2g})", False
+
+
+def _probe_taken_back(model: Any, ragged: bool) -> float:
+    """How far the tokens that are taken back show in the logits of what follows; rows and counts as in `_probe`."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    text, pads, counts = _probe_text(model, vocabulary), [0, 2], [1, 3] if ragged else [1, 1]
+
+    def run(wrong: int) -> torch.Tensor:
+        fed = CachedModel(model, make_cache(model), pads, ragged)
+        if ragged and not fed.ragged:
+            return text.new_full((1,), torch.inf, dtype=torch.float32)
+        fed.forward(text[:, :9])
+        fed.keep([9, 9])
+        fed.record()
+        fed.forward((text[:, 9:13] + wrong) % vocabulary)
+        fed.keep([0, 0])
+        piece = text[:, 9:13].clone()
+        for row, count in enumerate(counts):
+            piece[row, count:] = (piece[row, count:] + wrong) % vocabulary
+        fed.forward(piece)
+        fed.keep(counts)
+        return fed.forward(torch.stack([row[9 + count : 13 + count] for row, count in zip(text, counts, strict=True)]))
+
+    first, second = run(1), run(2)
+    return logit_error(first, second) if bool(first.isfinite().all()) else float("inf")
+
+
+def _probe_text(model: Any, vocabulary: int) -> torch.Tensor:
+    return (torch.arange(40, device=model.device).reshape(2, 20) * 7 + 3) % vocabulary
 
 
 def _probe(model: Any, ragged: bool) -> float:
     """The largest error of logits after taking back; 2 rows, the second left-padded, that keep 1 and 3 tokens of 4, or both 1."""
-    device, pads = model.device, [0, 2]
+    pads = [0, 2]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    text = (torch.arange(40, device=device).reshape(2, 20) * 7 + 3) % vocabulary
+    text = _probe_text(model, vocabulary)
     fed = CachedModel(model, make_cache(model), pads, ragged)
     if ragged and not fed.ragged:
         return float("inf")

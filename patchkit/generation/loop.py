@@ -21,12 +21,14 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from patchkit import _compat
+from patchkit.attention import alias_of
 from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import PatchConflict
+from patchkit.exclusive import Exclusive
 from patchkit.generation import traced
 from patchkit.generation.acceptance import Acceptance
-from patchkit.generation.cached_model import CachedModel, make_cache
+from patchkit.generation.cached_model import CachedModel, make_cache, rollback_of
 from patchkit.generation.controllers import ControllerSession
 from patchkit.generation.drafter import Drafter, Proposal, State
 from patchkit.generation.statistics import RunStatistics, StepRecord
@@ -77,6 +79,7 @@ class Speculation:
         ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
         trace: verify through `Traced` where that can be done.
         runs: statistics of the last calls.
+        aliased: implementations of attention whose alias the model's configs name.
         watching, hidden: whether the decoder's hook keeps its output, and the last one.
     """
 
@@ -88,9 +91,17 @@ class Speculation:
     trace: bool
     hits: Counter[str]
     notices: Notices
+    aliased: tuple[str, ...] = ()
+    exclusive: Exclusive = field(default_factory=Exclusive)
     runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
     hidden: torch.Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
+        vars(self).update(state)
+        for implementation in self.aliased:
+            alias_of(implementation)
 
 
 def speculate(
@@ -116,15 +127,17 @@ def speculate(
     """
     call = _Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
     _refuse(call, has_streamer=streamer is not None)
-    run = _Run(speculation, call)
-    if streamer is not None:
-        streamer.release()
-        run.streamer = streamer
-    speculation.watching, speculation.hidden = False, None
+    speculation.exclusive.take(f"generate of this {type(model).__name__}")
     try:
+        run = _Run(speculation, call)
+        if streamer is not None:
+            streamer.release()
+            run.streamer = streamer
+        speculation.watching, speculation.hidden = False, None
         return run.generate()
     finally:
         speculation.watching, speculation.hidden = False, None
+        speculation.exclusive.give_back()
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +164,11 @@ def _refuse(call: _Call, has_streamer: bool) -> None:
     asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
     if asked:
         raise Unserved(f"arguments of the model of its own ({', '.join(asked)})")
-    if model_kwargs.get("use_cache") is False or model_kwargs.get(_compat.CACHE) is None:
+    cache = model_kwargs.get(_compat.CACHE)
+    if model_kwargs.get("use_cache") is False or cache is None:
         raise Unserved("generation without a cache")
+    if not call.own_cache and rollback_of(cache) is None:
+        raise Unserved(f"a {type(cache).__name__}, which cannot take tokens back")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise Unserved(f"cache_implementation={config.cache_implementation!r}")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -171,7 +187,11 @@ def _refuse(call: _Call, has_streamer: bool) -> None:
         strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in _KNOWN_CRITERIA]
         if strangers:
             raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
-    past, mask = model_kwargs[_compat.CACHE].get_seq_length(), model_kwargs.get("attention_mask")
+        kinds = {type(each).__name__ for each in call.criteria}
+        if "EosTokenCriteria" not in kinds and kinds - {"MaxLengthCriteria"}:
+            # There the stock method goes on with rows that have stopped, until all have.
+            raise Unserved(f"{', '.join(sorted(kinds - {'MaxLengthCriteria'}))} on a batch without an EOS token")
+    past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
     if past and (length != input_ids.shape[1] or past >= length):
         raise Unserved("a prompt that leaves out what the cache holds")
@@ -441,7 +461,8 @@ class _Run:
         assert proposal.probabilities is not None
         rows, positions = logits.shape[:2]
         counts = torch.tensor(proposal.counts, device=logits.device)
-        accept, following = torch.rand(rows, positions - 1, device=logits.device), torch.rand(rows, device=logits.device)
+        draws = functools.partial(torch.rand, dtype=torch.float32, device=logits.device)  # whatever the default dtype is
+        accept, following = draws(rows, positions - 1), draws(rows)
         accepted, following = verify_prefix_sampled(
             self._target(logits), proposal.probabilities, proposal.tokens, counts, accept, following
         )
@@ -468,7 +489,8 @@ class _Run:
             token, child = self._choose(scores[0], children.get(node, []), drafts, proposal, row, acceptance)
             state.tokens[row, length + len(new)] = token
             new.append(token)
-            self.done[row] = self.stops.after(state.tokens, row, length + len(new), token)
+            kept = self.scores[number] if self.keeps_scores else None
+            self.done[row] = self.stops.after(state.tokens, row, length + len(new), token, kept)
             if child is None or self.done[row]:
                 return new, path
             node = child
@@ -487,7 +509,7 @@ class _Run:
             child = children[0]
             token, draft = drafts[child - 1], proposal.probabilities[row, child - 1]
             target = scores.softmax(-1)
-            if float(torch.rand(())) * float(draft[token]) < float(target[token]):
+            if float(torch.rand((), dtype=torch.float32)) * float(draft[token]) < float(target[token]):
                 return token, child
             rest = (target - draft).clamp_(min=0)
             # Where rounding leaves nothing, target and draft are the same distribution.
@@ -514,10 +536,9 @@ class _Run:
 
     def _finish(self, session: Any) -> Any:
         longest = max(map(len, self.texts))
-        pad = self.config._pad_token_tensor
-        sequences = torch.stack([torch.nn.functional.pad(text, (0, longest - len(text)), value=0) for text in self.texts])
-        for row, text in enumerate(self.texts):
-            sequences[row, len(text) :] = pad
+        # Without an EOS token there may be no padding token either, and all texts are as long (`_refuse`).
+        pad = 0 if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
+        sequences = torch.stack([torch.nn.functional.pad(text, (0, longest - len(text)), value=pad) for text in self.texts])
         if self.streamer is not None:
             self.streamer.end()
         cache: Any = self.cached.cache
@@ -570,11 +591,18 @@ class _Stops:
         """Tokens that a text of ``length`` may still get."""
         return self.max_length - length if self.max_length is not None else 1 << 30
 
-    def after(self, tokens: torch.Tensor, row: int, length: int, token: int) -> bool:
-        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here."""
+    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
+        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here.
+
+        Args:
+            scores: [V] of every new token of the row, where the call of generate keeps them: other criteria see them as [1, V].
+        """
         if token in self.ends or (self.max_length is not None and length >= self.max_length):
             return True
-        return any(bool(each(tokens[row : row + 1, :length], None)) for each in self.others)
+        if not self.others:
+            return False
+        seen = None if scores is None else tuple(each[None] for each in scores)
+        return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
 
 
 def _processors_of(row: int, processors: Any) -> Any:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from patchkit import _compat
-from patchkit.attention import masks_from
+from patchkit.attention import masks_from, original_name
 from patchkit.cache.ragged import RaggedCache
 from patchkit.testing import TOLERANCES, logit_error
 
@@ -94,7 +94,7 @@ class Traced:
             and sum(parameter.numel() for parameter in model.parameters()) <= _MOST_PARAMETERS
             and "position_ids" in _compat.argument_names(model)
             and {type(layer) for layer in _compat.DynamicCache(config=model.config).layers} == {_compat.DynamicLayer}
-            and all((config._attn_implementation or "eager") in ("eager", "sdpa") for config in _compat.attention_configs(model))
+            and all(original_name(config) in ("eager", "sdpa") for config in _compat.attention_configs(model))
             and (_is_only_speculative(model) if verifies else "_patchkit" not in vars(model))
             and (not verifies or _runs_its_own_code(model))
         )

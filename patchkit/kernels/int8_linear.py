@@ -148,7 +148,8 @@ def _(
     # Named, so that they live until the call is over.
     rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
     weight, scale = weight.contiguous(), scale.contiguous()
-    y = torch.empty(*x.shape[:-1], n)
+    # The kernel writes fp32, whatever torch.set_default_dtype says.
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
     addresses = rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
     planes = 1 if activation == "int8" else 2
     if _kernel()[0](*addresses, rows.numel() // k, n, k, planes, torch.get_num_threads()):

@@ -324,8 +324,10 @@ def _(
     q32, k32, v32 = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k, v))
     before = [None if x is None else x.float().contiguous() for x in (state, normalizer)]
     seen = None if mask is None else mask.to(torch.uint8).contiguous()
-    out, denominator = torch.empty(batch, heads, tokens, value_width), torch.empty(batch, heads, tokens)
-    after, sums = torch.empty(batch, groups, width, value_width), torch.empty(batch, groups, width)
+    # The kernel writes fp32, whatever torch.set_default_dtype says.
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    out, denominator = empty(batch, heads, tokens, value_width), empty(batch, heads, tokens)
+    after, sums = empty(batch, groups, width, value_width), empty(batch, groups, width)
     tensors = q32, k32, v32, seen, *before, out, denominator, after, sums
     sizes = (ctypes.c_int64 * 6)(batch, heads, groups, tokens, width, value_width)
     strides = (ctypes.c_int64 * 9)(*(step for x in (q32, k32, v32) for step in x.stride()[:3]))

@@ -193,7 +193,9 @@ def _(
     next_draws: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row by row: only the probabilities of the drafted tokens and of one position of every row are read."""
-    p, q, uniform = target.detach().numpy(), draft_probabilities.detach().numpy(), accept_draws.numpy()
+    # NumPy has no bfloat16, which converts exactly.
+    given = target.detach(), draft_probabilities.detach(), accept_draws
+    p, q, uniform = ((x.float() if x.dtype == torch.bfloat16 else x).numpy() for x in given)
     accepted, next_tokens = [], []
     for row, (tokens, count, draw) in enumerate(zip(draft.tolist(), counts.tolist(), next_draws.tolist(), strict=True)):
         stand = 0

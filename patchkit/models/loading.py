@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from patchkit import _compat
-from patchkit.models import ModelUnavailable, Source, converted, gguf
+from patchkit.models import ModelUnavailable, Source, converted, find, gguf
 
 _HUB_TIMEOUT_S = 5.0
 
@@ -32,6 +32,8 @@ def load(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Pre
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise ValueError(f"dtype={dtype!r}: give a floating-point dtype of torch, its name such as 'bfloat16', or 'auto'")
         dtype = found
+    if source.adapter:
+        return _load_adapted(source, dtype)
     if source.keep:
         file = Path(source.place) / str(source.gguf)
         kept = converted.keep(file, functools.partial(_write, source))
@@ -40,6 +42,38 @@ def load(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Pre
     if source.gguf is not None:
         return _load_gguf(source, dtype)
     return _load(source.place, source.name, dtype, local_only=source.is_local or _hub_is_out_of_reach(source.place))
+
+
+def _load_adapted(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of one of PEFT's adapters, with the adapter merged into its weights."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ModelUnavailable(f"{source.name} holds an adapter, which needs PEFT: pip install peft") from error
+    folder = Path(source.place)
+    # A broken file can make PEFT raise nearly anything; to the user each of it means that this adapter cannot be loaded.
+    try:
+        config = PeftConfig.from_pretrained(source.place)
+    except Exception as error:
+        raise ModelUnavailable(f"the adapter_config.json of {source.name} cannot be used ({first_line(error)}): save it again") from error
+    base = str(config.base_model_name_or_path or "")
+    if not base:
+        raise ModelUnavailable(f"the adapter {source.name} does not name its base model: write base_model_name_or_path into its config")
+    if config.is_prompt_learning:
+        raise ModelUnavailable(
+            f"{source.name} is tuned by {config.peft_type.value}, which adds no weights but a prompt, and cannot be merged: load it in "
+            "Python with peft.PeftModel, and patch that"
+        )
+    beside = folder / base
+    model, tokenizer = load(find(beside if beside.is_dir() else base), dtype)
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, source.place)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ModelUnavailable(f"the adapter {source.name} does not go with its base model {base} ({first_line(error)})") from error
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(source.place, local_files_only=True)
+    return merged.eval(), tokenizer
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ reassigned on a model at rest. Copies and pickles of a module leave that attribu
 Every kind of step (batch size, room, ...) has a code object of its own: dynamo keeps compiled code, and counts
 recompilations, by code object, and drops it with the function. Guards that only ask whether a module was edited since, or
 a function of a library replaced, are left out: on a small model their number is what a step waits for. Guards on tensors,
-types and constants stay. Hence compile last: what is hooked onto a layer later is not noticed.
+types and constants stay. Instead, modules and hooks are compared at the beginning of every text (`Steps.forget_if_changed`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from patchkit import _compat
 from patchkit.cache.step import FixedCache, LayerOfStep, StepCache
 from patchkit.cache.streaming import StreamingCache
 from patchkit.errors import NothingMatched, UnsupportedModel
+from patchkit.exclusive import Exclusive
 from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Stage, register_patch
 from patchkit.target import Target
@@ -182,6 +183,8 @@ class Steps:
     Attributes:
         step: set while its decoder runs one.
         idle: forwards of a few tokens since the last compiled step.
+        seen: modules of the decoder and their hooks at the beginning of the last text.
+        hooked: indices of decoder layers with hooks on a module in them: each has a graph of its own.
     """
 
     patch: Compile
@@ -190,10 +193,13 @@ class Steps:
     cache_layers: int
     hits: Counter[str]
     notices: Notices
+    exclusive: Exclusive = field(default_factory=Exclusive)
     step: StepCache | None = None
     kind: tuple[Any, ...] = ()
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
     idle: int = 0
+    seen: tuple[Any, ...] = ()
+    hooked: set[int] = field(default_factory=set)
 
     def calls(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """Each module with what stands in its ``_compiled_call_impl``."""
@@ -241,8 +247,19 @@ class Steps:
         if reason:
             self.notices.say(f"steps of this model run uncompiled: {reason}")
 
+    def forget_if_changed(self) -> None:
+        """Compile again where modules or hooks were added or taken away, which compiled code does not look at (`_compat.guard_options`)."""
+        modules = tuple(self.decoder.modules())
+        now = tuple((id(module), *module._forward_pre_hooks, *module._forward_hooks) for module in modules)
+        if self.compiled and now != self.seen:
+            self.compiled.clear()
+            _logger.info("patchkit: modules or hooks of %s have changed, so its steps will be compiled again", type(self.decoder).__name__)
+        if now != self.seen:
+            self.hooked = {index for index, layer in enumerate(self.layers) if any(map(_has_hooks, layer.modules()))}
+        self.seen = now
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": {}, "step": None}
+        return {**vars(self), "compiled": {}, "step": None, "seen": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Modules leave this attribute out of their state, so a copy gets it back here; the modules themselves may not be filled yet.
@@ -259,11 +276,13 @@ def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
             f"{type(steps.decoder).__name__} was given a forward of its own after it was patched (accelerate's hooks, say): "
             "unpatch_model first, then wrap it"
         )
+    steps.exclusive.take(f"a forward of this {type(steps.decoder).__name__}")
     attributes["forward"] = functools.partial(_forward, steps)
     try:
         return steps.decoder._call_impl(*args, **kwargs)
     finally:
         attributes.pop("forward", None)
+        steps.exclusive.give_back()
 
 
 def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
@@ -275,6 +294,11 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
         kwargs[_compat.CACHE] = FixedCache(steps.cache_layers)
     step = _step_of(steps, decoder, kwargs)
     if step is None:
+        if _is_new_text(kwargs):
+            steps.forget_if_changed()
+        if isinstance(kwargs.get(_compat.CACHE), StreamingCache | FixedCache):
+            inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            kwargs[_compat.CACHE].autocast = None if inputs is None else _autocast(inputs.device)
         return type(decoder).forward(decoder, **kwargs)
 
     cache = kwargs[_compat.CACHE]
@@ -318,7 +342,8 @@ def _call_layer(steps: Steps, index: int, *args: Any, **kwargs: Any) -> Any:
         runtime.step = mine
     args = tuple(mine if value is step else value for value in args)
     kwargs = {name: mine if value is step else value for name, value in kwargs.items()}
-    return steps.run((type(layer), *steps.kind), _run_call, layer, args, kwargs)
+    own = index if index in steps.hooked else None
+    return steps.run((type(layer), own, *steps.kind), _run_call, layer, args, kwargs)
 
 
 def _run_forward(decoder: Any, kwargs: dict[str, Any]) -> Any:
@@ -365,19 +390,36 @@ def _why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
         return "rows of the batch advance by different numbers of tokens"
     if inputs.shape[1] not in (cache.step_lengths if isinstance(cache, FixedCache) else (1,)):
         return ""
-    asked = [name for name, value in kwargs.items() if value is not False and name not in _PLAIN]
+    given = {name: value for name, value in kwargs.items() if name not in _PLAIN and not _compat.means_nothing_to_a_model(value)}
+    asked = [name for name, value in given.items() if value is not False]
     asked += [name for name in _ASKING if getattr(decoder.config, name, False)]
     if asked or kwargs.get("return_dict") is False:
         return f"they are called with {', '.join(asked) or 'return_dict=False'}"
     if torch.is_grad_enabled():
         return "gradients are enabled, put torch.no_grad() around them"
+    if not isinstance(cache, StreamingCache | FixedCache):
+        return f"they are given a {type(cache).__name__}, leave {_compat.CACHE} out of the first call"
+    if _autocast(inputs.device) != cache.autocast:
+        return ""  # an eager forward finds out in which dtype the cache goes on
     if isinstance(cache, StreamingCache):
         return None
-    if not isinstance(cache, FixedCache):
-        return f"they are given a {type(cache).__name__}, leave {_compat.CACHE} out of the first call"
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
         return "they are given a mask that is not [batch, tokens]"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _is_new_text(kwargs: dict[str, Any]) -> bool:
+    cache = kwargs.get(_compat.CACHE)
+    return cache is None or cache.get_seq_length() == 0
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast is on for, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _fixed_step(decoder: Any, cache: FixedCache, kwargs: dict[str, Any]) -> StepCache:
@@ -404,7 +446,7 @@ def _kind(step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     shapes = tuple((name, value.shape, value.dtype) for name, value in kwargs.items() if torch.is_tensor(value))
     masks = () if step.masks is None else tuple(mask.shape for mask in step.masks)
     layer: Any = step.layers[0]
-    return shapes, masks, layer.keys.shape, layer.keys.dtype, torch.is_inference_mode_enabled()
+    return shapes, masks, layer.keys.shape, layer.keys.dtype, torch.is_inference_mode_enabled(), _autocast(layer.keys.device)
 
 
 def _uses_cudagraphs(patch: Compile, decoder: Any) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit import _compat
 from patchkit.attention import AttentionOutput
 from patchkit.cache.linear import LinearLane, LinearLayer, LinearStep, LinearStepLayer
 from patchkit.cache.streaming import Frame, Lane, Plan
@@ -335,7 +336,8 @@ def _attention(
 
 
 def _refuse_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    unknown = [name for name, value in kwargs.items() if name not in _UNDERSTOOD and value is not None and value is not False]
+    given = {name: value for name, value in kwargs.items() if name not in _UNDERSTOOD and not _compat.means_nothing_to_a_model(value)}
+    unknown = [name for name, value in given.items() if value is not None and value is not False]
     unknown = [name for name in unknown if torch.is_tensor(kwargs[name]) or kwargs[name] != 0]
     if unknown:
         raise StreamError(

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from patchkit import _compat
 from patchkit.errors import NothingMatched, SlowerPatch, UnsupportedModel
@@ -168,12 +169,14 @@ class MLPInt8(Patch):
         return linears, experts, left
 
     def _report_speed(self, blocks: list[_Linear | _Experts], handle: Handle) -> None:
-        slower = []
+        slower: list[str] = []
+        faster: list[str] = []
         for rows in _TIMED_ROWS:
             before, after = _milliseconds(blocks, rows)
             handle.measure(f"{rows} row{'s' * (rows > 1)}", f"{before:.3g} -> {after:.3g} ms")
-            if after > before:
-                slower.append(f"{rows} row{'s' * (rows > 1)} at once: {after:.3g} ms in these layers, {before:.3g} ms unpatched")
+            (slower if after > before else faster).append(
+                f"{rows} row{'s' * (rows > 1)} at once: {after:.3g} ms in these layers, {before:.3g} ms unpatched"
+            )
         ratios = [facts["snr_db"] for facts in handle.modules.values() if facts["snr_db"] is not None]
         if ratios:
             handle.measure("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")
@@ -181,7 +184,12 @@ class MLPInt8(Patch):
             message = f"mlp_int8 is slower than the original on this machine ({'; '.join(slower)})"
             if self.strict:
                 raise SlowerPatch(f"{message}: leave the patch out, or give strict=False")
-            _logger.warning("patchkit: %s: leave the patch out unless you want the memory", message)
+            # One row is a step of decoding, 256 are a prompt.
+            advice = "leave the patch out unless you want the memory"
+            if faster:
+                kind, other = ("prompts", "decoding") if slower[0].startswith("256") else ("decoding", "prompts")
+                advice = f"and faster with {faster[0]}. Leave the patch out where most of the time goes into {kind}, keep it for {other}"
+            _logger.warning("patchkit: %s: %s", message, advice)
 
 
 # -- what is converted -----------------------------------------------------------------------------------------------------------
@@ -213,6 +221,11 @@ class _Linear:
     @activation.setter
     def activation(self, value: str) -> None:
         self.weight.activation = value
+
+    @property
+    def held(self) -> nn.Parameter:
+        """A parameter by which the model is known again in another view of it."""
+        return self.original
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -275,6 +288,11 @@ class _Experts:
             weights.activation = value
 
     @property
+    def held(self) -> nn.Parameter:
+        parameter: nn.Parameter = self.module.down_proj
+        return parameter
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(next(iter(self.weights.values())).shape)
 
@@ -306,8 +324,8 @@ class _Experts:
         config = self.module.config
         implementation = config._experts_implementation or "eager"
         implementation = implementation.removeprefix(_EXPERTS)
-        if config._experts_implementation != register_experts_for(implementation):
-            handle.set_attribute(config, "_experts_implementation_internal", register_experts_for(implementation))
+        # Once for every module, which does no harm: undo waits for the last.
+        handle.set_shared(config, "_experts_implementation_internal", register_experts_for(implementation))
         for key, weights in self.weights.items():
             original = getattr(self.module, key)
             weights.implementation = implementation
@@ -427,7 +445,7 @@ def _make_saveable(model: Any, handle: Handle, linears: list[_Linear]) -> None:
         return
     dynamic = {block.name: block.activation == "int8" for block in linears}
     quantization, quantizer = _compat.torchao_quantizer(dynamic)
-    handle.set_attribute(model.config, "quantization_config", quantization)
+    handle.set_shared(model.config, "quantization_config", quantization)
     handle.set_attribute(model, "hf_quantizer", quantizer)
     handle.set_attribute(model, "is_quantized", True)
 
@@ -442,6 +460,8 @@ def _count(handle: Handle, blocks: list[_Linear | _Experts]) -> None:
 
 
 def _count_forward(hits: Counter[str], notices: Notices, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
+        return
     hits["forwards"] += 1
     replaced = sum(not isinstance(module._parameters.get("weight"), Int8Weight) for module in modules)
     if replaced:
@@ -472,6 +492,8 @@ def _selected(patterns: tuple[str, ...] | None, names: list[str], model: str) ->
 
 
 def _obstacle(module: Any) -> str | None:
+    if getattr(module, "quantization_scheme", None) is not None:
+        return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
     weight = module.weight
     if module._parameters.get("weight") is not weight:
         return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
@@ -531,17 +553,20 @@ def _calibrate(target: Target, modules: dict[str, Any], calibration: Any) -> dic
 
 
 # By signature and number of threads: timed once in a process, so that two views of one model round alike.
-_found_faster: dict[tuple[Any, int], str] = {}
+# By the first weight of every shape, and the number of threads: views of one model (those that draft, prove or tune) choose alike, and
+# no model goes by what another one was found to be.
+_found_faster: Any = WeakIdKeyDictionary()
 
 
 def _choose_activations(mode: str, blocks: list[_Linear | _Experts]) -> None:
     for signature in dict.fromkeys(block.signature for block in blocks):
         alike = [block for block in blocks if block.signature == signature]
         if mode == "auto":
-            key = (signature, torch.get_num_threads())
-            if key not in _found_faster:
-                _found_faster[key] = _faster(alike)
-            activation = _found_faster[key]
+            known = _found_faster.setdefault(alike[0].held, {})
+            threads = torch.get_num_threads()
+            if threads not in known:
+                known[threads] = _faster(alike)
+            activation = known[threads]
         else:
             activation = _ACTIVATION[mode]
         for block in alike:

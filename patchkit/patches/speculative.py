@@ -24,15 +24,17 @@ from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from patchkit import _compat
+from patchkit.attention import alias_of, original_name
 from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.generation.acceptance import Acceptance, acceptance
-from patchkit.generation.controllers import Controller, controller
+from patchkit.generation.cached_model import takes_any_mask
+from patchkit.generation.controllers import Controller, controller, parse_call
 from patchkit.generation.drafter import Drafter
 from patchkit.generation.drafters.chain import Chain
 from patchkit.generation.drafters.draft_model import DraftModel
 from patchkit.generation.drafters.prompt_lookup import PromptLookup
 from patchkit.generation.loop import Speculation, Unserved, speculate
-from patchkit.handle import Handle
+from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.target import Target
 
@@ -43,8 +45,9 @@ class Speculative(Patch):
     """Draft, verify, keep what the model would have said itself. `patchkit.generation.statistics_of(model)` says what came of it.
 
     Args:
-        draft: a `Drafter`; a loaded model (`DraftModel`); the name or path of one; "prompt_lookup", "medusa" or "eagle"; or several
-            of these, of which the first that has a proposal drafts (`Chain`).
+        draft: a `Drafter`; a loaded model (`DraftModel`); the name or path of one; "prompt_lookup", "medusa" or "eagle", with options as
+            'eagle("FILE")' of a file that `patchkit train-heads` wrote; or several of these, of which the first that has a proposal
+            drafts (`Chain`).
         k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
         acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
             "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
@@ -107,11 +110,20 @@ class Speculative(Patch):
         drafter = target.views.pop(id(self))
         _, ragged = target.rollback
         prepared, control = drafter.prepared(target), self._controller().begin()
-        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices)
+        configs = _compat.attention_configs(target.model)
+        # Masks for each row come through the alias. It stays, because to put it there for a forward would disturb other threads.
+        aliased = sorted({original_name(config) for config in configs}) if ragged and takes_any_mask(configs) else []
+        speculation = Speculation(
+            prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices, tuple(aliased)
+        )
+        for config in configs if aliased else []:
+            handle.set_shared(config, "_attn_implementation_internal", alias_of(original_name(config)))
         handle.set_attribute(target.model, "_patchkit_speculative", speculation)
         handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
         handle.hook(target.decoder, _keep_hidden)
         handle.set_attribute(target.model, "generate", functools.partial(_generate, target.model, speculation))
+        for name in _compat.continuous_batching(target.model):
+            handle.set_attribute(target.model, name, functools.partial(_unspeculated, target.model, handle.notices, name))
         handle.changed("generate methods")
         handle.measure("drafts", str(drafter))
         if not speculation.acceptance.lossless:
@@ -139,6 +151,12 @@ def _drafter(draft: Any, target: Target | None) -> Drafter | None:
 
 
 def _named_drafter(name: str, target: Target | None) -> Drafter | None:
+    if name.rstrip().endswith(")"):
+        from patchkit.generation.drafters.eagle import Eagle
+        from patchkit.generation.drafters.medusa import Medusa
+
+        drafter: Drafter = parse_call(name, {"prompt_lookup": PromptLookup, "medusa": Medusa, "eagle": Eagle}, "draft")
+        return drafter
     if name == "prompt_lookup":
         return PromptLookup()
     if name == "medusa":
@@ -186,6 +204,12 @@ def _generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -
     return stock(model, *args, **kwargs)
 
 
+def _unspeculated(model: Any, notices: Notices, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of the model's that generates in a way of its own."""
+    notices.say(f"{name} runs without speculation: call generate for that")
+    return getattr(type(model), name)(model, *args, **kwargs)
+
+
 def _why_stock(model: Any, given: dict[str, Any], extra: dict[str, Any]) -> str | None:
     """What in the arguments of generate only the stock method can do."""
     for name in ("custom_generate", "assistant_model", "synced_gpus", "negative_prompt_ids"):
@@ -194,8 +218,14 @@ def _why_stock(model: Any, given: dict[str, Any], extra: dict[str, Any]) -> str 
     for name in ("prompt_lookup_num_tokens", "use_mtp", "position_ids", "trust_remote_code", "token_healing"):
         if extra.get(name) is not None:
             return f"{name}="
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        return "several processes, which would each choose a K of their own"
+    if _compat.is_shared_by_processes(model):
+        return "a model whose weights several processes share, which would each choose a K of their own"
+    if model.device.type == "meta":
+        return "weights that accelerate has moved away, to be loaded layer by layer"
+    if not str(getattr(model.prepare_inputs_for_generation, "__module__", "")).startswith("transformers."):
+        return "a prepare_inputs_for_generation that is not transformers' own (PEFT's prompt tuning, say)"
+    if _compat.has_adapters_by_row(model):
+        return "adapter_names=, which chooses an adapter for each row"
     configs = [given.get("generation_config"), model.generation_config]
     if extra.get("stop_strings") is None and any(getattr(config, "stop_strings", None) is not None for config in configs):
         return "stop_strings of a generation_config (give them to generate)"

@@ -28,11 +28,21 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.attention import AttentionOutput, alias_of, configs_of, original_function, refuse_other_attention, swap_mask_builder
+from patchkit.attention import (
+    AttentionOutput,
+    Masks,
+    alias_of,
+    configs_of,
+    original_function,
+    original_name,
+    refuse_other_attention,
+    swap_mask_builder,
+)
 from patchkit.cache.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
 from patchkit.cache.step import StepCache
 from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
+from patchkit.exclusive import Exclusive
 from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.quality.definitions import window_logits
@@ -272,16 +282,20 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
         handle.set_attribute(runtime, "configs", configs_of(called, target.model) + runtime.configs)
         handle.set_attribute(runtime, "plan", _joined(target, runtime.plan, plan))
         handle.set_attribute(runtime, "counters", [*runtime.counters, (plan.main, handle.hits)])
+        handle.set_attribute(runtime, "frequencies", [*runtime.frequencies, *_frequencies(target, plan)])
         return runtime
     configs = _compat.attention_configs(target.model)
-    implementations = tuple({config._attn_implementation or "eager" for config in configs})
+    implementations = tuple({original_name(config) for config in configs})
     runtime = Runtime(plan, [(plan.main, handle.hits)], implementations, handle.notices, configs_of(called, target.model))
+    runtime.frequencies, runtime.mask_configs = _frequencies(target, plan), tuple(configs)
     handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
     handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
     handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
     handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, target.model, runtime))
+    for name in _compat.continuous_batching(target.model):
+        handle.set_attribute(target.model, name, functools.partial(_refuse_continuous_batching, name))
     for config in configs:
-        handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))
+        handle.set_shared(config, "_attn_implementation_internal", alias_of(original_name(config)))
     return runtime
 
 
@@ -333,6 +347,39 @@ def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
 
 
 @dataclass(eq=False)
+class Frequencies:
+    """The buffer ``module.name`` that holds the frequencies of ``rotary``, and how to recognise the one that was read last."""
+
+    rotary: Rotary
+    module: nn.Module
+    name: str
+    read: tuple[Any, ...] = ()
+
+    def follow(self) -> None:
+        """Read the buffer again if it is another one, or was written to."""
+        buffer: Any = self.module._buffers[self.name]
+        now = id(buffer), buffer.data_ptr(), buffer.dtype, buffer._version
+        if now != self.read:
+            self.read = now
+            self.rotary.follow(buffer)
+
+
+def _frequencies(target: Target, plan: Plan) -> list[Frequencies]:
+    modules = dict(target.model.named_modules())
+    # Lanes share the rotation of one of their layers; a layer turns its queries by its own.
+    lanes, layers = plan.lanes.values(), [layer for layer in target.attention_layers if layer.index in plan.lanes]
+    rotaries: dict[int, Rotary] = {}
+    for each in [lane.rotary for lane in lanes] + [layer.rotary for layer in layers]:
+        if each is not None:
+            rotaries[id(each)] = each
+    found = []
+    for rotary in rotaries.values():
+        path, _, name = rotary.buffer.removeprefix("-").rpartition(".")
+        found.append(Frequencies(rotary, modules[path], name))
+    return found
+
+
+@dataclass(eq=False)
 class Runtime:
     """What the hooks of one patched model share. ``frame`` is set while its decoder runs.
 
@@ -341,6 +388,8 @@ class Runtime:
         implementations: of attention, that the configs named before.
         notices: of the first patch.
         configs: those in which the alias of our attention must stand.
+        frequencies: where those of the lanes' rotations come from.
+        mask_configs: those by which the model's masks are made.
     """
 
     plan: Plan
@@ -348,9 +397,13 @@ class Runtime:
     implementations: tuple[str, ...]
     notices: Notices
     configs: list[Any] = dataclasses.field(default_factory=list)
+    frequencies: list[Frequencies] = dataclasses.field(default_factory=list)
+    exclusive: Exclusive = dataclasses.field(default_factory=Exclusive)
     frame: Frame | None = None
     cache: StreamingCache | None = None
-    outer_mask_builder: Any = None
+    own_masks: Masks | None = None  # while a forward is under way, what its masks come from,
+    outer_masks: Masks | None = None  # and what they came from before
+    mask_configs: tuple[Any, ...] = ()
     masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
     step: StepCache | None = None  # that step
     cut: Cut | None = None  # of a forward that was cut at refreshes, until it returns
@@ -365,6 +418,8 @@ class Runtime:
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give the decoder our cache and bounded positions, and announce the frame to the attention layers."""
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    # PyTorch leaves out the hook that gives it back where KeyboardInterrupt ends a forward.
+    runtime.exclusive.take(f"a forward of this {type(decoder).__name__}", nested=False)
     runtime.frame = runtime.cache = None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache = kwargs.get(_compat.CACHE)
@@ -377,6 +432,8 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             runtime.notices.say("the model is in training mode, where it runs unpatched: call model.eval()")
         return None
     refuse_other_attention(runtime.configs)
+    for each in runtime.frequencies:
+        each.follow()
     if kwargs.get("output_attentions"):
         raise StreamError("output_attentions is not available with streaming or linear: their attention runs over blocks of the window")
     inputs = kwargs.get("input_ids")
@@ -392,12 +449,14 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
         raise StreamError(
             f"this model streams with a cache of its own, and was given a {type(cache).__name__}. Leave {_compat.CACHE} out of the first "
-            "call, and pass on what it returns; a cache made before the model was patched, or by another model, cannot be used."
+            "call, and pass on what it returns. A cache made before the model was patched, by another model, or loaded from a pickle "
+            "cannot be used (copy.deepcopy can), nor can the prefix of PEFT's prefix tuning."
         )
     stream = cache.stream if cache is not None else Stream(runtime.plan)
     _notice_padding(stream, kwargs.get("attention_mask"), batch, tokens)
     _refuse_packing(kwargs.get("position_ids"), kwargs.get("attention_mask"), stream.seen, tokens)
     if cache is not None:
+        cache.make_writable()
         runtime.frame = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled(), batch=batch)
         runtime.cache = cache
     else:
@@ -407,29 +466,65 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
     if "position_ids" in _compat.argument_names(decoder):
         kwargs["position_ids"] = runtime.frame.position_ids().expand(batch, -1)
-    builder = functools.partial(_placeholder_mask, runtime.frame) if runtime.plan.owns_all else None
-    runtime.outer_mask_builder = swap_mask_builder(builder)
+    builder = functools.partial(_placeholder_mask if runtime.plan.owns_all else _causal_mask, runtime.frame)
+    before, masks = runtime.own_masks, Masks(builder, runtime.mask_configs)
+    outer = swap_mask_builder(masks)
+    # A forward that was interrupted has left its own behind.
+    runtime.outer_masks, runtime.own_masks = None if outer is before else outer, masks
     return (), kwargs
 
 
 def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Count the tokens as seen; runs after a failed forward too, with no output."""
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    if not runtime.exclusive.give_back():  # refused: what is there belongs to another thread
+        return
     frame, cache = runtime.frame, runtime.cache
     if frame is None:
         return
-    swap_mask_builder(runtime.outer_mask_builder)
-    runtime.frame = runtime.cache = runtime.outer_mask_builder = None
+    swap_mask_builder(runtime.outer_masks)
+    runtime.frame = runtime.cache = runtime.outer_masks = runtime.own_masks = None
     if output is None:
         return
     if cache is not None:
         cache.stream.commit()
+    if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
+        return
     for lane, hits in runtime.counters:
         lane.count(hits, frame)
 
 
+def _refuse_two_way(frame: Frame, rule: Any) -> None:
+    """Our own rule takes the place of the model's, so that must not show a token later ones, as within the span of an image.
+
+    Args:
+        rule: transformers' mask function: which keys a query sees, from indices that broadcast.
+
+    Raises:
+        StreamError: it does, in this forward.
+    """
+    if frame.tokens == 1 or rule is None or _compat.is_causal_rule(rule):
+        return
+    tokens = torch.arange(frame.start, frame.end, device=frame.device)
+    rows = torch.arange(frame.rows, device=frame.device)[:, None, None, None]
+    for block in tokens.split(QUERY_BLOCK):
+        query, later = block[None, None, :, None], tokens[None, None, None, :]
+        if bool((rule(rows, torch.zeros_like(rows), query, later) & (later > query)).any()):
+            raise StreamError(
+                "in this call the model lets tokens see later ones (those of an image, say, by token_type_ids), which no streaming or "
+                "linear rule does: leave that argument out, or unpatch_model first"
+            )
+
+
+def _causal_mask(frame: Frame, implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The model's own mask, which layers without a rule of ours use."""
+    _refuse_two_way(frame, kwargs.get("mask_function"))
+    return _compat.mask_function(implementation)(*args, **kwargs)
+
+
 def _placeholder_mask(frame: Frame, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The layers make their own masks. In one-token steps, None tells them that none is needed."""
+    _refuse_two_way(frame, kwargs.get("mask_function"))
     unneeded = (frame.steady or frame.many) and not frame.plan.has_alibi  # such models compute with the mask before a layer sees it
     return None if unneeded else torch.zeros(1, 1, 1, 1, device=frame.device)
 
@@ -587,6 +682,7 @@ def _before_refreshed_forward(
     if cache is None:
         cache = runtime.plan.new_cache()
         assert isinstance(cache, RefreshedCache)
+    cache.make_writable()
     start = cache.stream.seen
     end = start + tokens
     _notice_padding(cache.stream, mask, batch, tokens)
@@ -766,6 +862,8 @@ def _refuse_packing(position_ids: Any, attention_mask: Any, seen: int, tokens: i
 
 def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    if _compat.decoder_of(model).training:  # it runs unpatched, and says so
+        return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     given = model_kwargs.get(_compat.CACHE)
     if given is not None and not isinstance(given, StreamingCache):
         raise StreamError(
@@ -788,6 +886,12 @@ def _prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_k
             cache.activate_past_recording()
         model_kwargs[_compat.CACHE] = cache
     return result
+
+
+def _refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    raise StreamError(
+        f"{name} keeps keys in pages of its own, and would bypass the window of streaming or linear: unpatch_model first, or call generate"
+    )
 
 
 def _stock_layers(config: Any) -> list[Any]:

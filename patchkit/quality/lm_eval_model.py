@@ -75,6 +75,11 @@ class PatchkitLM(HFLM):
         if not isinstance(pretrained, str) and not options.get("tokenizer") and not getattr(pretrained, "name_or_path", ""):
             raise UnsupportedModel("this model was not loaded from a directory or the hub, so its tokenizer is unknown: give tokenizer=")
         super().__init__(pretrained=pretrained, **options)
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModel(
+                "this model is prompt-tuned: PEFT puts its prompt in front of every forward, and texts go through several here. Use "
+                "lm-eval's own model 'hf'"
+            )
         if self.backend != "causal":
             raise UnsupportedModel(f"{type(self.model).__name__} is an encoder-decoder: patchkit evaluates decoder-only models")
         if hasattr(self, "accelerator"):  # lm-eval sees several processes only where there are several GPUs
@@ -278,7 +283,9 @@ class PatchkitLM(HFLM):
         _add(self._tasks, done)
         if idle:
             self._tasks = {}
-            raise NeverActed(f"{'; '.join(idle)}. What was measured is the model without it: give longer texts or other tasks")
+            why = [notice for patch in self._report().patches for notice in patch.notices]
+            remedy = f"it says why: {'; '.join(why)}" if why else "give longer texts or other tasks"
+            raise NeverActed(f"{'; '.join(idle)}. What was measured is the model without it: {remedy}")
         return answers
 
     def _counters(self) -> dict[str, Counter[str]]:

@@ -30,6 +30,7 @@ from patchkit import (
 )
 from patchkit.int8_weight import Int8Weight
 from patchkit.patches import mlp_int8
+from patchkit.target import twin
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 IDS = torch.randint(4, 100, (2, 30), generator=torch.Generator().manual_seed(3))
@@ -393,9 +394,25 @@ def test_auto_takes_what_is_faster_and_prefers_weight_only(float_cost, mode, mon
         return 9.0, float_cost if blocks[0].activation == "float" else 1.0
 
     monkeypatch.setattr(mlp_int8, "_milliseconds", cost)
-    monkeypatch.setattr(mlp_int8, "_found_faster", {})
     model = patch_model(tiny_model("llama"), "mlp_int8")
     assert {facts["mode"] for facts in report(model).patches[0].modules.values()} == {mode}
+
+
+def test_views_of_one_model_choose_alike_and_other_models_for_themselves(monkeypatch):
+    costs = iter([1.0, 2.0, 9.0, 2.0])  # float and int8 of the first model, then of the second
+
+    def modes(model):
+        patch_model(model, "mlp_int8(modules=['*.up_proj'])", verbose=False)
+        found = {facts["mode"] for facts in report(model).patches[0].modules.values()}
+        unpatch_model(model)
+        return found
+
+    monkeypatch.setattr(mlp_int8, "_milliseconds", lambda blocks, rows: (9.0, next(costs)))
+    monkeypatch.setattr(mlp_int8.MLPInt8, "_report_speed", lambda *args: None)
+    first, second = tiny_model("llama"), tiny_model("llama")
+    view = twin(first)
+    assert modes(first) == modes(view) == modes(first) == {"weight_only"}  # measured once
+    assert modes(second) == {"dynamic"}
 
 
 def test_training_is_refused_when_a_gradient_is_asked_for():

@@ -159,7 +159,7 @@ class DraftModelSession(Session):
 def _able(model: Any) -> tuple[str | None, bool]:
     """`find_obstacle`, also of a model that a patch has given a cache of its own; that cache only has to be one that rolls back."""
     if not keeps_own_cache(model):
-        return find_obstacle(model)
+        return find_obstacle(model, drafts=True)
     cached = CachedModel(model, None, [0], ragged=False)
     with torch.no_grad():
         cached.forward(torch.zeros(1, 2, dtype=torch.int64, device=model.device))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from patchkit import _compat
 from patchkit.errors import PatchError
 from patchkit.quality.checks.bounds import same
 from patchkit.quality.checks.case import LONG, Case, NotJudged
@@ -118,4 +119,5 @@ def taken_back(case: Case) -> None:
 
 
 def _croppable(cache: Any) -> bool:
-    return all(getattr(layer, "is_croppable", False) for layer in getattr(cache, "layers", [None]))
+    layers = getattr(cache, "layers", None)
+    return layers is not None and all(map(_compat.takes_tokens_back, layers))
