@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from patchkit.errors import UnsupportedModel
+
+# Weights of which a few elements are kept, and how many of each.
+_SAMPLED, _ELEMENTS = 48, 4
+# Relative: what rounding to bfloat16 changes, twice.
+_ROUNDING = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class TrainedFor:
     Attributes:
         hidden_size, embedding_size, vocabulary: D, E and V.
         fingerprint: of the LM head's weight, in bfloat16, so that it is the same whether the model is loaded in that or in float32.
+        samples: a few elements of up to 48 weights by name; empty in files of a time when none were kept.
     """
 
     model_type: str
@@ -25,6 +33,7 @@ class TrainedFor:
     embedding_size: int
     vocabulary: int
     fingerprint: str
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any) -> TrainedFor:
@@ -45,7 +54,36 @@ class TrainedFor:
             embedding_size=embeddings.weight.shape[1],
             vocabulary=weight.shape[0],
             fingerprint=fingerprint(weight),
+            samples=_samples(model),
         )
+
+    def other_weight(self, have: TrainedFor) -> str | None:
+        """The name of a weight that is another one in the model that ``have`` was made of; None if all are the same up to rounding.
+
+        Weights that only one of the two has are passed over: one of them may be quantised.
+        """
+        for name, mine in self.samples.items():
+            theirs = have.samples.get(name, mine)
+            if any(abs(a - b) > _ROUNDING * max(abs(a), abs(b)) + 1e-7 for a, b in zip(mine, theirs, strict=True)):
+                return name
+        return None
+
+
+def _samples(model: Any) -> dict[str, list[float]]:
+    """Four elements of each of 48 weight matrices of ``model`` that are spread over it; quantised and offloaded ones are left out."""
+    # PEFT puts names of its own around those of the model.
+    found = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.ndim > 1 and parameter.device.type != "meta"
+        if "lora_" not in name
+    }
+    samples = {}
+    # Spread by a hash of the name, so that mostly the same are chosen where some are left out.
+    for name in sorted(found, key=lambda name: zlib.crc32(name.encode()))[:_SAMPLED]:
+        flat = found[name].detach().flatten()
+        samples[name] = flat[torch.linspace(0, len(flat) - 1, _ELEMENTS).long().to(flat.device)].float().tolist()
+    return samples
 
 
 def lm_head_weight(model: Any) -> torch.Tensor | None:

@@ -69,7 +69,7 @@ class Cell:
                 metric, _, kind = name.partition(",")
                 if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
                     error = metrics.get(f"{metric}_stderr,{kind}")
-                    found[task, metric] = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+                    found[task, metric] = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) and error > 0 else "")
         return found
 
 
@@ -279,12 +279,13 @@ def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: An
 def _identity(lm: Any, model: str, spec: str, task: str, config: Any) -> dict[str, Any]:
     """What a result depends on: two runs with the same are the same."""
     from patchkit.quality.environment import version_of
-    from patchkit.trained_for import fingerprint, lm_head_weight
+    from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
 
     head = lm_head_weight(lm.model)
     return {
         "model": model,
         "head": None if head is None else fingerprint(head),
+        "weights": {} if head is None else TrainedFor.of(lm.model).samples,
         "dtype": str(lm.model.dtype),
         "spec": spec,
         "task": task,

@@ -79,6 +79,8 @@ class Heads(nn.Module):
             what = f"embeddings of width {wanted.embedding_size}, and this one's have {have.embedding_size}"
         elif wanted.fingerprint != have.fingerprint:
             what = "another LM head: the sizes agree, the weights do not"
+        elif (name := wanted.other_weight(have)) is not None:
+            what = f"the same LM head, but another {name}"
         else:
             return
         raise UnsupportedModel(

@@ -126,6 +126,8 @@ class LinearState:
             )
         elif have.fingerprint not in (wanted.fingerprint, self.float16_fingerprint):
             what = "another LM head: the sizes agree, the weights do not"
+        elif (name := wanted.other_weight(have)) is not None:
+            what = f"the same LM head, but another {name}"
         else:
             return
         raise UnsupportedModel(f"this linear attention was converted from a {wanted.model_type} model with {what}. {_REMEDY}")
