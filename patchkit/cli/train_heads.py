@@ -20,6 +20,7 @@ from patchkit.cli.common import (
     app,
     emit,
     load,
+    stderr,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def train_heads(
     batch: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens per text.")] = 256,
     on_policy: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on the model's own continuations.")] = 0.0,
-    checkpoint: Annotated[Path | None, typer.Option(help="Write and resume from this file.", dir_okay=False)] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Train for so long instead of --steps.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Write every minute and at SIGINT or SIGTERM, and resume from this file.", dir_okay=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
@@ -64,10 +68,14 @@ def train_heads(
     tokens = torch.tensor([token for each in texts for token in encode(tokenizer, each)])
     kept = len(tokens) // 20 // length * length  # the end is kept back, to see what the heads are worth
     started = time.perf_counter()
-    heads = heads_training.train_heads(
-        loaded, tokens[: len(tokens) - kept], kind.value, steps, depth=depth, batch=batch, length=length, on_policy=on_policy, seed=seed,
-        checkpoint=checkpoint,
-    )  # fmt: skip
+    try:
+        heads = heads_training.train_heads(
+            loaded, tokens[: len(tokens) - kept], kind.value, steps, depth=depth, batch=batch, length=length, on_policy=on_policy,
+            seed=seed, checkpoint=checkpoint, minutes=minutes,
+        )  # fmt: skip
+    except KeyboardInterrupt as interrupted:
+        stderr().print(f"{interrupted or 'stopped'}", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
     heads.save(out)
     seconds = time.perf_counter() - started
     shares = None

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +27,9 @@ _FEATURE_WEIGHT = 0.5  # of the smooth L1 distance between EAGLE's features and 
 # The share of positions that are scored, drawn anew for each step: logits over the vocabulary cost more than EAGLE's layer.
 _SCORED = {"medusa": 1.0, "eagle": 0.25}
 _ALONE = 0.4  # the first part of EAGLE's steps, in which it goes on from the model's features only, which costs less
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+# Where a run is given minutes, so many steps are timed, and until then there is no end to it.
+_TIMED_STEPS, _UNTIMED_STEPS = 8, 10**9
 _LATER = 0.8  # a head that looks one token further weighs this much less, as in Medusa
 
 
@@ -41,6 +47,7 @@ def train_heads(
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
+    minutes: float | None = None,
 ) -> Heads:
     """Heads for ``model``, which stays as it is.
 
@@ -51,12 +58,14 @@ def train_heads(
         on_policy: the share of steps whose texts are the model's own greedy continuations of their first quarter. Heads are used on
             such text, and it takes many times longer.
         peak: the learning rates' highest value, in units of 0.02 for Muon and 0.003 for Adam.
-        checkpoint: a file that is written every 50 steps, and from which training goes on if it exists.
+        checkpoint: a file that is written every minute, at the end, and at SIGINT or SIGTERM, and from which training goes on if it exists.
+        minutes: train for about so long, whatever ``steps`` says: their number follows from the time of the first few.
         progress: whether to show a bar, with the loss and, for each drafted position, how often all drafts so far are the model's choice.
 
     Raises:
         UnsupportedModel: the model has no LM head or embeddings that heads could share.
         PatchError: options or tokens that cannot be used, or a checkpoint of another run.
+        KeyboardInterrupt: SIGINT or SIGTERM came, and the step that was under way is done.
     """
     if kind not in ("medusa", "eagle"):
         raise PatchError(f"there are no {kind!r} heads: use kind='medusa' or kind='eagle'")
@@ -71,8 +80,13 @@ def train_heads(
     heads.trained_for = facts
     heads.to(model.get_output_embeddings().weight.device)
     optimizers = optimizers_of(heads, peak)
-    run = {"kind": kind, "steps": steps, "depth": depth, "seed": seed, "model": facts.fingerprint}
+    length_of_run = steps if minutes is None else f"{minutes} minutes"
+    run = {"kind": kind, "steps": length_of_run, "depth": depth, "seed": seed, "model": facts.fingerprint}
     done = 0
+    if minutes is not None:
+        if not 0 < minutes < math.inf:
+            raise PatchError(f"minutes={minutes}: give how long to train, more than 0")
+        steps = _UNTIMED_STEPS  # until they have been timed
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=model.device, weights_only=True)
         if saved["run"] != run:
@@ -80,11 +94,22 @@ def train_heads(
         heads.load_state_dict(saved["heads"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        done = saved["done"]
+        done, steps = saved["done"], saved["steps"]
     bar = tqdm(total=steps, initial=done, desc=f"{kind} heads", unit="step", disable=not progress)
     shown: torch.Tensor | None = None
-    with _frozen(model):
-        for step in range(done, steps):
+    written = time.monotonic()
+    step = done
+    timed: dict[bool, list[float]] = {True: [], False: []}
+
+    def save() -> None:
+        if checkpoint is not None:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"run": run, "heads": heads.state_dict(), "optimizers": states, "done": step, "steps": steps}
+            torch.save(saved, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+
+    with _frozen(model), _noted_signals() as interrupted:
+        while step < steps:
             random = torch.Generator().manual_seed(1_000_003 * seed + step)
             texts = _texts(tokens, batch, length, random).to(model.device)
             if torch.rand((), generator=random) < on_policy:
@@ -96,25 +121,50 @@ def train_heads(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
-            now = 1 if kind == "eagle" and step < _ALONE * steps else depth
+            # While steps are being timed, of both kinds by turns.
+            alone = step % 2 == 0 if steps == _UNTIMED_STEPS else step < _ALONE * steps
+            now = 1 if kind == "eagle" and alone else depth
+            begun = time.monotonic()
             positions = torch.randperm(length - depth, generator=random)[: math.ceil((length - depth) * _SCORED[kind])]
             loss, agrees = loss_of(heads, model, texts, hidden, now, positions.to(model.device))
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            step += 1
+            if minutes is not None and steps == _UNTIMED_STEPS:
+                timed[alone].append(time.monotonic() - begun)
+                if step == _TIMED_STEPS:
+                    seconds = _ALONE * min(timed[True]) + (1 - _ALONE) * min(timed[False])
+                    steps = bar.total = max(step, round(60 * minutes / seconds))
             accepted = accepted_by_position(agrees)
             shown = accepted if shown is None or len(shown) != len(accepted) else shown.lerp(accepted, 0.1)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", accepted=" ".join(f"{share:.2f}" for share in shown.tolist()))
-            if checkpoint is not None and ((step + 1) % 50 == 0 or step + 1 == steps):
-                states = [optimizer.state_dict() for optimizer in optimizers]
-                torch.save(
-                    {"run": run, "heads": heads.state_dict(), "optimizers": states, "done": step + 1}, checkpoint.with_suffix(".new")
-                )
-                checkpoint.with_suffix(".new").replace(checkpoint)
+            if step == steps or interrupted or time.monotonic() - written > _SECONDS_BETWEEN_CHECKPOINTS:
+                save()
+                written = time.monotonic()
+            if interrupted and step < steps:
+                bar.close()
+                kept = "" if checkpoint is None else f"; {checkpoint} goes on from there"
+                raise KeyboardInterrupt(f"stopped after {step} steps of training{kept}")
     bar.close()
     return heads.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM within this context, put down instead of being acted on: a step that has begun comes to its end."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def loss_of(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +116,6 @@ def test_training_teaches(kind: Any) -> None:
 
 
 def test_training_is_seeded_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
     model, options = _model(), dict(depth=2, batch=2, length=16, progress=False)
     whole = train_heads(model, _texts(), "eagle", 53, **options)  # type: ignore[arg-type]
     calls = 0
@@ -125,16 +124,27 @@ def test_training_is_seeded_and_goes_on_from_a_checkpoint(tmp_path: Path) -> Non
         nonlocal calls
         calls += 1
         if calls == 52:
-            raise Stop
+            os.kill(os.getpid(), signal.SIGTERM)
 
     hook = model.model.register_forward_pre_hook(interrupt)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt, match=r"after 52 steps.*run\.pt"):
         train_heads(model, _texts(), "eagle", 53, checkpoint=tmp_path / "run.pt", **options)  # type: ignore[arg-type]
     hook.remove()
     resumed = train_heads(model, _texts(), "eagle", 53, checkpoint=tmp_path / "run.pt", **options)  # type: ignore[arg-type]
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
     with pytest.raises(PatchError, match="another run"):
         train_heads(model, _texts(), "medusa", 53, checkpoint=tmp_path / "run.pt", **options)  # type: ignore[arg-type]
+
+
+def test_training_for_a_time_finds_its_number_of_steps(tmp_path: Path) -> None:
+    model, options = _model(), dict(depth=2, batch=2, length=16, progress=False, minutes=1 / 30)
+    heads = train_heads(model, _texts(), "eagle", checkpoint=tmp_path / "run.pt", **options)  # type: ignore[arg-type]
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["done"] == saved["steps"] >= 8 and heads.trained_for is not None
+    again = train_heads(model, _texts(), "eagle", checkpoint=tmp_path / "run.pt", **options)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in heads.state_dict().items())
+    with pytest.raises(PatchError, match="minutes"):
+        train_heads(model, _texts(), "eagle", **options | {"minutes": 0})  # type: ignore[arg-type]
 
 
 def test_training_on_the_models_own_text() -> None:
