@@ -29,7 +29,7 @@ def export(
     typer.echo(directory)
     stderr().print(
         f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True) loads it patched, where patchkit is installed; "
-        "without trust_remote_code it loads unpatched.",
+        "without trust_remote_code it loads unpatched, and so it does in `transformers serve`, with that option too.",
         highlight=False,
         soft_wrap=True,
         markup=False,

@@ -57,15 +57,16 @@ class Row:
     Attributes:
         tokens_per_s, tokens_per_s_std: over iterations, each with all prompts.
         speedup, speedup_std: plain time over this one's, the median of all prompts; over iterations.
+            Of a single iteration no standard deviation is known, and it is None.
         identical, runs: runs whose text is that of plain decoding, and all.
         statistics: of the rounds; None for plain decoding.
     """
 
     k: int | None
     tokens_per_s: float
-    tokens_per_s_std: float
+    tokens_per_s_std: float | None
     speedup: float
-    speedup_std: float
+    speedup_std: float | None
     identical: int
     runs: int
     statistics: RunStatistics | None
@@ -263,9 +264,9 @@ def _row(k: int | None, runs: Sequence[Run], figures: RunStatistics | None) -> R
     return Row(
         k,
         statistics.fmean(throughputs),
-        statistics.stdev(throughputs) if len(throughputs) > 1 else 0.0,
+        statistics.stdev(throughputs) if len(throughputs) > 1 else None,
         statistics.fmean(speedups),
-        statistics.stdev(speedups) if len(speedups) > 1 else 0.0,
+        statistics.stdev(speedups) if len(speedups) > 1 else None,
         sum(run.identical for run in own),
         len(own),
         figures,
@@ -293,8 +294,8 @@ def table(sweep: KSweep) -> Table:
         figures = row.statistics or RunStatistics()
         result.add_row(
             row.name,
-            f"{row.tokens_per_s:.1f} ± {row.tokens_per_s_std:.1f}",
-            f"{row.speedup:.2f} ± {row.speedup_std:.2f}",
+            f"{row.tokens_per_s:.1f}{_figure(row.tokens_per_s_std, ' ± {:.1f}')}",
+            f"{row.speedup:.2f}{_figure(row.speedup_std, ' ± {:.2f}')}",
             _figure(figures.predicted_speedup, "{:.2f}"),
             _figure(figures.acceptance_rate, "{:.0%}"),
             _figure(figures.tokens_per_target_step, "{:.2f}"),
@@ -317,10 +318,11 @@ def draw_throughput(sweep: KSweep, path: Path) -> None:
     rows = sorted(rows, key=lambda row: row.k or 0)
     ks = [row.k or 0 for row in rows]
     axes.errorbar(
-        ks, [row.tokens_per_s for row in rows], [row.tokens_per_s_std for row in rows], marker="o", capsize=3, label="speculative"
+        ks, [row.tokens_per_s for row in rows], [row.tokens_per_s_std or 0.0 for row in rows], marker="o", capsize=3, label="speculative"
     )
     axes.axhline(plain.tokens_per_s, color="0.4", ls="--", label="plain")
-    low, high = plain.tokens_per_s - plain.tokens_per_s_std, plain.tokens_per_s + plain.tokens_per_s_std
+    spread = plain.tokens_per_s_std or 0.0
+    low, high = plain.tokens_per_s - spread, plain.tokens_per_s + spread
     axes.axhspan(low, high, color="0.4", alpha=0.15, lw=0)
     axes.set(xlabel="K (drafts per round)", ylabel="tokens per second", title="Throughput", xticks=ks)
     axes.set_ylim(bottom=0)

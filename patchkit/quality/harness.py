@@ -373,7 +373,8 @@ class Server:
             try:
                 for choice in data.get("choices") or []:
                     delta = choice.get("delta") or {}
-                    if choice.get("text") or delta.get("content") or delta.get("reasoning_content"):
+                    # "content" or, of a model that thinks, "reasoning_content", "reasoning", ...: servers differ.
+                    if choice.get("text") or any(isinstance(text, str) and text for name, text in delta.items() if name != "role"):
                         first = first or time.perf_counter()
                         events += 1
                     finished = finished or choice.get("finish_reason") is not None

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model, report, unpatch_model
-from patchkit.errors import SpecError, UnsupportedModel
+from patchkit.errors import PatchError, SpecError, UnsupportedModel
 from patchkit.patch import NO_PATCH, Patch, Stage, available_patches, parse_spec
 from patchkit.quality.environment import environment
 from patchkit.quality.gate import Calls, cache_of, within
@@ -210,6 +210,13 @@ class Tuning:
     def summary(self) -> str:
         """The choice in a sentence."""
         bound = f"{self.settings['max_ppl_increase']:.3g}"
+        untimed = [row for row in self.rows if len(row.patches) == 1 and row.lost and row.lost.kind == "no time"]
+        if not self.best.patches and untimed:
+            singles = sum(len(row.patches) == 1 for row in self.rows)
+            return (
+                f"the time ran out: of {singles} options {len(untimed)} were not measured, and no other was shown to be faster than no "
+                f"patch with a perplexity increase of at most {bound}. Give more --minutes, or leave patches out (--without)"
+            )
         if not self.best.patches:
             assert self.best.increase is not None
             if self.best.increase.high <= self.settings["max_ppl_increase"]:
@@ -260,9 +267,13 @@ def documents(tokenizer: PreTrainedTokenizerBase, source: str, context: int) -> 
 
 
 def candidates(
-    target: Target, objective: Objective, also: Sequence[Patch] = (), without: Sequence[str] = ()
+    target: Target, objective: Objective, also: Sequence[Patch] = (), without: Sequence[str] = (), tokens: int | None = None
 ) -> tuple[list[Patch], dict[str, str]]:
-    """What to try alone, first options first and compilation last; and why there is nothing to try of a patch, by name.
+    """What to try alone: first options first, of these what is exact and cheap to try before the rest, and compilation last; and why
+    there is nothing to try of a patch, by name.
+
+    Args:
+        tokens: of the longest text that is timed; options that cannot act in it (a window that holds it all) are left out.
 
     Raises:
         SpecError: a name in ``without`` is no patch, or a patch in ``also`` cannot be written in a spec file.
@@ -281,17 +292,28 @@ def candidates(
     ranked: list[tuple[int, Patch]] = []
     untried = {}
     for name, kind in known.items():
-        options = {patch.spec: patch for patch in [*kind.candidates(target), *also] if patch.name == name}
+        given = {patch.spec: patch for patch in [*kind.candidates(target), *also] if patch.name == name}
+        options = {spec: patch for spec, patch in given.items() if tokens is None or _reach(patch, target) < tokens}
         if name in without:
             untried[name] = "left out (--without)"
         elif objective == "decode" and kind.stage is Stage.GENERATION:
             untried[name] = "it acts in generate, and single steps are timed (--objective generate)"
+        elif given and not options:
+            untried[name] = f"none of its options acts in a text of {tokens} tokens (give a longer --context)"
         elif not options:
             untried[name] = "it declares nothing to try without options of your own (--also)"
         else:
             ranked += enumerate(options.values())
-    ranked.sort(key=lambda entry: (entry[0], entry[1].stage))
+    ranked.sort(key=lambda entry: (entry[0], entry[1].stage is Stage.COMPILE, not entry[1].exact, entry[1].stage))
     return [patch for _, patch in ranked], untried
+
+
+def _reach(patch: Patch, target: Target) -> int:
+    """Up to how many tokens ``patch`` changes nothing; 0 where length plays no part, or where it will be refused."""
+    try:
+        return patch.promises(target).same_up_to
+    except PatchError:
+        return 0
 
 
 def tune(
@@ -334,7 +356,7 @@ def tune(
         context = int(max(1, min(_MOST_CONTEXT, limit // 2)))
     texts = documents(tokenizer, text, context)
     measurer = ModelMeasurer(model, texts, context, objective, seconds - (time.monotonic() - started))
-    singles, untried = candidates(measurer.target, objective, also, without)
+    singles, untried = candidates(measurer.target, objective, also, without, context + _NEW_TOKENS)
     search = Search(measurer, max_ppl_increase, seconds - (time.monotonic() - started), advance=advance)
     best = search.run(singles)
     settings = {

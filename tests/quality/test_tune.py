@@ -354,15 +354,30 @@ def test_setting_up_is_cut_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
         measured.increase((), 4)
 
 
+def test_a_verdict_says_that_the_time_ran_out() -> None:
+    scored, few = Interval(0.0, 0.0, 0.0), parse_spec("compile + speculative")
+    rows = [quality.Row((), increase=scored), quality.Row((few[0],), lost=Lost("no time", "not tried"))]
+    settings = {"max_ppl_increase": 0.01}
+    made = quality.Tuning(rows[0], rows, {}, settings, 1.0, False)
+    assert "time ran out" in made.summary and "1 were not measured" in made.summary
+    rows[1].lost = Lost("slower", "0.9 times the unpatched speed")
+    assert made.summary.startswith("nothing pays")
+
+
 def test_candidates_come_from_the_patches() -> None:
     target = Target(tiny_model("llama"))
     tried, untried = quality.candidates(target, "generate", parse_spec("linear(window=8)"), ["compile"])
     assert {patch.name for patch in tried} | set(untried) == set(available_patches())
-    assert tried[0].stage is Stage.ATTENTION and "linear(window=8)" in [patch.spec for patch in tried]
+    assert tried[0].name == "speculative" and "linear(window=8)" in [patch.spec for patch in tried]
     assert untried == {"compile": "left out (--without)"}
     for patch in tried:
         assert parse_spec(patch.spec) == [patch]
     assert {"linear", "speculative"} <= set(quality.candidates(target, "decode")[1])
+    everything = quality.candidates(target, "generate")[0]
+    assert [patch.stage is Stage.COMPILE for patch in everything[:4]] == [False, False, False, True]  # first options, compilation last
+    short, why = quality.candidates(target, "generate", tokens=20)
+    assert not any(patch.name == "streaming" for patch in short) and "20 tokens" in why["streaming"]
+    assert {patch.name for patch in short} == {patch.name for patch in everything} - {"streaming"}
     limit = target.position_limit or math.inf
     assert all(patch.capacity <= limit for patch in tried if isinstance(patch, StreamingLLM))
     with pytest.raises(SpecError, match="unknown patch 'streeming'"):
