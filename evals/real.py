@@ -9,6 +9,8 @@ needle   recall by length and distance, unpatched beside streaming: needle.json,
 speed    greedy answers through the chat template, one prompt at a time, every way in turns on each prompt; milliseconds per token from
          the first token to the last, medians over prompts of the ratio to plain decoding, and how many answers are the same: speed.json
 
+speculation, if it is named: `speculative` beside plain decoding on twelve stories and twelve edits, prompt by prompt: speculation.json
+
 Bars are printed with their figures; one that is missed is reported, and is no failure.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -31,6 +34,7 @@ import transformers
 from rich.console import Console
 
 from patchkit import patch_model, report
+from patchkit.generation import reset_statistics, statistics_of
 from patchkit.models import load_model
 from patchkit.patch import parse_spec
 from patchkit.quality import demo as show
@@ -41,6 +45,7 @@ from patchkit.quality.paired import median_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("demo", "needle", "speed")
+NAMED_ONLY = ("speculation",)
 
 # Perplexity of the first window over the unpatched model's, within its limit and beyond.
 MOST_WITHIN, MOST_BEYOND = 1.03, 0.9
@@ -93,6 +98,48 @@ STORIES = (
     "Tell me how bread is made, from the field to the table.",
 )
 WARM_UP = "Name three fruits."
+
+MORE_STORIES = (
+    "Write a short letter from a sailor to his sister about a storm.",
+    "What are the advantages and the disadvantages of living in a big city?",
+    "Explain how a bicycle stays upright while it is moving.",
+    "Tell a joke about a programmer and a coffee machine, and explain it.",
+    "Give me five ideas for a birthday party of a ten-year-old who likes dinosaurs.",
+    "Summarise what photosynthesis is in a few sentences.",
+    "Write a poem of eight lines about the sea in winter.",
+    "How do I prepare for a job interview? Give me some advice.",
+)
+MORE_EDITS = (
+    (
+        "Rename the function f to is_even and print the whole code again:\n\n"
+        "def f(number):\n    return number % 2 == 0\n\n\nfor number in range(10):\n    if f(number):\n        print(number, 'is even')\n"
+    ),
+    (
+        "Sort these imports and print the whole file again:\n\n"
+        "import sys\nimport os\nimport json\nimport argparse\n\n\n"
+        "def main():\n    parser = argparse.ArgumentParser()\n    print(os.getcwd())\n"
+    ),
+    (
+        "Replace the magic number by a constant called LIMIT and print the whole code again:\n\n"
+        "def check(values):\n    for value in values:\n"
+        "        if value > 100:\n            raise ValueError('too large')\n    return True\n"
+    ),
+    (
+        "Correct the spelling in this text and print it again:\n\n"
+        "The quik brown fox jumps over the lazy dog. The dog is not amused, but the fox does not care and runs away into the forrest.\n"
+    ),
+    (
+        "Make this function return a dictionary instead of a tuple, and print the whole function again:\n\n"
+        "def statistics(values):\n    total = sum(values)\n    count = len(values)\n    return total, count, total / count\n"
+    ),
+    (
+        "Change every single quote to a double quote and print the code again:\n\n"
+        "names = ['Anna', 'Bert', 'Carla', 'Dora']\nfor name in names:\n"
+        "    print('Hello, ' + name)\n    print('How are you, ' + name + '?')\n"
+    ),
+)
+# Of each prompt, the most that speculation may take of plain's time; of edits, what the median must not exceed.
+MOST_TIME, MOST_OF_EDITS = 1.03, 0.7
 
 
 @dataclass(frozen=True)
@@ -214,6 +261,53 @@ def speed(
     }
 
 
+def speculation(
+    model: Any, tokenizer: Any, new_tokens: int = NEW_TOKENS, rounds: int = 2, tell: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """`speculative` over plain decoding, the time of whole answers, prompt by prompt, in turns; and what the controller did."""
+    view = patch_model(twin(model), SPECULATIVE, verbose=False)
+    for each in (model, view):
+        answer(each, prompt_ids(tokenizer, WARM_UP), 32)
+    found: dict[str, Any] = {}
+    for group, texts in (("stories", STORIES + MORE_STORIES), ("edits", EDITS + MORE_EDITS)):
+        rows = []
+        for text in texts:
+            ids, times, ways = prompt_ids(tokenizer, text), {PLAIN: [], SPECULATIVE: []}, {PLAIN: model, SPECULATIVE: view}
+            answers: dict[str, list[int]] = {}
+            reset_statistics(view)
+            for turn in range(rounds):
+                for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+                    started = time.perf_counter()
+                    answers[name] = answer(ways[name], ids, new_tokens).ids
+                    times[name].append(time.perf_counter() - started)
+            steps = statistics_of(view).steps
+            rows.append({
+                "prompt": text,
+                "tokens": len(answers[PLAIN]),
+                "seconds": times,
+                "over_plain": statistics.median(b / a for a, b in zip(times[PLAIN], times[SPECULATIVE], strict=True)),
+                "identical": answers[PLAIN] == answers[SPECULATIVE],
+                "rounds": len(steps),
+                "drafting_rounds": sum(step.k > 0 for step in steps),
+                "accepted": sum(sum(step.accepted) for step in steps),
+            })  # fmt: skip
+            tell(
+                f"{group:8} {rows[-1]['over_plain']:.3f} of plain's time, {rows[-1]['drafting_rounds']} of {len(steps)} rounds drafting, "
+                f"{rows[-1]['accepted']} accepted, {'identical' if rows[-1]['identical'] else 'OTHER TEXT'}: {text[:50]!r}"
+            )
+        found[group] = rows
+    over = {group: [row["over_plain"] for row in rows] for group, rows in found.items()}
+    worst = max(max(each) for each in over.values())
+    bars = [
+        {"what": "the worst prompt", "bar": f"<= {MOST_TIME}", "figure": worst, "kept": worst <= MOST_TIME},
+        {"what": "edits, the median", "bar": f"<= {MOST_OF_EDITS}", "figure": statistics.median(over["edits"]),
+         "kept": statistics.median(over["edits"]) <= MOST_OF_EDITS},
+    ]  # fmt: skip
+    for bar in bars:
+        tell(f"{bar['what']}: {bar['figure']:.3f}, bar {bar['bar']}: {'kept' if bar['kept'] else 'MISSED'}")
+    return {"what": f"greedy, at most {new_tokens} new tokens, {rounds} rounds in turns, seconds of whole answers", **found, "bars": bars}
+
+
 def _lengths(prompts: dict[str, list[torch.Tensor]]) -> str:
     lengths = [ids.shape[1] for group in prompts.values() for ids in group]
     return f"{min(lengths)} to {max(lengths)} tokens"
@@ -243,6 +337,8 @@ def run_section(section: str, model: Any, tokenizer: Any, name: str, out: Path, 
         for shown in (recall.table(grid), *grid.lines()):
             console.print(shown, highlight=False, soft_wrap=True)
         return grid.to_dict()
+    if section == "speculation":
+        return {"model": name, **speculation(model, tokenizer, tell=functools.partial(console.print, highlight=False, markup=False))}
     found = speed(model, tokenizer, tell=console.print)
     for group in ("stories", "edits"):
         for way, figures in found[group].items():
@@ -280,7 +376,7 @@ def plain(value: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="'smollm2', 'bundled', a model directory, or a hub id")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS + NAMED_ONLY, default=list(SECTIONS))
     parser.add_argument(
         "--out", type=Path, default=ROOT / "evals" / "results" / "real", help="the folder for JSON, CSV and the grid's picture"
     )

@@ -51,6 +51,7 @@ COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
 INT8 = ("tests/patches/test_mlp_int8.py", "tests/test_int8_weight.py", "tests/test_contract.py")
 EXACT = ("tests/generation/test_exact.py",)
+FAULTS, DTYPES = ("tests/faults/test_edited_models.py",), ("tests/faults/test_dtypes.py",)
 VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
 CONTRACT = ("tests/test_contract.py",)
 
@@ -197,9 +198,36 @@ BUGS = [
     ),
     Bug(
         "the alias of the attention function stays in the config",
-        'handle.set_attribute(config, "_attn_implementation_internal", alias_of(config._attn_implementation or "eager"))',
-        'config._attn_implementation_internal = alias_of(config._attn_implementation or "eager")',
+        "            _put_back(obj, name, found.original)\n",
+        "            pass\n",
         CONTRACT,
+    ),
+    Bug(
+        "a model's alias goes while another one still needs it",
+        "        if found.values:\n",
+        "        if not found.values:\n",
+        ("tests/faults/test_generate.py",),
+    ),
+    Bug(
+        "a patched model runs in two threads",
+        "            if self._owner is not None and self._owner is not thread and self._owner.is_alive():\n",
+        "            if False:\n",
+        FAULTS,
+    ),
+    Bug("hooks that come later are not compiled", "if self.compiled and now != self.seen:", "if False:", FAULTS),
+    Bug("a layer with hooks shares its graph", "own = index if index in steps.hooked else None", "own = None", FAULTS),
+    Bug("frequencies are those of the patching", "        if now != self.read:\n", "        if False:\n", DTYPES),
+    Bug(
+        "what inference mode has made is written to",
+        "        if torch.is_inference_mode_enabled() or not self.stream.in_inference:\n",
+        "        if True:\n",
+        DTYPES,
+    ),
+    Bug(
+        "native output in the default dtype",
+        "y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)",
+        "y = torch.empty(*x.shape[:-1], n)",
+        DTYPES,
     ),
     Bug(
         "the third option of a spec is dropped",
