@@ -210,7 +210,7 @@ BUGS = [
     ),
     Bug(
         "a patched model runs in two threads",
-        "            if self._owner is not None and self._owner is not thread and self._owner.is_alive():\n",
+        "            if self._owner is not None and self._owner is not thread and _is_running(self._owner, module):\n",
         "            if False:\n",
         FAULTS,
     ),

@@ -112,7 +112,8 @@ def is_causal_rule(rule: Any) -> bool:
     if "mask_functions" in held:
         parts = map(is_causal_rule, held["mask_functions"])
         return any(parts) if rule.__qualname__.startswith("and_masks.") else all(parts)
-    return "q_offset" in held and is_causal_rule(held.get("mask_function"))
+    # One rule with other indices: with an offset, or those within a packed sequence.
+    return "mask_function" in held and is_causal_rule(held["mask_function"])
 
 
 def means_nothing_to_a_model(value: Any) -> bool:

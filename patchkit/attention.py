@@ -65,6 +65,23 @@ def original_name(config: Any) -> str:
     return _aliased.get(name, name)
 
 
+def names_alias(config: Any) -> bool:
+    """Whether ``config`` names one of patchkit's aliases."""
+    return (config._attn_implementation or "").startswith(_PREFIX)
+
+
+def set_alias(handle: Handle, config: Any, alias: str) -> None:
+    """Name ``alias`` in a config, until the last patched model that shares it is unpatched."""
+    # A copy of a patched model may have left an alias of which nobody knows who put it there.
+    original = original_name(config) if names_alias(config) else None
+    handle.set_shared(config, "_attn_implementation_internal", alias, original)
+
+
+def has_own_mask(config: Any) -> bool:
+    """Whether ``config`` names the alias of an `AttentionPatch`, which makes its masks itself."""
+    return names_alias(config) and config._attn_implementation != alias_of(original_name(config))
+
+
 def refuse_other_attention(configs: Sequence[Any]) -> None:
     """Look whether patched attention modules still reach patchkit's functions, through an alias that their configs name.
 
@@ -143,7 +160,7 @@ class AttentionPatch(Patch):
             alias = f"{alias_of(original)}_{self.name}"
             _aliased[alias] = original
             _compat.register_attention(alias, _in_front_of(original), functools.partial(_additive_mask, type(self).rule))
-            handle.set_shared(config, "_attn_implementation_internal", alias)
+            set_alias(handle, config, alias)
         for module in modules.values():
             handle.set_attribute(module, "_patchkit_attention", functools.partial(_run_patch, type(self), handle.hits))
         configs = configs_of(modules.values(), target.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -20,11 +21,12 @@ class Exclusive:
         self._owner: threading.Thread | None = None
         self._depth = 0
 
-    def take(self, what: str, nested: bool = True) -> None:
+    def take(self, what: str, module: Any = None, nested: bool = True) -> None:
         """Take it for this thread; ``give_back`` as often.
 
         Args:
             what: that runs, for the message: "a forward of this LlamaModel".
+            module: where its holder is not told of every end (KeyboardInterrupt), the module whose forward must be running in its thread.
             nested: what this thread has taken and not given back is still under way; else it was interrupted, and counts no more.
 
         Raises:
@@ -32,7 +34,7 @@ class Exclusive:
         """
         thread = threading.current_thread()
         with self._guard:
-            if self._owner is not None and self._owner is not thread and self._owner.is_alive():
+            if self._owner is not None and self._owner is not thread and _is_running(self._owner, module):
                 raise StreamError(
                     f"{what} is under way in another thread, and a patched model runs in one thread at a time: put a lock around its "
                     "calls, or give each thread a model of its own (copy.deepcopy before patching; weights may be shared)"
@@ -55,3 +57,15 @@ class Exclusive:
 
     def __reduce__(self) -> Any:
         return Exclusive, ()
+
+
+def _is_running(thread: threading.Thread, module: Any) -> bool:
+    """Whether a thread is alive and, if a module is given, in a call of it. Looked at only where two threads meet."""
+    if not thread.is_alive() or module is None or thread.ident is None:
+        return thread.is_alive()
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False

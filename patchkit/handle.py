@@ -126,16 +126,20 @@ class Handle:
         else:
             self._steps.append(functools.partial(_delete_plain, obj, name))
 
-    def set_shared(self, obj: object, name: str, value: Any) -> None:
+    def set_shared(self, obj: object, name: str, value: Any, original: Any = None) -> None:
         """`set_attribute` on an object that several patched models may share, a config: undo waits for the last of them.
 
         While some are patched, the value is that of the one patched last.
+
+        Args:
+            original: what the last of them leaves there; None for what is there now.
         """
         token = _Token()
         with _shared_guard:
             found = _shared.get((id(obj), name))
             if found is None or found.obj() is not obj:
-                found = _shared[id(obj), name] = _Shared(weakref.ref(obj), getattr(obj, name, _MISSING), {})
+                before = getattr(obj, name, _MISSING) if original is None else original
+                found = _shared[id(obj), name] = _Shared(weakref.ref(obj), before, {})
             found.values[token] = value
             setattr(obj, name, value)
         self._steps.append(functools.partial(_release, obj, name, token, found.original))
@@ -233,8 +237,9 @@ _shared_guard = threading.Lock()
 def _release(obj: object, name: str, token: _Token, original: Any) -> None:
     with _shared_guard:
         found = _shared.get((id(obj), name))
-        if found is None or found.obj() is not obj or token not in found.values:  # of a copy, which is alone
-            _put_back(obj, name, original)
+        if found is None or found.obj() is not obj or token not in found.values:  # of a copy, which nobody else has
+            if found is None or found.obj() is not obj or not found.values:
+                _put_back(obj, name, original)
             return
         del found.values[token]
         if found.values:

@@ -75,14 +75,18 @@ def _samples(model: Any) -> dict[str, list[float]]:
     found = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
-        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.ndim > 1 and parameter.device.type != "meta"
+        # 8-bit floating point is a quantised format: its values are without their scales.
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+        if parameter.ndim > 1 and parameter.numel() and parameter.device.type != "meta"
         if "lora_" not in name
     }
     samples = {}
     # Spread by a hash of the name, so that mostly the same are chosen where some are left out.
     for name in sorted(found, key=lambda name: zlib.crc32(name.encode()))[:_SAMPLED]:
         flat = found[name].detach().flatten()
-        samples[name] = flat[torch.linspace(0, len(flat) - 1, _ELEMENTS).long().to(flat.device)].float().tolist()
+        # In whole numbers: torch.linspace is of floating point, and beyond 2^24 elements it rounds to an index that is not there.
+        places = [i * (len(flat) - 1) // (_ELEMENTS - 1) for i in range(_ELEMENTS)]
+        samples[name] = flat[torch.tensor(places, device=flat.device)].float().tolist()
     return samples
 
 

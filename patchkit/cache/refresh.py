@@ -152,6 +152,7 @@ class RefreshedCache(StreamingCache):
 
     def __init__(self, plan: Plan, options: Refresh) -> None:
         self.options = options
+        self.cut: Any = None  # of a forward that was cut at refreshes, until it returns
         super().__init__(plan)
         self._clear()
 

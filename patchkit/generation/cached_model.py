@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from patchkit import _compat
-from patchkit.attention import masks_from, original_name
+from patchkit.attention import has_own_mask, masks_from, original_name
 from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import StreamError
@@ -222,7 +222,7 @@ def _row_mask(
 
 def takes_any_mask(configs: list[Any]) -> bool:
     """Whether the attention implementations that these configs name take a mask of any form."""
-    return all(original_name(config) in _MASKABLE for config in configs)
+    return all(original_name(config) in _MASKABLE and not has_own_mask(config) for config in configs)
 
 
 # Cache layers whose states are copied; their keys and values are never written in place, so those are only remembered.

@@ -94,7 +94,7 @@ def train_heads(
         heads.load_state_dict(saved["heads"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        done, steps = saved["done"], saved["steps"]
+        done, steps = saved["done"], saved.get("steps", steps)
     bar = tqdm(total=steps, initial=done, desc=f"{kind} heads", unit="step", disable=not progress)
     shown: torch.Tensor | None = None
     written = time.monotonic()
@@ -110,6 +110,7 @@ def train_heads(
 
     with _frozen(model), _noted_signals() as interrupted:
         while step < steps:
+            begun = time.monotonic()
             random = torch.Generator().manual_seed(1_000_003 * seed + step)
             texts = _texts(tokens, batch, length, random).to(model.device)
             if torch.rand((), generator=random) < on_policy:
@@ -124,7 +125,6 @@ def train_heads(
             # While steps are being timed, of both kinds by turns.
             alone = step % 2 == 0 if steps == _UNTIMED_STEPS else step < _ALONE * steps
             now = 1 if kind == "eagle" and alone else depth
-            begun = time.monotonic()
             positions = torch.randperm(length - depth, generator=random)[: math.ceil((length - depth) * _SCORED[kind])]
             loss, agrees = loss_of(heads, model, texts, hidden, now, positions.to(model.device))
             loss.backward()
@@ -132,15 +132,15 @@ def train_heads(
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            if minutes is not None and steps == _UNTIMED_STEPS:
-                timed[alone].append(time.monotonic() - begun)
-                if step == _TIMED_STEPS:
-                    seconds = _ALONE * min(timed[True]) + (1 - _ALONE) * min(timed[False])
-                    steps = bar.total = max(step, round(60 * minutes / seconds))
             accepted = accepted_by_position(agrees)
             shown = accepted if shown is None or len(shown) != len(accepted) else shown.lerp(accepted, 0.1)
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", accepted=" ".join(f"{share:.2f}" for share in shown.tolist()))
+            if minutes is not None and steps == _UNTIMED_STEPS:
+                timed[alone].append(time.monotonic() - begun)
+                if step >= _TIMED_STEPS and all(timed.values()):
+                    seconds = _ALONE * min(timed[True]) + (1 - _ALONE) * min(timed[False])
+                    steps = bar.total = max(step, round(60 * minutes / seconds))
             if step == steps or interrupted or time.monotonic() - written > _SECONDS_BETWEEN_CHECKPOINTS:
                 save()
                 written = time.monotonic()

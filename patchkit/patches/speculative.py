@@ -24,7 +24,7 @@ from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from patchkit import _compat
-from patchkit.attention import alias_of, original_name
+from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.generation.acceptance import Acceptance, acceptance
 from patchkit.generation.cached_model import takes_any_mask
@@ -117,7 +117,8 @@ class Speculative(Patch):
             prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices, tuple(aliased)
         )
         for config in configs if aliased else []:
-            handle.set_shared(config, "_attn_implementation_internal", alias_of(original_name(config)))
+            if not has_own_mask(config):  # that of an attention patch must stay
+                set_alias(handle, config, alias_of(original_name(config)))
         handle.set_attribute(target.model, "_patchkit_speculative", speculation)
         handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
         handle.hook(target.decoder, _keep_hidden)

@@ -33,9 +33,11 @@ from patchkit.attention import (
     Masks,
     alias_of,
     configs_of,
+    has_own_mask,
     original_function,
     original_name,
     refuse_other_attention,
+    set_alias,
     swap_mask_builder,
 )
 from patchkit.cache.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
@@ -288,6 +290,7 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
     implementations = tuple({original_name(config) for config in configs})
     runtime = Runtime(plan, [(plan.main, handle.hits)], implementations, handle.notices, configs_of(called, target.model))
     runtime.frequencies, runtime.mask_configs = _frequencies(target, plan), tuple(configs)
+    handle.on_undo(functools.partial(_forget_masks, runtime))
     handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
     handle.pre_hook(target.decoder, _before_forward, with_kwargs=True, prepend=True)
     handle.hook(target.decoder, _after_forward, with_kwargs=True, always_call=True)
@@ -295,7 +298,8 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
     for name in _compat.continuous_batching(target.model):
         handle.set_attribute(target.model, name, functools.partial(_refuse_continuous_batching, name))
     for config in configs:
-        handle.set_shared(config, "_attn_implementation_internal", alias_of(original_name(config)))
+        if not has_own_mask(config):  # an attention patch of other layers
+            set_alias(handle, config, alias_of(original_name(config)))
     return runtime
 
 
@@ -358,13 +362,16 @@ class Frequencies:
     def follow(self) -> None:
         """Read the buffer again if it is another one, or was written to."""
         buffer: Any = self.module._buffers[self.name]
-        now = id(buffer), buffer.data_ptr(), buffer.dtype, buffer._version
+        version = 0 if buffer.is_inference() else buffer._version  # such tensors have none
+        now = id(buffer), buffer.data_ptr(), buffer.dtype, version
         if now != self.read:
             self.read = now
             self.rotary.follow(buffer)
 
 
 def _frequencies(target: Target, plan: Plan) -> list[Frequencies]:
+    if {"dynamic", "longrope"} & set(_compat.rope_types(target.config)):
+        return []  # the model writes to the buffer in its own forward; the frequencies are those of a short text
     modules = dict(target.model.named_modules())
     # Lanes share the rotation of one of their layers; a layer turns its queries by its own.
     lanes, layers = plan.lanes.values(), [layer for layer in target.attention_layers if layer.index in plan.lanes]
@@ -406,7 +413,6 @@ class Runtime:
     mask_configs: tuple[Any, ...] = ()
     masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
     step: StepCache | None = None  # that step
-    cut: Cut | None = None  # of a forward that was cut at refreshes, until it returns
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
@@ -418,9 +424,6 @@ class Runtime:
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give the decoder our cache and bounded positions, and announce the frame to the attention layers."""
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
-    # PyTorch leaves out the hook that gives it back where KeyboardInterrupt ends a forward.
-    runtime.exclusive.take(f"a forward of this {type(decoder).__name__}", nested=False)
-    runtime.frame = runtime.cache = None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache = kwargs.get(_compat.CACHE)
     if _compat.is_paged(kwargs):
@@ -430,7 +433,12 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
         if not torch.is_grad_enabled():
             runtime.notices.say("the model is in training mode, where it runs unpatched: call model.eval()")
+        _forget_masks(runtime)
+        runtime.frame = runtime.cache = None
         return None
+    # PyTorch leaves out the hook that gives it back where KeyboardInterrupt ends a forward.
+    runtime.exclusive.take(f"a forward of this {type(decoder).__name__}", decoder, nested=False)
+    runtime.frame = runtime.cache = None
     refuse_other_attention(runtime.configs)
     for each in runtime.frequencies:
         each.follow()
@@ -467,11 +475,19 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if "position_ids" in _compat.argument_names(decoder):
         kwargs["position_ids"] = runtime.frame.position_ids().expand(batch, -1)
     builder = functools.partial(_placeholder_mask if runtime.plan.owns_all else _causal_mask, runtime.frame)
-    before, masks = runtime.own_masks, Masks(builder, runtime.mask_configs)
-    outer = swap_mask_builder(masks)
-    # A forward that was interrupted has left its own behind.
-    runtime.outer_masks, runtime.own_masks = None if outer is before else outer, masks
+    _forget_masks(runtime)
+    runtime.own_masks = Masks(builder, runtime.mask_configs)
+    runtime.outer_masks = swap_mask_builder(runtime.own_masks)
     return (), kwargs
+
+
+def _forget_masks(runtime: Runtime) -> None:
+    """A forward that was interrupted has left behind what its masks came from."""
+    if runtime.own_masks is not None:
+        found = swap_mask_builder(None)
+        if found is not runtime.own_masks:
+            swap_mask_builder(found)
+        runtime.own_masks = None
 
 
 def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -494,18 +510,20 @@ def _after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> N
         lane.count(hits, frame)
 
 
-def _refuse_two_way(frame: Frame, rule: Any) -> None:
+def _refuse_two_way(frame: Frame, rule: Any, keys: int | None) -> None:
     """Our own rule takes the place of the model's, so that must not show a token later ones, as within the span of an image.
 
     Args:
         rule: transformers' mask function: which keys a query sees, from indices that broadcast.
+        keys: how many a mask would have; what the rule knows of single tokens (the ids of spans) has as many places, the new ones last.
 
     Raises:
         StreamError: it does, in this forward.
     """
     if frame.tokens == 1 or rule is None or _compat.is_causal_rule(rule):
         return
-    tokens = torch.arange(frame.start, frame.end, device=frame.device)
+    first = frame.start if keys is None else int(keys) - frame.tokens
+    tokens = torch.arange(first, first + frame.tokens, device=frame.device)
     rows = torch.arange(frame.rows, device=frame.device)[:, None, None, None]
     for block in tokens.split(QUERY_BLOCK):
         query, later = block[None, None, :, None], tokens[None, None, None, :]
@@ -518,13 +536,13 @@ def _refuse_two_way(frame: Frame, rule: Any) -> None:
 
 def _causal_mask(frame: Frame, implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The model's own mask, which layers without a rule of ours use."""
-    _refuse_two_way(frame, kwargs.get("mask_function"))
+    _refuse_two_way(frame, kwargs.get("mask_function"), kwargs.get("kv_length"))
     return _compat.mask_function(implementation)(*args, **kwargs)
 
 
 def _placeholder_mask(frame: Frame, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The layers make their own masks. In one-token steps, None tells them that none is needed."""
-    _refuse_two_way(frame, kwargs.get("mask_function"))
+    _refuse_two_way(frame, kwargs.get("mask_function"), kwargs.get("kv_length"))
     unneeded = (frame.steady or frame.many) and not frame.plan.has_alibi  # such models compute with the mask before a layer sees it
     return None if unneeded else torch.zeros(1, 1, 1, 1, device=frame.device)
 
@@ -668,7 +686,6 @@ def _before_refreshed_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Refresh the cache where that is due; a forward that goes beyond such a place is run up to it first, and goes on with the rest."""
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
-    runtime.cut = None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     if decoder.training or not (cache is None or (isinstance(cache, RefreshedCache) and cache.plan is runtime.plan)):
@@ -689,7 +706,7 @@ def _before_refreshed_forward(
     _refuse_packing(kwargs.get("position_ids"), mask, start, tokens)
     cut = Cut([], ids, keeps_cache)
     if cache.refresh_at() >= end:
-        runtime.cut = cut if keeps_cache else None
+        cache.cut = cut if keeps_cache else None
         return ((), {**kwargs, _compat.CACHE: cache}) if keeps_cache else None
     if tokens > 1 and torch.is_grad_enabled():
         raise StreamError("a refresh cuts this forward, and gradients do not pass through it: call the model under torch.no_grad()")
@@ -703,17 +720,19 @@ def _before_refreshed_forward(
         cache.stream.broken = True
         raise
     last = _piece(kwargs, cache, start, end, end)
-    cut.ids, runtime.cut = last.get("input_ids"), cut
+    cut.ids, cache.cut = last.get("input_ids"), cut
     return (), last
 
 
 def _after_refreshed_forward(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Put the pieces together; runs after a failed forward too, with no output."""
-    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
-    cut, runtime.cut = runtime.cut, None
+    cache = kwargs.get(_compat.CACHE)
+    if not isinstance(cache, RefreshedCache):
+        return None
+    cut, cache.cut = cache.cut, None
     if cut is None or output is None:
         return None
-    kwargs[_compat.CACHE].remember(cut.ids)
+    cache.remember(cut.ids)
     return _joined_outputs([*cut.outputs, output], cut.keeps_cache) if cut.outputs else None
 
 

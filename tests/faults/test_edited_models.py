@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3ForConditionalGeneration
 
-from patchkit import patch_model
-from patchkit.attention import swap_mask_builder
+from patchkit import patch_model, report, unpatch_model
+from patchkit.attention import attention_patch, swap_mask_builder
 from patchkit.errors import PatchError, StreamError
 from patchkit.generation.heads import MedusaHeads
 from patchkit.testing import tiny_model
@@ -249,3 +249,86 @@ def test_an_interrupted_forward_leaves_other_models_their_masks(family):
     fresh = patch_model(tiny_model("llama"), "streaming(sinks=2, window=12)", verbose=False)
     assert torch.equal(generate(streaming), generate(fresh))
     assert swap_mask_builder(None) is None
+
+
+def test_a_weight_of_more_elements_than_float32_counts_is_sampled():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(2**13 + 1, 2**12).half(), requires_grad=False
+    )  # 2^25 and more
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[-1, -1] = 7
+    found = [values for name, values in TrainedFor.of(model).samples.items() if name.endswith("layers.0.mlp.up_proj.weight")]
+    assert found == [[0.0, 0.0, 0.0, 7.0]]
+
+
+@attention_patch("t_last_eight", mask=lambda batch, head, query, key: key > query - 8)
+def last_eight(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).mT * scaling + attention_mask
+    return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("with_it", ["speculative(k=4)", "streaming(sinks=2, window=60, layers=[0])"])
+def test_an_attention_patch_keeps_its_masks_beside_others(with_it):
+    ids = torch.arange(30)[None] % 7 * 9 + 5
+    alone, both = (patch_model(tiny_model("llama"), spec, verbose=False) for spec in ("t_last_eight", f"t_last_eight + {with_it}"))
+    if "layers" in with_it:  # the layers that streaming leaves alone must have the rule still
+        plain = patch_model(tiny_model("llama"), with_it, verbose=False)
+        assert not torch.equal(both(ids).logits, plain(ids).logits)
+    else:
+        assert torch.equal(generate(both, ids), generate(alone, ids))
+        assert report(both).patches[-1].hits["rounds"] > 0
+
+
+@torch.inference_mode()
+def test_a_model_moved_in_inference_mode_streams():
+    model = patch_model(tiny_model("llama").double().float(), "streaming(sinks=2, window=12)", verbose=False)
+    assert model.to(torch.float64)(IDS).logits.isfinite().all()
+
+
+def test_an_interrupted_model_trains_and_is_unpatched_with_masks():
+    ids = torch.arange(20)[None] * 7 % 100 + 4
+    plain, model = tiny_model("bloom"), patch_model(tiny_model("bloom"), "streaming(sinks=2, window=60)", verbose=False)
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        hook = model.transformer.h[1].register_forward_pre_hook(interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(ids[:, :1])
+        hook.remove()
+
+    interrupted()
+    assert torch.equal(model.train()(ids).logits, plain.train()(ids).logits)
+    model.eval(), plain.eval()
+    interrupted()
+    unpatch_model(model)
+    assert torch.equal(model(ids).logits, plain(ids).logits) and swap_mask_builder(None) is None
+
+
+def test_the_thread_that_was_interrupted_need_not_run_again():
+    model = patch_model(tiny_model("llama"), "streaming(sinks=2, window=12)", verbose=False)
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    assert _Threads(lambda: model(IDS).logits.shape[1]).found == [12]
+
+
+def test_the_config_of_a_copy_of_a_patched_model():
+    model = patch_model(tiny_model("llama"), "streaming(sinks=2, window=12)", verbose=False)
+    copied = copy.deepcopy(model)
+    other = type(copied)(copied.config).eval()
+    patch_model(other, "streaming(sinks=2, window=12)", verbose=False)
+    unpatch_model(copied)
+    generate(other)
+    unpatch_model(other)
+    assert other.config._attn_implementation == "sdpa"
+    unpatch_model(model)
