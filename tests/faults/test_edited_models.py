@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3ForConditionalGeneration
 
-from patchkit import patch_model, report, unpatch_model
+from patchkit import available_patches, patch_model, report, unpatch_model
+from patchkit import patch as patch_module
 from patchkit.attention import attention_patch, swap_mask_builder
 from patchkit.errors import PatchError, StreamError
 from patchkit.generation.heads import MedusaHeads
@@ -263,7 +264,6 @@ def test_a_weight_of_more_elements_than_float32_counts_is_sampled():
     assert found == [[0.0, 0.0, 0.0, 7.0]]
 
 
-@attention_patch("t_last_eight", mask=lambda batch, head, query, key: key > query - 8)
 def last_eight(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).mT * scaling + attention_mask
@@ -271,7 +271,9 @@ def last_eight(module: Any, query: Any, key: Any, value: Any, attention_mask: An
 
 
 @pytest.mark.parametrize("with_it", ["speculative(k=4)", "streaming(sinks=2, window=60, layers=[0])"])
-def test_an_attention_patch_keeps_its_masks_beside_others(with_it):
+def test_an_attention_patch_keeps_its_masks_beside_others(with_it, monkeypatch):
+    monkeypatch.setattr(patch_module, "_registry", dict(available_patches()))  # for this test only
+    attention_patch("t_last_eight", mask=lambda batch, head, query, key: key > query - 8)(last_eight)
     ids = torch.arange(30)[None] % 7 * 9 + 5
     alone, both = (patch_model(tiny_model("llama"), spec, verbose=False) for spec in ("t_last_eight", f"t_last_eight + {with_it}"))
     if "layers" in with_it:  # the layers that streaming leaves alone must have the rule still
