@@ -124,6 +124,8 @@ class Speculative(Patch):
         handle.hook(target.decoder, _keep_hidden)
         handle.set_attribute(target.model, "generate", functools.partial(_generate, target.model, speculation))
         for name in _compat.continuous_batching(target.model):
+            if name in vars(target.model):  # streaming refuses it, which must stand
+                continue
             handle.set_attribute(target.model, name, functools.partial(_unspeculated, target.model, handle.notices, name))
         handle.changed("generate methods")
         handle.measure("drafts", str(drafter))

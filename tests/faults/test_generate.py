@@ -138,7 +138,7 @@ def _shifted(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any
     return inputs
 
 
-@pytest.mark.parametrize("spec", ["streaming(sinks=2, window=60)", "linear(window=60)"])
+@pytest.mark.parametrize("spec", ["streaming(sinks=2, window=60)", "linear(window=60)", "streaming(sinks=2, window=60) + speculative"])
 def test_continuous_batching_is_refused_by_name(spec):
     _, model = pair(spec)
     if not hasattr(model, "generate_batch"):
