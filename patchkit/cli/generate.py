@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated, Any
 
 import typer
 
+from patchkit.chat import system_tokens
 from patchkit.cli.common import (
     DeviceOption,
     Dtype,
@@ -26,6 +28,9 @@ from patchkit.cli.common import (
 )
 from patchkit.errors import UnsupportedModel
 
+# `sinks=system` in a spec: the tokens of the system message.
+_SYSTEM = re.compile(r"""\bsinks\s*=\s*["']?system\b["']?""")
+
 
 @app.command()
 def generate(
@@ -36,7 +41,9 @@ def generate(
         bool | None,
         typer.Option("--chat/--raw", help="Answer the prompt as a message, or continue it as it is; default: chat where the model can."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message of a chat.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="The system message of a chat; 'streaming(sinks=system)' keeps it.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token; above, tokens are sampled.")] = 0.0,
     top_p: Annotated[
@@ -61,15 +68,17 @@ def generate(
     text = stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty: give some text with --prompt, or pipe it in with --prompt -")
-    chosen = parse(patches)
+    chosen = parse(_SYSTEM.sub("sinks=1", patches) if system is not None else patches)
     import torch
 
     from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
     from patchkit.patch import Stage
 
     loaded, tokenizer = load(model, dtype, device)
-    patch(loaded, chosen)
     as_chat = _is_chat(chat, system, model, tokenizer)
+    if system is not None and _SYSTEM.search(patches):
+        chosen = parse(_SYSTEM.sub(f"sinks={system_tokens(tokenizer, system)}", patches))
+    patch(loaded, chosen)
     inputs = _chat_inputs(tokenizer, text, system) if as_chat else tokenizer(text, return_tensors="pt")
     prompt_tokens = inputs["input_ids"].shape[1]
     ends = _as_list(loaded.generation_config.eos_token_id)

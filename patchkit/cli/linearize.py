@@ -32,6 +32,7 @@ def linearize(
     out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.", dir_okay=False)],
     feature_map: Annotated[str, typer.Option("--feature-map", help="hedgehog, t2r, elu1, relu or identity.")] = "hedgehog",
     window: Annotated[int, typer.Option(min=1, help="Last tokens that keep softmax attention.")] = 64,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that keep softmax attention; pretrained models need some four.")] = 0,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, separated by commas; default all.")] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Old tokens beyond which their weight grows no more.")] = None,
     closed_form: Annotated[bool, typer.Option("--closed-form/--no-closed-form", help="Fit a readout per head in closed form.")] = True,
@@ -63,9 +64,10 @@ def linearize(
     texts = list(read_texts(stdlib_files("train"))) if text == "stdlib" else [read_text(text)]
     loaded, tokenizer = load(model, dtype, device)
     result = conversion.linearize(
-        loaded, texts, tokenizer, feature_map=feature_map, window=window, layers=indices, horizon=horizon, closed_form=closed_form,
-        transfer_steps=transfer_steps, lora_steps=lora_steps, rank=rank, distill=distill, keep_softmax=keep_softmax, batch=batch,
-        length=length, seed=seed, heldout=heldout_ids(tokenizer, 16384)[0] if text == "stdlib" else None, checkpoint=checkpoint,
+        loaded, texts, tokenizer, feature_map=feature_map, window=window, sinks=sinks, layers=indices, horizon=horizon,
+        closed_form=closed_form, transfer_steps=transfer_steps, lora_steps=lora_steps, rank=rank, distill=distill,
+        keep_softmax=keep_softmax, batch=batch, length=length, seed=seed,
+        heldout=heldout_ids(tokenizer, 16384)[0] if text == "stdlib" else None, checkpoint=checkpoint,
     )  # fmt: skip
     result.state.save(out)
     if as_json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,9 @@ class Score:
     Attributes:
         fresh: of texts of one context length C each, at positions 0 to C.
         streamed: of one long text through one cache, by range of positions, {"4096-16384": 12.3}.
-        fresh_ratio, streamed_ratio: the same over the unpatched model's on the same tokens, which it is given C at a time.
+        fresh_ratio: over the unpatched model's on the same texts.
+        streamed_ratio: over the unpatched model's on the same tokens, streamed too; where the text is longer than the positions that it
+            was made for, it starts anew there.
     """
 
     fresh: float
@@ -105,8 +108,10 @@ class Conversion:
 
     Attributes:
         state: for ``LinearAttention(state_dict=...)``; `LinearState.save` writes it.
-        context: C, the longest text that the unpatched model is given at once where it is the reference.
-        unpatched: its score; beyond C it was not trained.
+        context: C, tokens of each text that is scored from its beginning.
+        limit: positions that the unpatched model was made for.
+        unpatched: its score.
+        window_alone: the score of `streaming` with the same window and sinks, and nothing for older tokens: what a conversion has to beat.
         start: the score of untrained hybrid attention, and each layer's error.
         stages: in the order in which they ran.
         kept_softmax: layers that stay as they are.
@@ -115,7 +120,9 @@ class Conversion:
 
     state: LinearState
     context: int
+    limit: int
     unpatched: Score | None
+    window_alone: Score | None
     start: Score | None
     start_errors: dict[int, float]
     stages: list[Stage]
@@ -124,13 +131,14 @@ class Conversion:
 
     def to_json(self) -> dict[str, Any]:
         """All but the weights, as plain data."""
-        facts = {name: getattr(self, name) for name in ("context", "start_errors", "kept_softmax", "ms_per_token")}
+        facts = {name: getattr(self, name) for name in ("context", "limit", "start_errors", "kept_softmax", "ms_per_token")}
         state = {name: getattr(self.state, name) for name in ("feature_map", "window", "sinks", "horizon", "layers")}
         return {
             **state,
             "adapted": sorted(self.state.lora),
             **facts,
             "unpatched": _plain(self.unpatched),
+            "window_alone": _plain(self.window_alone),
             "start": _plain(self.start),
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": sum(stage.seconds for stage in self.stages),
@@ -140,16 +148,25 @@ class Conversion:
         """Perplexity by stage and position, with the time of each stage; and the error of each layer by stage."""
         from rich.table import Table
 
-        rows: list[tuple[str, Score | None, Stage | None]] = [("unpatched", self.unpatched, None), ("untrained", self.start, None)]
+        alone = f"window of {self.state.window} alone" + (f", {self.state.sinks} sinks" if self.state.sinks else "")
+        rows: list[tuple[str, Score | None, Stage | None]] = [
+            ("unpatched", self.unpatched, None),
+            (alone, self.window_alone, None),
+            ("untrained", self.start, None),
+        ]
         rows += [(stage.name, stage.score, stage) for stage in self.stages]
         tables = []
         if self.unpatched is not None:
-            quality = Table(title="perplexity (in brackets: over unpatched, fresh, same tokens)", title_justify="left")
+            quality = Table(
+                title=f"perplexity (in brackets: over unpatched on the same tokens, which starts anew every {self.limit})",
+                title_justify="left",
+            )
             quality.add_column("after")
             for heading in (f"0-{self.context}, fresh", *self.unpatched.streamed, "s", "before -> after"):
                 quality.add_column(heading, justify="right")
             for name, score, stage in rows:
-                assert score is not None
+                if score is None:
+                    continue
                 cells = [f"{score.fresh:.3f} ({score.fresh_ratio:.3f})"]
                 cells += [f"{value:.3f} ({score.streamed_ratio[span]:.3f})" for span, value in score.streamed.items()]
                 gain = ["", ""] if stage is None else [f"{stage.seconds:.0f}", f"{stage.before:.4f} -> {stage.after:.4f}"]
@@ -173,6 +190,7 @@ def linearize(
     *,
     feature_map: str = "hedgehog",
     window: int = 64,
+    sinks: int = 0,
     layers: Sequence[int] | None = None,
     horizon: int | None = None,
     closed_form: bool = True,
@@ -197,6 +215,7 @@ def linearize(
         tokenizer: of the model; needed for texts that are not token ids.
         feature_map: see `patchkit.linear.feature_maps`.
         window: W, last tokens that keep softmax attention.
+        sinks: S, first tokens of every text that keep it, too.
         layers: indices of the attention layers to convert; None for all with full attention.
         horizon: number of old tokens beyond which their weight grows no more; None for the model's trained context, or ``length`` if
             that is shorter.
@@ -217,28 +236,28 @@ def linearize(
         PatchError: options or texts that cannot be used, peft is missing, or a checkpoint of another run.
     """
     rates = rates or Rates()
-    _check(batch, length, window, rank, transfer_steps, lora_steps, keep_softmax, distill)
+    _check(batch, length, window, sinks, rank, transfer_steps, lora_steps, keep_softmax, distill)
     model = _causal_lm(model)
     if _ATTRIBUTE in vars(model):
         raise PatchConflict("this model is patched: unpatch_model first, the conversion learns from its own softmax attention")
     _compat.self_check()
     target = Target(model)
-    chosen = _layers(target, feature_map, window, layers)
+    chosen = _layers(target, feature_map, window, sinks, layers)
     if keep_softmax >= len(chosen):
         raise PatchError(f"keep_softmax={keep_softmax} of {len(chosen)} layers leaves none to convert: keep fewer")
-    context = target.position_limit or _CONTEXT
+    limit = target.position_limit or _CONTEXT
     _check_length(target, length)
     tokens, heldout = _tokens(texts, tokenizer, heldout)
-    context = min(context, max(length, window + 1))
+    context = min(limit, max(length, window + sinks + 1))
     if len(tokens) < max(length, context) + 1:
         raise PatchError(
             f"{len(tokens)} tokens of text are fewer than one piece of {max(length, context) + 1}: give more, or smaller pieces"
         )
 
-    state = LinearState.start(target, feature_map, window, 0, horizon or context, chosen)
-    run = _Run(model, target, state, tokens, heldout, context, batch, length, rates, seed, progress)
+    state = LinearState.start(target, feature_map, window, sinks, horizon or context, chosen)
+    run = _Run(model, target, state, tokens, heldout, context, limit, batch, length, rates, seed, progress)
     facts = dict(
-        model=state.trained_for.fingerprint, tokens=len(tokens), feature_map=feature_map, window=window, horizon=state.horizon,
+        model=state.trained_for.fingerprint, tokens=len(tokens), feature_map=feature_map, window=window, sinks=sinks, horizon=state.horizon,
         layers=chosen, closed_form=closed_form, transfer_steps=transfer_steps, lora_steps=lora_steps, rank=rank, distill=distill,
         keep_softmax=keep_softmax, batch=batch, length=length, rates=list(dataclasses.astuple(rates)), seed=seed,
     )  # fmt: skip
@@ -272,6 +291,7 @@ class _Run:
         tokens: torch.Tensor,
         heldout: torch.Tensor,
         context: int,
+        limit: int,
         batch: int,
         length: int,
         rates: Rates,
@@ -280,7 +300,7 @@ class _Run:
     ) -> None:
         self.model, self.target, self.tokens, self.heldout, self.context = model, target, tokens, heldout, context
         self.batch, self.length, self.rates, self.seed, self.progress = batch, length, rates, seed, progress
-        self.report = Conversion(state, context, None, None, {}, [], [], {})
+        self.report = Conversion(state, context, limit, None, None, None, {}, [], [], {})
         self.partial: dict[str, Any] | None = None
         self.path: Path | None = None
         self.facts: dict[str, Any] = {}
@@ -306,10 +326,12 @@ class _Run:
         self.report = Conversion(
             load_state(saved["state"], self.target),
             self.context,
-            None if report["unpatched"] is None else Score(**report["unpatched"]),
-            None if report["start"] is None else Score(**report["start"]),
+            self.report.limit,
+            _scored(report["unpatched"]),
+            _scored(report["window_alone"]),
+            _scored(report["start"]),
             report["start_errors"],
-            [Stage(**{**stage, "score": None if stage["score"] is None else Score(**stage["score"])}) for stage in report["stages"]],
+            [Stage(**{**stage, "score": _scored(stage["score"])}) for stage in report["stages"]],
             report["kept_softmax"],
             {},
         )
@@ -323,6 +345,7 @@ class _Run:
             return
         report = {
             "unpatched": _plain(self.report.unpatched),
+            "window_alone": _plain(self.report.window_alone),
             "start": _plain(self.report.start),
             "start_errors": self.report.start_errors,
             "stages": [dataclasses.asdict(stage) for stage in self.report.stages],
@@ -335,9 +358,12 @@ class _Run:
     # -- the stages -----------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Score the model as it is, and with untrained hybrid attention."""
+        """Score the model as it is, with the window alone, and with untrained hybrid attention."""
         self.report.start_errors = self._errors()
-        self.report.unpatched, self.report.start = self.score(None), self.score(self.report.state)
+        self.report.unpatched = self.score(self.model)
+        alone = self.window_alone()
+        self.report.window_alone = None if alone is None else self.score(alone)
+        self.report.start = self.score(self.patched(self.report.state))
         self.save()
 
     def closed_form(self) -> None:
@@ -449,7 +475,7 @@ class _Run:
     def _close(self, stage: Stage, errors: dict[int, float]) -> None:
         if errors:
             stage.errors, stage.after = errors, _mean(errors)
-        stage.score = self.score(self.report.state)
+        stage.score = self.score(self.patched(self.report.state))
         self.report.stages.append(stage)
         self.save()
 
@@ -488,27 +514,44 @@ class _Run:
         frozen = load_state(state.state_dict(), self.target)
         return patch_model(twin(self.model).eval(), LinearAttention(state_dict=frozen), verbose=False)
 
-    def score(self, state: LinearState | None) -> Score | None:
-        """Perplexity on the text kept back, of the model patched with ``state`` or, with None, as it is; None without such text."""
+    def window_alone(self) -> Any:
+        """A twin of the model in which the layers to convert see sinks and window, and nothing else; None where streaming is refused."""
+        from patchkit.patches.streaming import StreamingLLM
+
+        state = self.report.state
+        alone = StreamingLLM(sinks=state.sinks, window=state.window, layers=tuple(state.layers))
+        try:
+            return patch_model(twin(self.model).eval(), alone, verbose=False)
+        except UnsupportedModel:  # learned positions cannot stream; a linear layer has none
+            return None
+
+    def score(self, model: Any) -> Score | None:
+        """Perplexity of a model on the text kept back; None without such text."""
         if len(self.heldout) <= self.context:
             return None
-        model = self.model if state is None else self.patched(state)
         edges = [0, self.context, 8 * self.context, 32 * self.context]
+        fresh_reference, streamed_reference = self.references
         with evaluating(model):
             fresh, streamed = block_nll(model, self.heldout, self.context), stream_nll(model, self.heldout)
-            if state is None:
-                self.reference = fresh
-            elif not hasattr(self, "reference"):
-                self.reference = block_nll(self.model, self.heldout, self.context)
         buckets = by_position(streamed, edges)
-        ratios = by_position(streamed - self.reference, edges)
+        ratios = by_position(streamed - streamed_reference, edges)
         spans = [f"{bucket.start}-{bucket.stop}" for bucket in buckets]
         return Score(
             by_position(fresh, [0, len(fresh)])[0].perplexity,
             {span: bucket.perplexity for span, bucket in zip(spans, buckets, strict=True)},
-            by_position(fresh - self.reference, [0, len(fresh)])[0].perplexity,
+            by_position(fresh - fresh_reference, [0, len(fresh)])[0].perplexity,
             {span: bucket.perplexity for span, bucket in zip(spans, ratios, strict=True)},
         )
+
+    @functools.cached_property
+    def references(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats per token of the unpatched model, [n - 1] each: given C tokens at a time, and as many as it was made for."""
+        with evaluating(self.model):
+            pieces = [
+                stream_nll(self.model, self.heldout[start : start + self.report.limit + 1])
+                for start in range(0, len(self.heldout) - 1, self.report.limit)
+            ]
+            return block_nll(self.model, self.heldout, self.context), torch.cat(pieces)
 
 
 @contextlib.contextmanager
@@ -543,11 +586,11 @@ def projections(target: Target, layers: list[int]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _layers(target: Target, feature_map: str, window: int, layers: Sequence[int] | None) -> list[int]:
+def _layers(target: Target, feature_map: str, window: int, sinks: int, layers: Sequence[int] | None) -> list[int]:
     """The layers to convert, after everything that the patch would refuse is refused."""
     from patchkit.patches.linear import LinearAttention
 
-    LinearAttention(feature_map=feature_map, window=window, layers=None if layers is None else tuple(layers)).check(target)
+    LinearAttention(feature_map=feature_map, window=window, sinks=sinks, layers=None if layers is None else tuple(layers)).check(target)
     full = [layer.index for layer in target.attention_layers if layer.kind == "full"]
     return full if layers is None else sorted(set(layers))
 
@@ -581,9 +624,9 @@ def _tokens(
 
 
 def _check(
-    batch: int, length: int, window: int, rank: int, transfer_steps: int, lora_steps: int, keep_softmax: int, distill: float
+    batch: int, length: int, window: int, sinks: int, rank: int, transfer_steps: int, lora_steps: int, keep_softmax: int, distill: float
 ) -> None:
-    least = {"batch": (batch, 1), "window": (window, 1), "rank": (rank, 1), "length": (length, 2)}
+    least = {"batch": (batch, 1), "window": (window, 1), "sinks": (sinks, 0), "rank": (rank, 1), "length": (length, 2)}
     least |= {"transfer_steps": (transfer_steps, 0), "lora_steps": (lora_steps, 0), "keep_softmax": (keep_softmax, 0)}
     if not 0 <= distill <= 1:
         raise PatchError(f"distill={distill}: give a share between 0 and 1")
@@ -598,3 +641,7 @@ def _mean(errors: dict[int, float]) -> float:
 
 def _plain(score: Score | None) -> dict[str, Any] | None:
     return None if score is None else dataclasses.asdict(score)
+
+
+def _scored(facts: dict[str, Any] | None) -> Score | None:
+    return None if facts is None else Score(**facts)

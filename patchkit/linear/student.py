@@ -35,9 +35,9 @@ class Inputs:
     plain_k: torch.Tensor
     scaling: float
 
-    def through(self, part: HybridAttention, window: int) -> torch.Tensor:
-        """The hybrid's output [B, H, T, V] float32."""
-        return hybrid_attention(part, self.q, self.k, self.v, self.plain_q, self.plain_k, window, self.scaling)
+    def through(self, part: HybridAttention, state: LinearState) -> torch.Tensor:
+        """The hybrid's output [B, H, T, V] float32, with the window and sinks of ``state``."""
+        return hybrid_attention(part, self.q, self.k, self.v, self.plain_q, self.plain_k, state.window, self.scaling, sinks=state.sinks)
 
 
 class Student:
@@ -57,7 +57,7 @@ class Student:
     @contextlib.contextmanager
     def hybrid(self) -> Iterator[Any]:
         """Within this context the model's layers run as hybrid attention; texts must be whole, without padding or a cache."""
-        with self._attention(lambda layer: functools.partial(_hybrid, self.state.parts[layer.index], layer.rotary, self.state.window)):
+        with self._attention(lambda layer: functools.partial(_hybrid, self.state.parts[layer.index], layer.rotary, self.state)):
             yield self.model
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ class Student:
 def _hybrid(
     part: HybridAttention,
     rotary: Rotary | None,
-    window: int,
+    state: LinearState,
     original: AttentionFunction,
     module: nn.Module,
     query: torch.Tensor,
@@ -91,7 +91,7 @@ def _hybrid(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    out = _inputs(rotary, query, key, value, kwargs).through(part, window)
+    out = _inputs(rotary, query, key, value, kwargs).through(part, state)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

@@ -26,7 +26,7 @@ def errors(student: Student, texts: torch.Tensor) -> dict[int, float]:
     squares: dict[int, tuple[float, float]] = {}
 
     def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
-        given = inputs.through(student.state.parts[index], student.state.window)
+        given = inputs.through(student.state.parts[index], student.state)
         wrong, size = squares.get(index, (0.0, 0.0))
         squares[index] = wrong + (given - wanted).square().sum().item(), size + wanted.square().sum().item()
 
@@ -48,7 +48,7 @@ def fit_readouts(student: Student, texts: torch.Tensor, ridge: float = RIDGE) ->
         part.readout = None
 
     def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
-        given, wanted = (x.transpose(0, 1).flatten(1, 2).double() for x in (inputs.through(parts[index], student.state.window), wanted))
+        given, wanted = (x.transpose(0, 1).flatten(1, 2).double() for x in (inputs.through(parts[index], student.state), wanted))
         gram, cross = given.mT @ given, given.mT @ wanted
         sums[index] = (sums[index][0] + gram, sums[index][1] + cross) if index in sums else (gram, cross)
 
@@ -72,7 +72,7 @@ def transfer_loss(student: Student, texts: torch.Tensor) -> float:
     def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
         # A layer's graph ends at its inputs, so each is gone before the next layer runs.
         with torch.enable_grad():
-            loss = (inputs.through(parts[index], student.state.window) - wanted).square().mean() / wanted.square().mean()
+            loss = (inputs.through(parts[index], student.state) - wanted).square().mean() / wanted.square().mean()
             (loss / len(parts)).backward()
         losses.append(loss.item())
 

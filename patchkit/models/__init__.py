@@ -137,6 +137,18 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str = "float32") -
     return load(source, dtype)
 
 
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_model` takes, without its weights.
+
+    Raises:
+        ModelUnavailable: as there.
+    """
+    source = find(name_or_path)
+    from patchkit.models.loading import tokenizer_of
+
+    return tokenizer_of(source)
+
+
 def _looks_like_a_path(name: str) -> bool:
     # A hub id is "name" or "owner/name"; what exists here wins over it, as in transformers.
     return Path(name).expanduser().exists() or name.startswith((".", "~", os.sep)) or os.path.isabs(name) or name.count("/") > 1

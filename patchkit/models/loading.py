@@ -76,6 +76,15 @@ def _load_adapted(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedM
     return merged.eval(), tokenizer
 
 
+def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+    """As `patchkit.models.load_tokenizer`, of what was found."""
+    if source.gguf is not None:
+        return _tokenizer(str(directory_of(source)), source.name, local_files_only=True)
+    if source.adapter and not (Path(source.place) / "tokenizer_config.json").is_file():
+        return load(source, "auto")[1]  # the base model's, which only loading finds
+    return _tokenizer(source.place, source.name, local_files_only=source.is_local or _hub_is_out_of_reach(source.place))
+
+
 @functools.lru_cache(maxsize=1)
 def directory_of(source: Source) -> Path:
     """The directory with the converted copy of a GGUF model: the one that is kept, or where none can be, one for this process.
@@ -173,11 +182,15 @@ def _load(
             f"the weights of {name} are incomplete: {len(missing)} tensors are missing, {missing[0]} among them. "
             "Save or download the model again"
         )
+    return model.eval(), _tokenizer(place, name, **where)
+
+
+def _tokenizer(place: str, name: str, **where: Any) -> PreTrainedTokenizerBase:
+    # Foreign files can raise nearly anything here, too.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **where)
+        return AutoTokenizer.from_pretrained(place, **where)
     except Exception as error:
         raise ModelUnavailable(f"{name} has no usable tokenizer ({first_line(error)}): save one beside the weights") from error
-    return model.eval(), tokenizer
 
 
 def first_line(error: BaseException) -> str:

@@ -66,7 +66,8 @@ class StreamingLLM(Patch):
     """Attention sinks and a sliding window (StreamingLLM), at constant memory and time per token.
 
     Args:
-        sinks: S, first tokens of every sequence that stay visible. 0 is a plain sliding window.
+        sinks: S, first tokens of every sequence that stay visible. 0 is a plain sliding window; `patchkit.system_tokens` counts those of
+            a system message, which then stays.
         window: W, last tokens that are visible, the current one included.
         positions: "cache" gives sinks the distance they have inside the cache (the paper's rule); "true" their true distance.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
@@ -88,6 +89,11 @@ class StreamingLLM(Patch):
     refresh: Refresh | None = dataclasses.field(default=None, metadata={"objects": (Reencode, DynamicSinks)})
 
     def __post_init__(self) -> None:
+        if self.sinks == "system":
+            raise ValueError(
+                "sinks='system' is known where there is a chat, in `patchkit generate --system TEXT`: elsewhere give the number, "
+                "sinks=patchkit.system_tokens(tokenizer, TEXT)"
+            )
         for name, least in (("sinks", 0), ("window", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

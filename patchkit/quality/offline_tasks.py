@@ -1,19 +1,23 @@
 """Data for the lm-eval tasks of `evals/tasks`: made when asked for, from the running Python's library and seeds. Nothing is downloaded.
 
-Every document is held-out library text (`stdlib_text`) of `characters` characters, some 3.4 to a token. What has to be recalled is
-planted `distance` characters before the end, where it is asked for; so one length serves all distances, and a window divides them
-into those inside and those outside. lm-eval hands over what `--metadata` says, so `--metadata documents=100 characters=14000` makes
-longer runs; it hands over the model's arguments too, which is why each function takes, and ignores, any others.
+Every document is held-out library text (`stdlib_text`). What has to be recalled is planted `distance` tokens before the end, where it is
+asked for, in documents of `tokens` tokens; so one length serves all distances, and a window, which counts tokens too, divides them into
+those inside and those outside. Streamed and cloze texts are measured in characters, so that they are the same for every model.
+
+lm-eval hands over what `--metadata` says, so `--metadata documents=100 tokens=4000` makes longer runs; it hands over the model's
+arguments too, which is why each function takes, and ignores, any others. The tokenizer is that of the model: `patchkit eval` names it;
+elsewhere it is `pretrained` of the model's arguments, or `metadata={"tokenizer": ...}`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import keyword
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -62,7 +66,7 @@ def cloze(nearest: int, farthest: int, documents: int = 16, characters: int = 18
     return _splits(_found(document) for _ in range(documents))
 
 
-def passkey(distance: int, documents: int = 10, characters: int = 1800, seed: int = 0, **others: Any) -> Splits:
+def passkey(distance: int, documents: int = 10, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
     """A word without a meaning, said three times in a row, and asked for later."""
     rng = random.Random(f"passkey {distance} {seed}")
 
@@ -70,10 +74,10 @@ def passkey(distance: int, documents: int = 10, characters: int = 1800, seed: in
         key = "".join(rng.choice("bcdfghklmnprst") + rng.choice("aeiou") for _ in range(3))
         return f'PASSKEY = "{key}"\n' * 3, 'PASSKEY = "', key
 
-    return _recall(rng, planted, distance, documents, characters)
+    return _recall(rng, planted, distance, documents, tokens, _tokenizer_of(others))
 
 
-def key_value(distance: int, pairs: int = 4, documents: int = 16, characters: int = 1800, seed: int = 0, **others: Any) -> Splits:
+def key_value(distance: int, pairs: int = 4, documents: int = 16, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
     """Names with a digit each, said twice; one of the digits is asked for later. Guessing is right once in ten times."""
     rng = random.Random(f"key_value {distance} {pairs} {seed}")
 
@@ -82,10 +86,10 @@ def key_value(distance: int, pairs: int = 4, documents: int = 16, characters: in
         asked = rng.choice(list(table))
         return "".join(f"{name} = {digit}\n" for name, digit in table.items()) * 2, f"{asked} =", table[asked]
 
-    return _recall(rng, planted, distance, documents, characters)
+    return _recall(rng, planted, distance, documents, tokens, _tokenizer_of(others))
 
 
-def copy(distance: int, words: int = 8, documents: int = 16, characters: int = 1800, seed: int = 0, **others: Any) -> Splits:
+def copy(distance: int, words: int = 8, documents: int = 16, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
     """A list of names in no order, said twice; its beginning is said again, and three names are to follow."""
     rng = random.Random(f"copy {distance} {words} {seed}")
 
@@ -93,7 +97,7 @@ def copy(distance: int, words: int = 8, documents: int = 16, characters: int = 1
         names = rng.sample(_NAMES.split(), words)
         return f"    return call({', '.join(names)})\n" * 2, f"    return call({', '.join(names[:2])},", " ".join(names[2:5])
 
-    return _recall(rng, planted, distance, documents, characters)
+    return _recall(rng, planted, distance, documents, tokens, _tokenizer_of(others))
 
 
 def bits_per_byte(document: dict[str, str], results: list[float]) -> dict[str, Any]:
@@ -109,14 +113,17 @@ def share_of_words(document: dict[str, str], results: list[str]) -> dict[str, fl
     return {"acc": sum(word == answer for word, answer in zip(wanted, said, strict=False)) / len(wanted)}
 
 
-def _recall(rng: random.Random, planted: Callable[[], tuple[str, str, str]], distance: int, documents: int, characters: int) -> Splits:
+def _recall(
+    rng: random.Random, planted: Callable[[], tuple[str, str, str]], distance: int, documents: int, tokens: int, tokenizer: Any
+) -> Splits:
     """Documents with what `planted` gives: what is said, the beginning of the question, the answer."""
-    if not 0 <= distance < characters:
-        raise ValueError(f"distance={distance} in {characters} characters: give a distance that is shorter than the text")
+    if not 0 <= distance < tokens:
+        raise ValueError(f"distance={distance} in {tokens} tokens: give a distance that is shorter than the text")
 
     def document() -> dict[str, str]:
         said, asked, answer = planted()
-        return {"text": _piece(rng, characters - distance) + said + _piece(rng, distance) + asked, "target": answer}
+        text = _lines(rng, tokens - distance, tokenizer) + said + _lines(rng, distance, tokenizer) + asked
+        return {"text": text, "target": answer}
 
     return _splits(document() for _ in range(documents))
 
@@ -136,6 +143,36 @@ def _piece(rng: random.Random, characters: int) -> str:
         start = text.find("\n", rng.randrange(len(text))) + 1
         if len(text) - start >= characters:
             return text[start : text.rfind("\n", start, start + characters) + 1] if characters else ""
+
+
+def _lines(rng: random.Random, tokens: int, tokenizer: Any) -> str:
+    """Whole lines of a held-out file, at most so many tokens, line by line, and few less."""
+    if tokens == 0:
+        return ""
+    # No tokenizer of code needs more characters than that for a token.
+    lines = _piece(rng, 12 * tokens).splitlines(keepends=True)
+    lengths = [len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines]
+    kept = sum(1 for total in itertools.accumulate(lengths) if total <= tokens)
+    return "".join(lines[:kept])
+
+
+def _tokenizer_of(arguments: Mapping[str, Any]) -> Any:
+    """The tokenizer that distances are counted with.
+
+    Raises:
+        ValueError: nobody says which.
+    """
+    name = arguments.get("tokenizer") or arguments.get("pretrained")
+    if name is None:
+        raise ValueError('distances are in tokens, and no tokenizer is named: give metadata={"tokenizer": "DIRECTORY"}')
+    return _loaded_tokenizer(name) if isinstance(name, str) else name
+
+
+@functools.cache
+def _loaded_tokenizer(name: str) -> Any:
+    from patchkit.models import load_tokenizer
+
+    return load_tokenizer(name)
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from smollm2 import needs_smollm2
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from patchkit import SpecError, available_patches, patch
+from patchkit import SpecError, available_patches, patch, system_tokens
 from patchkit.cli import app
 from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
 from patchkit.models import load_model
@@ -83,8 +84,22 @@ def test_chat_is_for_models_that_have_a_template(chat_dir: Path, model_dir: Path
     # The same weights without a template: nothing changes for them.
     assert run_json(model_dir, *options)["text"] == raw["text"] != run_json(chat_dir, *options)["text"]
     assert "no chat template" in refusal(model_dir, *options, "--chat") and "--chat" in refusal(model_dir, *options, "--chat")
+    assert "system_tokens" in refusal(chat_dir, *options, "--patches", "streaming(sinks=system, window=20)")
     assert "leave --system out" in refusal(model_dir, *options, "--system", "x")
     assert "--raw" in refusal(chat_dir, *options, "--system", "x", "--raw")
+
+
+def test_sinks_of_a_system_message_are_its_tokens(chat_dir: Path) -> None:
+    text = "Be brief, and never say more than a word."
+    tokenizer = AutoTokenizer.from_pretrained(chat_dir)
+    sinks = system_tokens(tokenizer, text)
+    chats = [[{"role": "system", "content": text}, {"role": "user", "content": asked}] for asked in ("One", "two")]
+    first, second = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in chats)
+    assert first[:sinks] == second[:sinks] and text in tokenizer.decode(first[:sinks])
+    options = ("--prompt", PROMPT, "--system", text, "--max-new-tokens", "40", "--ignore-eos")
+    by_name = run_json(chat_dir, *options, "--patches", "streaming(sinks = 'system', window=12)")
+    by_number = run_json(chat_dir, *options, "--patches", f"streaming(sinks={sinks}, window=12)")
+    assert by_name["text"] == by_number["text"] != run_json(chat_dir, *options, "--patches", "streaming(sinks=1, window=12)")["text"]
 
 
 def test_a_template_that_refuses(chat_dir: Path, tmp_path: Path) -> None:

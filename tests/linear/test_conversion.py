@@ -24,6 +24,8 @@ from patchkit.linear.hybrid import HybridAttention, hybrid_attention
 from patchkit.linear.state import LinearState, load_state
 from patchkit.linear.student import Student, unturned
 from patchkit.patches.linear import LinearAttention
+from patchkit.patches.streaming import StreamingLLM
+from patchkit.quality.perplexity import by_position, stream_nll
 from patchkit.target import Target, twin
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 
@@ -95,13 +97,23 @@ def test_every_stage_gains_and_the_model_is_untouched() -> None:
     assert loss < recovery.before - 0.3
     facts = json.loads(json.dumps(result.to_json()))
     assert facts["layers"] == [0, 1] and facts["stages"][2]["score"]["fresh"] == recovery.score.fresh
-    assert result.tables()[0].row_count == 5
+    assert result.tables()[0].row_count == 6
+    assert result.unpatched is not None and result.unpatched.fresh_ratio == 1 == result.unpatched.streamed_ratio["0-48"]
+    # Its streamed figures are those of the whole text, not of pieces as long as the training's.
+    nll = stream_nll(model, _tokens()[-150:].long())
+    found = by_position(nll, [0, 48, 384])
+    assert list(result.unpatched.streamed.values()) == pytest.approx([bucket.perplexity for bucket in found], rel=1e-5)
+    with patched(model, StreamingLLM(sinks=0, window=8), verbose=False):
+        alone = by_position(stream_nll(model, _tokens()[-150:].long()), [0, 48, 384])
+    assert result.window_alone is not None
+    assert list(result.window_alone.streamed.values()) == pytest.approx([bucket.perplexity for bucket in alone], rel=1e-5)
 
 
-def test_the_student_computes_what_the_patch_runs() -> None:
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_the_student_computes_what_the_patch_runs(sinks: int) -> None:
     model = tiny_model("smollm3")  # layers with and without rotation
     target = Target(model)
-    state = LinearState.start(target, "hedgehog", 8, 0, 16, [0, 1])
+    state = LinearState.start(target, "hedgehog", 8, sinks, 16, [0, 1])
     student = Student(twin(model), target, state)
     ids = torch.randint(3, 128, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -5,6 +5,7 @@ import re
 import pytest
 
 pytest.importorskip("datasets")
+from patchkit.models import load_tokenizer
 from patchkit.quality import offline_tasks
 from patchkit.quality.stdlib_text import read_texts, stdlib_files
 
@@ -19,18 +20,20 @@ def test_streamed_texts_are_held_out_and_of_one_length() -> None:
         offline_tasks.perplexity(documents=100_000)
 
 
-@pytest.mark.parametrize("distance", [100, 700, 1500])
+@pytest.mark.parametrize("distance", [30, 200, 450])
 @pytest.mark.parametrize("task", ["passkey", "key_value", "copy"])
-def test_what_is_asked_for_was_said_at_its_distance(task: str, distance: int) -> None:
-    made = getattr(offline_tasks, task)(distance=distance, documents=6, characters=1800, pretrained="ignored")["test"]
+def test_what_is_asked_for_was_said_at_its_distance_in_tokens(task: str, distance: int) -> None:
+    tokenizer = load_tokenizer("bundled")
+    made = getattr(offline_tasks, task)(distance=distance, documents=6, tokens=540, pretrained="bundled", dtype="ignored")["test"]
     assert len({document["text"] for document in made}) == 6
     for document in made:
         text = document["text"]
         asked = text[text.rfind("\n") + 1 :]
         said = ", ".join(document["target"].split())
         last = text.rfind(f"{asked} {said}" if task != "passkey" else f"{asked}{said}", 0, len(text) - len(asked))
-        assert last >= 0 and abs(len(text) - last - distance) < 220
-        assert 1300 < len(text) < 2200
+        between = len(tokenizer(text[last:])["input_ids"])
+        assert last >= 0 and -70 < between - distance < 80
+        assert 440 < len(tokenizer(text)["input_ids"]) < 640
 
 
 def test_the_identifier_was_written_before_and_not_nearer() -> None:
@@ -42,10 +45,15 @@ def test_the_identifier_was_written_before_and_not_nearer() -> None:
 
 
 def test_seeds_and_distances_give_other_documents() -> None:
-    first, same, other = (offline_tasks.passkey(distance=200, seed=seed)["test"]["text"] for seed in (0, 0, 1))
+    first, same, other = (offline_tasks.passkey(60, seed=seed, tokenizer="bundled")["test"]["text"] for seed in (0, 0, 1))
     assert first == same and not set(first) & set(other)
-    with pytest.raises(ValueError, match="distance=1800"):
-        offline_tasks.passkey(distance=1800, characters=1800)
+    with pytest.raises(ValueError, match="distance=540"):
+        offline_tasks.passkey(distance=540, tokens=540, tokenizer="bundled")
+
+
+def test_distances_need_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="tokenizer"):
+        offline_tasks.passkey(distance=60)
 
 
 def test_scores() -> None:

@@ -1,0 +1,50 @@
+"""economize: prompt lookup and its StreamingLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import economize
+import torch
+from economize.techniques.kv_evict import KVEvictConfig
+from economize.techniques.lookup import LookupConfig
+from generating import bytes_of_keys_and_values, bytes_per_pass, kv_bytes_per_token, load, passes_counted
+from peer import Answer, Clock, Made, Way
+
+SINKS, WINDOW = 4, 508
+
+
+def ways(made: Made) -> dict[str, Callable[[], Way]]:
+    return {
+        "prompt lookup, cycle 4": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=4)),
+        "prompt lookup, cycle 8": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=8)),
+        f"StreamingLLM {SINKS}+{WINDOW}": lambda: way_of(
+            made, KVEvictConfig(method="streaming", sinks=SINKS, recent=WINDOW), economize.DecodeConfig(cycle_length=1), SINKS + WINDOW
+        ),
+    }
+
+
+def way_of(made: Made, technique: Any, decoding: economize.DecodeConfig, window: int | None = None) -> Way:
+    base = load(made.model)
+    model = economize.apply(base, technique, decoding=decoding)
+
+    def decode(prompt: list[int], new_tokens: int, seen: Callable[[int], object]) -> list[int]:
+        def stop(tokens: Any) -> bool:
+            seen(len(tokens))
+            return int(tokens[-1]) in made.ends
+
+        return model.decode(torch.tensor(prompt), new_tokens, stop=stop).tokens.tolist()
+
+    def answer(prompt: list[int], new_tokens: int) -> Answer:
+        clock = Clock()
+        with passes_counted(base, clock):
+            ids = decode(prompt, new_tokens, clock.note)
+        return clock.answer(ids, counted=True)
+
+    def cache_bytes(prompt: list[int]) -> int:
+        found: list[int] = []
+        decode(prompt, 2, lambda tokens: found.append(bytes_of_keys_and_values()))
+        return found[-1]
+
+    return Way(answer, bytes_per_pass(base), kv_bytes_per_token(base), "float32", window, cache_bytes)

@@ -1,0 +1,61 @@
+"""patchkit's patches, each on a view of the same weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from generating import Timed, bytes_per_pass, generate, load, passes_counted, way_of
+from peer import Answer, Clock, Made, Way
+
+from patchkit import patch_model
+from patchkit.generation import reset_statistics, statistics_of
+from patchkit.generation.heads import load_heads
+from patchkit.quality.latency import twin
+
+SINKS, WINDOW = 4, 508
+
+
+def ways(made: Made) -> dict[str, Callable[[], Way]]:
+    loaded = functools.cache(functools.partial(load, made.model))
+    specs = {
+        f"streaming({SINKS}, {WINDOW})": f"streaming(sinks={SINKS}, window={WINDOW})",
+        "mlp_int8": "mlp_int8",
+        "compile": "compile",
+        "mlp_int8 + compile": "mlp_int8 + compile",
+        f"streaming({SINKS}, {WINDOW}) + mlp_int8 + compile": f"streaming(sinks={SINKS}, window={WINDOW}) + mlp_int8 + compile",
+        "speculative (prompt lookup)": "speculative",
+        "speculative (EAGLE heads)": f'speculative(draft=eagle("{made.heads}"))',
+    }
+    tuned = made.spec.read_text().strip().splitlines()[-1] if made.spec.exists() else None
+    if tuned is not None:
+        specs[f"tune's choice: {tuned}"] = tuned
+    return {
+        "unpatched": lambda: way_of(loaded()),
+        **{name: functools.partial(patched, loaded, spec, made) for name, spec in specs.items()},
+    }
+
+
+def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
+    view = patch_model(twin(loaded()), spec, verbose=False)
+    window = SINKS + WINDOW if "streaming" in spec else None
+    dtype = "MLP int8" if "mlp_int8" in spec else "float32"
+    plain = way_of(view, counted="compile" not in spec, window=window, dtype=dtype)
+    if "speculative" not in spec:
+        return plain
+    # What one draft of the heads reads: their own weights, and the model's head.
+    per_draft = 0
+    if "eagle" in spec:
+        heads = load_heads(made.heads)
+        per_draft = sum(tensor.nbytes for tensor in heads.state_dict().values()) + view.get_output_embeddings().weight.nbytes
+
+    def answer(prompt: list[int], new_tokens: int) -> Answer:
+        reset_statistics(view)
+        clock = Clock()
+        with passes_counted(view, clock):
+            ids = generate(view, prompt, new_tokens, Timed(clock))
+        drafts = sum(max(step.proposed) for step in statistics_of(view).steps)
+        return clock.answer(ids, counted=True, drafting_bytes=drafts * per_draft)
+
+    return Way(answer, bytes_per_pass(view), plain.kv_bytes, dtype, window)
