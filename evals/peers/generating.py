@@ -25,7 +25,7 @@ class Timed:
     """A stopping criterion that never stops anything, and tells the clock what is there."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.cache = clock, 0
+        self.clock = clock
 
     def __call__(self, tokens: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
         self.clock.note(tokens.shape[1])
@@ -33,10 +33,14 @@ class Timed:
 
 
 class Held(Timed):
-    """One that looks at the second token what memory keys and values hold."""
+    """One that notes how much memory keys and values take that was not taken before the call."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.before, self.cache = bytes_of_keys_and_values(), 0
 
     def __call__(self, tokens: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        self.cache = bytes_of_keys_and_values()
+        self.cache = bytes_of_keys_and_values() - self.before
         return super().__call__(tokens, scores, **options)
 
 
@@ -68,26 +72,45 @@ def generate(model: Any, prompt: list[int], new_tokens: int, timed: Timed, **opt
     return output[0, len(prompt) :].tolist()
 
 
+# From a prompt's length and the most new tokens to options of `generate`.
+Options = Callable[[int, int], dict[str, Any]]
+
+
+def no_options(prompt: int, new_tokens: int) -> dict[str, Any]:
+    return {}
+
+
 def way_of(
-    model: Any, options: Callable[[], dict[str, Any]] = dict, *, counted: bool = True, window: int | None = None, **more: Any
+    model: Any,
+    options: Options = no_options,
+    *,
+    counted: bool = True,
+    window: int | None = None,
+    dtype: str | None = None,
+    cache: bool = False,
 ) -> Way:
-    """A model's own `generate` as a way to decode; `counted` unless hooks would change what is measured, as in compiled models."""
+    """A model's own `generate` as a way to decode.
+
+    Args:
+        counted: whether passes are counted by a hook; not where it would change what is measured, as in compiled models.
+        cache: whether the memory of its cache is of interest.
+    """
 
     def answer(prompt: list[int], new_tokens: int) -> Answer:
         clock = Clock()
         if not counted:
-            return clock.answer(generate(model, prompt, new_tokens, Timed(clock), **options()))
+            return clock.answer(generate(model, prompt, new_tokens, Timed(clock), **options(len(prompt), new_tokens)))
         with passes_counted(model, clock):
-            ids = generate(model, prompt, new_tokens, Timed(clock), **options())
+            ids = generate(model, prompt, new_tokens, Timed(clock), **options(len(prompt), new_tokens))
         return clock.answer(ids, counted=True)
 
     def cache_bytes(prompt: list[int]) -> int:
         held = Held(Clock())
-        generate(model, prompt, 2, held, **options())
+        generate(model, prompt, 2, held, **options(len(prompt), 2))
         return held.cache
 
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    return Way(answer, bytes_per_pass(model), kv_bytes_per_token(model), more.pop("dtype", dtype), window, cache_bytes)
+    dtype = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return Way(answer, bytes_per_pass(model), kv_bytes_per_token(model), dtype, window, cache_bytes if cache else None)
 
 
 def bytes_per_pass(model: Any) -> int:

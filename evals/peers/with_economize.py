@@ -43,8 +43,8 @@ def way_of(made: Made, technique: Any, decoding: economize.DecodeConfig, window:
         return clock.answer(ids, counted=True)
 
     def cache_bytes(prompt: list[int]) -> int:
-        found: list[int] = []
-        decode(prompt, 2, lambda tokens: found.append(bytes_of_keys_and_values()))
+        before, found = bytes_of_keys_and_values(), [0]
+        decode(prompt, 2, lambda tokens: found.append(bytes_of_keys_and_values() - before))
         return found[-1]
 
-    return Way(answer, bytes_per_pass(base), kv_bytes_per_token(base), "float32", window, cache_bytes)
+    return Way(answer, bytes_per_pass(base), kv_bytes_per_token(base), "float32", window, cache_bytes if window else None)

@@ -16,7 +16,7 @@ SINKS, WINDOW, INTERVAL = 4, 508, 16
 def ways(made: Made) -> dict[str, Callable[[], Way]]:
     loaded = functools.cache(functools.partial(load, made.model))
     return {
-        "plain": lambda: way_of(loaded()),
+        "plain": lambda: way_of(loaded(), cache=True),
         f"StreamingLLM {SINKS}+{WINDOW}, every {INTERVAL} tokens": lambda: streaming(loaded()),
     }
 

@@ -9,43 +9,57 @@ from typing import Any
 import torch
 from generating import bytes_per_pass, load, passes_counted, way_of
 from peer import Answer, Clock, Made, Way
-from transformers import AutoTokenizer, CompileConfig
+from transformers import AutoTokenizer, CompileConfig, StaticCache
+
+# Tokens of the static caches: for the short prompts, and for the long one.
+LENGTHS = (256, 2112)
 
 
 def ways(made: Made) -> dict[str, Callable[[], Way]]:
     loaded = functools.cache(functools.partial(load, made.model))
     return {
-        "plain": lambda: way_of(loaded()),
+        "plain": lambda: way_of(loaded(), cache=True),
         "plain, bf16": lambda: way_of(load(made.model, torch.bfloat16)),
-        "static cache": lambda: way_of(loaded(), static),
+        "static cache": lambda: way_of(loaded(), Static(loaded())),
         # A model keeps its compiled call: each of these has a model of its own.
-        "static cache + compile": lambda: way_of(load(made.model), compiled, counted=False),
-        "static cache + compile, bf16": lambda: way_of(load(made.model, torch.bfloat16), compiled, counted=False),
-        "prompt lookup": lambda: way_of(loaded(), lambda: {"prompt_lookup_num_tokens": 8}),
+        "static cache + compile": lambda: compiled(load(made.model), "float32"),
+        "prompt lookup": lambda: way_of(loaded(), lambda prompt, new_tokens: {"prompt_lookup_num_tokens": 8}),
         "assisted (stdlib-1m-draft, another tokenizer)": lambda: assisted(made, loaded()),
-        "torchao int8 weight-only": lambda: quantised(made, "Int8WeightOnlyConfig"),
-        "torchao int8 weight-only + compile": lambda: quantised(made, "Int8WeightOnlyConfig", compiled),
-        "torchao int8 dynamic": lambda: quantised(made, "Int8DynamicActivationInt8WeightConfig"),
-        "torchao int8 dynamic + compile": lambda: quantised(made, "Int8DynamicActivationInt8WeightConfig", compiled),
+        "torchao int8 weight-only": lambda: way_of(quantised(made, "Int8WeightOnlyConfig"), dtype="int8"),
+        "torchao int8 weight-only + compile": lambda: compiled(quantised(made, "Int8WeightOnlyConfig"), "int8"),
+        "torchao int8 dynamic": lambda: way_of(quantised(made, "Int8DynamicActivationInt8WeightConfig"), dtype="int8"),
+        "torchao int8 dynamic + compile": lambda: compiled(quantised(made, "Int8DynamicActivationInt8WeightConfig"), "int8"),
     }
 
 
-def static() -> dict[str, Any]:
-    return {"cache_implementation": "static", "disable_compile": True}
+class Static:
+    """A static cache for each of two lengths, emptied before each call: one made anew for every prompt would have another length each time,
+    and every length is compiled for."""
+
+    def __init__(self, model: Any, compiled: bool = False) -> None:
+        self.caches = {length: StaticCache(model.config, max_cache_len=length) for length in LENGTHS}
+        self.compiled = compiled
+
+    def __call__(self, prompt: int, new_tokens: int) -> dict[str, Any]:
+        cache = self.caches[min(length for length in LENGTHS if length >= prompt + new_tokens)]
+        cache.reset()
+        if not self.compiled:
+            return {"past_key_values": cache, "disable_compile": True}
+        config = CompileConfig(mode="default", fullgraph=False, dynamic=False)
+        config._compile_all_devices = True  # else transformers compiles on accelerators only
+        return {"past_key_values": cache, "compile_config": config}
 
 
-def compiled() -> dict[str, Any]:
-    config = CompileConfig(mode="default", fullgraph=False)
-    config._compile_all_devices = True  # else transformers compiles on accelerators only
-    return {"cache_implementation": "static", "compile_config": config}
+def compiled(model: Any, dtype: str) -> Way:
+    return way_of(model, Static(model, compiled=True), counted=False, dtype=dtype)
 
 
-def quantised(made: Made, config: str, options: Callable[[], dict[str, Any]] | None = None) -> Way:
+def quantised(made: Made, config: str) -> Any:
     from torchao import quantization
 
     model = load(made.model)
     quantization.quantize_(model, getattr(quantization, config)())
-    return way_of(model, options or dict, counted=options is None, dtype="int8")
+    return model
 
 
 def assisted(made: Made, model: Any) -> Way:
@@ -56,7 +70,7 @@ def assisted(made: Made, model: Any) -> Way:
         "tokenizer": AutoTokenizer.from_pretrained(made.model),
         "assistant_tokenizer": AutoTokenizer.from_pretrained(made.draft),
     }
-    way = way_of(model, lambda: options)
+    way = way_of(model, lambda prompt, new_tokens: options)
 
     def answer(prompt: list[int], new_tokens: int) -> Answer:
         drafted = Clock()

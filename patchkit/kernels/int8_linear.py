@@ -147,8 +147,8 @@ def _(
     n, k = weight.shape
     # Named, so that they live until the call is over.
     rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
-    weight, scale = weight.contiguous(), scale.contiguous()
-    # The kernel writes fp32, whatever torch.set_default_dtype says.
+    # The kernel reads and writes fp32, whatever torch.set_default_dtype says and whatever a model's own dtype has made of the scales.
+    weight, scale = weight.contiguous(), scale.float().contiguous()
     y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
     addresses = rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
     planes = 1 if activation == "int8" else 2
@@ -172,11 +172,11 @@ def _(
     step = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_LEVELS[activation])
     whole = (rows / step).round_()
     if activation == "int8":
-        y = torch._int_mm(whole.to(torch.int8), weight.T) * scale
+        y = torch._int_mm(whole.to(torch.int8), weight.T) * scale.float()
     else:
         high = ((whole + 128) / 256).floor_()  # so that both fit a signed byte
         planes = torch.cat([whole.sub_(high, alpha=256), high]).to(torch.int8)
-        low, high = (torch._int_mm(planes, weight.T) * scale).chunk(2)
+        low, high = (torch._int_mm(planes, weight.T) * scale.float()).chunk(2)
         y = low.add_(high, alpha=256)
     y = y.mul_(step)
     if bias is not None:

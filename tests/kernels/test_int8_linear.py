@@ -63,6 +63,17 @@ def test_the_largest_fp16_inputs_stay_finite(activation):
     assert torch.allclose(y.double(), torch.full((2, 3), 65504 * 2560 * 127e-9, dtype=torch.float64), rtol=1e-3)
 
 
+@pytest.mark.parametrize("activation", ["float", "int8"])
+def test_scales_may_be_of_any_dtype(activation):
+    """As `model.to(torch.bfloat16)` leaves them: read as float32, bf16 numbers would be others, and half as many."""
+    values, scale = parts(70, 96)
+    scale, x = scale.bfloat16(), torch.randn(3, 96, generator=torch.Generator().manual_seed(4))
+    for name, reason in int8_linear.explain(x, values, scale, None, activation).items():
+        if reason is None:
+            run = int8_linear.backends[name].run
+            assert torch.equal(run(x, values, scale, None, activation), run(x, values, scale.float(), None, activation)), name
+
+
 def test_a_row_does_not_depend_on_the_others():
     values, scale = parts(130, 300)
     x = torch.randn(9, 300, generator=torch.Generator().manual_seed(2))
