@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = list(rows_of(families, [prompt_ids(tokenizer, WARM_UP)[0].tolist(), prompts[-1].ids], console.print))
         reference = next(row for _, row in rows if (row.family, row.way) == REFERENCE)
         bandwidths: list[float] = []
-        copying = families[list(names).index(REFERENCE[0])]
+        copying = next(family for family in families if family.name == REFERENCE[0])
 
         def write() -> None:
             result = {

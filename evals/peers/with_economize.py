@@ -20,7 +20,10 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
         "prompt lookup, cycle 4": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=4)),
         "prompt lookup, cycle 8": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=8)),
         f"StreamingLLM {SINKS}+{WINDOW}": lambda: way_of(
-            made, KVEvictConfig(method="streaming", sinks=SINKS, recent=WINDOW), economize.DecodeConfig(cycle_length=1), SINKS + WINDOW
+            made,
+            KVEvictConfig(method="streaming", sinks=SINKS, recent=WINDOW),
+            economize.DecodeConfig(cycle_length=1, sync_interval=1),
+            SINKS + WINDOW,
         ),
     }
 
