@@ -17,7 +17,6 @@ import torch
 import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkit.errors import PatchError
 
@@ -119,12 +118,6 @@ def is_causal_rule(rule: Any) -> bool:
 def means_nothing_to_a_model(value: Any) -> bool:
     """Whether an argument of a forward is an object that no model computes with: transformers' generate leaves a tokenizer there."""
     return not isinstance(value, torch.Tensor | int | float | list | tuple | dict | Cache | type(None))
-
-
-def has_global_hooks() -> bool:
-    """Whether something is run before or after the forward of every module in this process."""
-    module: Any = importlib.import_module("torch.nn.modules.module")
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def attention_configs(model: Any) -> list[Any]:
@@ -230,16 +223,6 @@ def decoder_of(model: Any) -> Any:
     """The module under the language-modelling head."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return found if isinstance(found, torch.nn.Module) and found is not model else model.base_model
-
-
-def looks_into_tensors(function: Callable[..., Any], *args: torch.Tensor) -> str | None:
-    """What ``function(*args)`` does that depends on the values in tensors, not only on their shapes; None if nothing."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        try:
-            function(*(mode.from_tensor(tensor) for tensor in args))
-        except Exception as error:  # DataDependentOutputException and its kin; or it cannot be told
-            return f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return None
 
 
 def rope_switch(config: Any) -> int | None:

@@ -21,10 +21,9 @@ import torch
 
 from patchkit import _compat
 from patchkit.attention import has_own_mask, masks_from, original_name
-from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
+from patchkit.cache.ragged import RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import StreamError
-from patchkit.generation.traced import Traced
 from patchkit.target import evaluating
 from patchkit.testing import TOLERANCES, logit_error
 
@@ -40,18 +39,14 @@ class CachedModel:
         fed: tokens of each row in the cache, padding included.
         pads: left padding of each row.
         ragged: rows may advance by different numbers of tokens, and trees may be verified.
-        traced: how forwards of a few tokens run without the model's Python; None if they do not.
-        hidden: [R, T, D], of the last forward if it was traced.
     """
 
-    def __init__(self, model: Any, cache: Any, pads: list[int], ragged: bool, fed: int = 0, traced: Traced | None = None) -> None:
+    def __init__(self, model: Any, cache: Any, pads: list[int], ragged: bool, fed: int = 0) -> None:
         self.model = model
         self.cache = cache
         self.pads = list(pads)
         self.fed = [fed] * len(pads)
         self.configs, self._arguments = _compat.attention_configs(model), _compat.argument_names(model)
-        self.traced = traced
-        self.hidden: torch.Tensor | None = None
         self.ragged = ragged and isinstance(cache, RaggedCache) and takes_any_mask(self.configs)
         self._rollback: str | None = None  # how tokens are taken back once the prompt is in: "crop" or "replay"
         self._saved: list[dict[str, Any]] = []
@@ -82,14 +77,6 @@ class CachedModel:
             Logits [R, T or 1, V].
         """
         rows, count = tokens.shape
-        if self.traced is not None and ancestors is None and self._rollback is not None and count <= VERIFIED_LENGTHS[-1]:
-            result = self.traced.forward(tokens)
-            if result is not None:
-                logits, self.hidden = result
-                self._pending.append(tokens)
-                return logits
-            self.traced = None
-        self.hidden = None
         kwargs: dict[str, Any] = {"input_ids": tokens, _compat.CACHE: self.cache, "use_cache": True}
         uneven = len(set(self.fed)) > 1
         device = tokens.device
@@ -175,8 +162,6 @@ class CachedModel:
         """Go on with these rows only."""
         if self.cache is not None:
             self.cache.reorder_cache(torch.tensor(rows, device=self.model.device))  # batch_select_indices is not on all layers
-        if self.traced is not None:
-            self.traced.select_rows(rows)
         self.fed = [self.fed[row] for row in rows]
         self.pads = [self.pads[row] for row in rows]
 

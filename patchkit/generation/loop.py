@@ -26,13 +26,11 @@ from patchkit.cache.ragged import VERIFIED_LENGTHS, RaggedCache
 from patchkit.cache.step import FixedCache
 from patchkit.errors import PatchConflict
 from patchkit.exclusive import Exclusive
-from patchkit.generation import traced
 from patchkit.generation.acceptance import Acceptance
 from patchkit.generation.cached_model import CachedModel, make_cache, rollback_of
 from patchkit.generation.controllers import ControllerSession
 from patchkit.generation.drafter import Drafter, Proposal, State
 from patchkit.generation.statistics import RunStatistics, StepRecord
-from patchkit.generation.traced import Traced
 from patchkit.handle import Notices
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
 from patchkit.quality.latency import cache_bytes
@@ -77,7 +75,6 @@ class Speculation:
         label: the drafter as text.
         controller: lives as long as the patch: what it has measured holds for the next text too.
         ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
-        trace: verify through `Traced` where that can be done.
         runs: statistics of the last calls.
         aliased: implementations of attention whose alias the model's configs name.
         watching, hidden: whether the decoder's hook keeps its output, and the last one.
@@ -88,7 +85,6 @@ class Speculation:
     acceptance: Acceptance
     controller: ControllerSession
     ragged: bool
-    trace: bool
     hits: Counter[str]
     notices: Notices
     aliased: tuple[str, ...] = ()
@@ -218,8 +214,6 @@ class _Run:
             cache = make_cache(self.model, min(config.max_length or 1, _MOST_ROOM))
         self.past = cache.get_seq_length()
         self.cached = CachedModel(self.model, cache, pads, speculation.ragged, self.past)
-        if speculation.trace and Traced.serves(self.model, cache, verifies=True):
-            self.cached.traced = Traced(self.model, cache, pads, verifies=True)
         self.stops = _Stops(call.criteria, input_ids.device)
         buffer = input_ids.new_zeros(batch, length + 64)
         buffer[:, :length] = input_ids
@@ -248,22 +242,21 @@ class _Run:
         speculation.controller.new_text(self.prompt)
         self._prefill(session)
         while self.active:
-            started, making = time.perf_counter(), traced.making.milliseconds
+            started = time.perf_counter()
             k = min(speculation.controller.choose(), min(self.stops.room(length) for length in state.lengths) - 1)
             proposal = session.propose(state, k) if k > 0 else None
             if proposal is not None:
                 proposal = _at_most(proposal if self.cached.ragged else _trunk(proposal), k)
             _synchronize(self.model)
-            drafted, drafts_making = time.perf_counter(), traced.making.milliseconds
+            drafted = time.perf_counter()
             logits = self._verify(proposal)
             _synchronize(self.model)
             verified = time.perf_counter()
             rows = state.rows
             accepted, paths, emitted = self._settle(proposal, logits)
             if speculation.watching:
-                hidden = speculation.hidden if self.cached.hidden is None else self.cached.hidden
-                assert hidden is not None
-                session.observe(*self._standing(hidden, proposal, paths))
+                assert speculation.hidden is not None
+                session.observe(*self._standing(speculation.hidden, proposal, paths))
             self._drop_finished(session)
             ended = time.perf_counter()
             record = StepRecord(
@@ -272,8 +265,8 @@ class _Run:
                 proposed=tuple(_depths(proposal, rows)),
                 accepted=tuple(accepted),
                 emitted=emitted,
-                draft_ms=1000 * (drafted - started) - (drafts_making - making),
-                verify_ms=1000 * (verified - drafted) - (traced.making.milliseconds - drafts_making),
+                draft_ms=1000 * (drafted - started),
+                verify_ms=1000 * (verified - drafted),
                 overhead_ms=1000 * (ended - verified),
             )
             self.statistics.add(record)
@@ -314,11 +307,8 @@ class _Run:
         """Logits [R, 1 + n, V] after the last known token and after each draft."""
         device = self.state.tokens.device
         last = self.state.tokens[torch.arange(self.state.rows, device=device), torch.tensor(self.state.lengths, device=device) - 1]
-        if proposal is None:  # as plain decoding does it, which is what all else is compared with
-            held, self.cached.traced = self.cached.traced, None
-            logits = self.cached.forward(last[:, None])
-            self.cached.traced = held
-            return logits
+        if proposal is None:
+            return self.cached.forward(last[:, None])
         tokens = torch.cat([last[:, None], proposal.tokens], 1)
         if proposal.parents is None:
             width = tokens.shape[1]

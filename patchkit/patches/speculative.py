@@ -51,8 +51,6 @@ class Speculative(Patch):
         k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
         acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
             "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
-        trace: on a CPU, verify with a small model through a TorchScript trace of itself, where nothing in the model looks into a tensor
-            (`patchkit.generation.traced`): the same kernels without the Python between them.
 
     Raises:
         ValueError, TypeError: an option that names nothing, or out of range.
@@ -66,7 +64,6 @@ class Speculative(Patch):
     draft: Any = "prompt_lookup"
     k: Any = "cost_model"
     acceptance: Any = "exact"
-    trace: bool = True
 
     def __post_init__(self) -> None:
         self._controller()
@@ -113,9 +110,7 @@ class Speculative(Patch):
         configs = _compat.attention_configs(target.model)
         # Masks for each row come through the alias. It stays, because to put it there for a forward would disturb other threads.
         aliased = sorted({original_name(config) for config in configs}) if ragged and takes_any_mask(configs) else []
-        speculation = Speculation(
-            prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices, tuple(aliased)
-        )
+        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, handle.hits, handle.notices, tuple(aliased))
         for config in configs if aliased else []:
             if not has_own_mask(config):  # that of an attention patch must stay
                 set_alias(handle, config, alias_of(original_name(config)))

@@ -11,7 +11,6 @@ import torch
 from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.generation.cached_model import CachedModel, find_obstacle, keeps_own_cache, make_cache
 from patchkit.generation.drafter import Drafter, Draws, Proposal, Session, State
-from patchkit.generation.traced import Traced
 from patchkit.target import Target
 
 # First tokens that a shortened prompt keeps: attention needs them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
@@ -27,7 +26,6 @@ class DraftModel(Drafter):
         sample: in sampled runs, draw drafts from the draft's own distribution under the run's processors and accept them by the
             rejection rule. False proposes its most likely tokens: they stand less often at high temperatures, but leave the text
             that a seed gives what it is without drafts.
-        trace: run single-token steps as a trace (`patchkit.generation.traced`), where that can be done.
         context: feed only the first 4 and the last ``context`` tokens of a longer prompt; None feeds all of it.
 
     Raises:
@@ -37,7 +35,6 @@ class DraftModel(Drafter):
 
     model: Any
     sample: bool = True
-    trace: bool = True
     context: int | None = None
     # Whether the model keeps a cache of its own, and whether rows may advance by themselves; found out in `prepared`.
     able: tuple[bool, bool] | None = field(default=None, repr=False)
@@ -104,8 +101,6 @@ class DraftModelSession(Session):
         # Tables of positions end; rotary ones do not.
         self.limit = None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
         self.aligned = self.cached.aligned
-        if options.trace and Traced.serves(options.model, cache, verifies=False):
-            self.cached.traced = Traced(options.model, self.cached.cache, state.pads, verifies=False)
         self.drafts: list[list[int]] = [[] for _ in range(state.rows)]  # of the last round
 
     def propose(self, state: State, k: int) -> Proposal | None:
