@@ -34,14 +34,14 @@ import transformers
 from rich.console import Console
 
 from patchkit import patch_model, report
-from patchkit.generation import reset_statistics, statistics_of
+from patchkit.measure import demo as show
+from patchkit.measure import needle as recall
+from patchkit.measure.environment import environment, version_of
+from patchkit.measure.latency import twin
+from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
 from patchkit.patch import parse_spec
-from patchkit.quality import demo as show
-from patchkit.quality import needle as recall
-from patchkit.quality.environment import environment, version_of
-from patchkit.quality.latency import twin
-from patchkit.quality.paired import median_ratio
+from patchkit.speculation import reset_statistics, statistics_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("demo", "needle", "speed")

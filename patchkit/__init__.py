@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from patchkit.api import unpatch_model as unpatch_model
     from patchkit.api import with_patches as with_patches
     from patchkit.attention import attention_patch as attention_patch
-    from patchkit.cache.refresh import DynamicSinks as DynamicSinks
-    from patchkit.cache.refresh import Reencode as Reencode
     from patchkit.chat import system_tokens as system_tokens
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
@@ -37,18 +35,20 @@ if TYPE_CHECKING:
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
     from patchkit.handle import Handle as Handle
-    from patchkit.linear.conversion import linearize as linearize
     from patchkit.patch import Patch as Patch
     from patchkit.patch import Stage as Stage
     from patchkit.patch import available_patches as available_patches
     from patchkit.patch import parse_spec as parse_spec
     from patchkit.patch import register_patch as register_patch
+    from patchkit.streaming.refresh import DynamicSinks as DynamicSinks
+    from patchkit.streaming.refresh import Reencode as Reencode
     from patchkit.target import Target as Target
+    from patchkit.training.linearize import linearize as linearize
 
 _HOMES = {
     "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
     "attention": ("attention_patch",),
-    "cache.refresh": ("DynamicSinks", "Reencode"),
+    "streaming.refresh": ("DynamicSinks", "Reencode"),
     "chat": ("system_tokens",),
     "errors": (
         "IrreversiblePatch",
@@ -62,7 +62,7 @@ _HOMES = {
         "UnsupportedModel",
     ),
     "handle": ("Handle",),
-    "linear.conversion": ("linearize",),
+    "training.linearize": ("linearize",),
     "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
     "target": ("Target",),
 }

@@ -218,8 +218,8 @@ def _resolve(patches: Sequence[Any]) -> list[Patch]:
 
 def _drafting(chosen: list[Patch]) -> list[Patch]:
     """The patch whose draft is the model patched with ``chosen``."""
-    from patchkit.generation.drafters.self_draft import SelfDraft
     from patchkit.patches.speculative import Speculative
+    from patchkit.speculation.drafters.self_draft import SelfDraft
 
     if any(isinstance(patch, Speculative) for patch in chosen):
         raise PatchConflict("lossless=True verifies with speculative already: leave speculative out, its text is the model's own as it is")

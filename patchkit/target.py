@@ -236,7 +236,7 @@ class Target:
     @cached_property
     def rollback(self) -> tuple[str | None, bool]:
         """Why tokens that were fed cannot be taken back exactly, or None; and whether each row of a batch can take back its own."""
-        from patchkit.generation.cached_model import find_obstacle
+        from patchkit.speculation.cached_model import find_obstacle
 
         return find_obstacle(self.model)
 

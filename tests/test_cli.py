@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from patchkit import available_patches, patch_model
 from patchkit.cli import app
 from patchkit.kernels import available_ops
+from patchkit.measure import demo as show
 from patchkit.models import load_model
-from patchkit.quality import demo as show
 from patchkit.testing import TOLERANCES
 
 STREAMING = "streaming(sinks=2, window=30)"

@@ -48,8 +48,8 @@ def bench(
     """Time to first token, latency and tokens per second of a model, or of a server with OpenAI's interface."""
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import harness
-    from patchkit.quality.environment import environment
+    from patchkit.bench import harness
+    from patchkit.measure.environment import environment
 
     given = dict(
         model=model, patches=patches, endpoint=endpoint, chat=chat, prompts=prompts, n_prompts=n_prompts, new_tokens=new_tokens,

@@ -45,7 +45,7 @@ def demo(
     sizes = None if windows is None else number_list(windows, "--windows", smallest=1)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import demo as show
+    from patchkit.measure import demo as show
 
     loaded, tokenizer = load(chosen)
     with progress() as bar:
@@ -59,7 +59,7 @@ def demo(
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     if as_json:
-        from patchkit.quality.environment import environment
+        from patchkit.measure.environment import environment
 
         emit({"model": chosen, **result.to_dict(), "picture": str(out), "environment": environment()})
         return

@@ -71,8 +71,8 @@ def generate(
     chosen = parse(_SYSTEM.sub("sinks=1", patches) if system is not None else patches)
     import torch
 
-    from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
     from patchkit.patch import Stage
+    from patchkit.speculation.stop_texts import Printer, StopsAt, before_stop
 
     loaded, tokenizer = load(model, dtype, device)
     as_chat = _is_chat(chat, system, model, tokenizer)

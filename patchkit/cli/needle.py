@@ -54,8 +54,8 @@ def needle(
     far = _token_list(distances, "--distances")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import needle as quality
-    from patchkit.quality.environment import environment
+    from patchkit.measure import needle as quality
+    from patchkit.measure.environment import environment
 
     loaded, tokenizer = load(model, dtype, device)
     asking = quality.Asking.of(tokenizer)

@@ -55,7 +55,7 @@ def sweep(
     sizes, counts = number_list(windows, "--windows", smallest=1), number_list(sinks, "--sinks", smallest=0)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or write elsewhere")
-    from patchkit.quality import sweep as quality
+    from patchkit.search import sweep as quality
 
     patches = quality.grid(sizes, counts, [quality.parse_refresh(each) for each in refresh or ["none"]])
     loaded, tokenizer = load(model, dtype, device)

@@ -39,12 +39,12 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.cache.step import FixedCache, LayerOfStep, StepCache
-from patchkit.cache.streaming import StreamingCache
+from patchkit.compiled.step import FixedCache, LayerOfStep, StepCache
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.exclusive import Exclusive
 from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Stage, register_patch
+from patchkit.streaming.cache import StreamingCache
 from patchkit.target import Target
 
 MODES = ("default", "reduce-overhead", "max-autotune")

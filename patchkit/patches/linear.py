@@ -23,11 +23,11 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.attention import AttentionOutput
-from patchkit.cache.linear import LinearLane, LinearLayer, LinearStep, LinearStepLayer
-from patchkit.cache.streaming import Frame, Lane, Plan
+from patchkit.definitions import hybrid_logits
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.kernels.linear_attention import linear_attention
+from patchkit.linear.cache import LinearLane, LinearLayer, LinearStep, LinearStepLayer
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, softmax_part
 from patchkit.linear.state import LinearState, head_sizes, load_state
@@ -42,7 +42,7 @@ from patchkit.patches.streaming import (
     stream_layer,
     visible_columns,
 )
-from patchkit.quality.definitions import hybrid_logits
+from patchkit.streaming.cache import Frame, Lane, Plan
 from patchkit.target import BAKED_IN, AttentionLayer, Rotary, Target
 
 # Arguments of attention calls that change nothing about which keys are seen and how they are weighed, or that are served here.

@@ -26,30 +26,30 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from patchkit import _compat
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
-from patchkit.generation.acceptance import Acceptance, acceptance
-from patchkit.generation.cached_model import takes_any_mask
-from patchkit.generation.controllers import Controller, controller, parse_call
-from patchkit.generation.drafter import Drafter
-from patchkit.generation.drafters.chain import Chain
-from patchkit.generation.drafters.draft_model import DraftModel
-from patchkit.generation.drafters.prompt_lookup import PromptLookup
-from patchkit.generation.loop import Speculation, Unserved, speculate
 from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.speculation.acceptance import Acceptance, acceptance
+from patchkit.speculation.cached_model import takes_any_mask
+from patchkit.speculation.controllers import Controller, controller, parse_call
+from patchkit.speculation.drafter import Drafter
+from patchkit.speculation.drafters.chain import Chain
+from patchkit.speculation.drafters.draft_model import DraftModel
+from patchkit.speculation.drafters.prompt_lookup import PromptLookup
+from patchkit.speculation.loop import Speculation, Unserved, speculate
 from patchkit.target import Target
 
 
 @register_patch("speculative")
 @dataclass(frozen=True)
 class Speculative(Patch):
-    """Draft, verify, keep what the model would have said itself. `patchkit.generation.statistics_of(model)` says what came of it.
+    """Draft, verify, keep what the model would have said itself. `patchkit.speculation.statistics_of(model)` says what came of it.
 
     Args:
         draft: a `Drafter`; a loaded model (`DraftModel`); the name or path of one; "prompt_lookup", "medusa" or "eagle", with options as
             'eagle("FILE")' of a file that `patchkit train-heads` wrote; or several of these, of which the first that has a proposal
             drafts (`Chain`).
-        k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
-        acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
+        k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.speculation.controllers`.
+        acceptance: "exact", or by name a policy that changes the text (`patchkit.speculation.acceptance`): "longest_prefix",
             "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
 
     Raises:
@@ -80,7 +80,7 @@ class Speculative(Patch):
     @classmethod
     def candidates(cls, target: Target) -> list[Speculative]:
         """Prompt lookup, and for the bundled model what was trained to draft for it."""
-        from patchkit.generation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.eagle import Eagle
 
         try:
             Eagle(heads="bundled").check(target)
@@ -150,19 +150,19 @@ def _drafter(draft: Any, target: Target | None) -> Drafter | None:
 
 def _named_drafter(name: str, target: Target | None) -> Drafter | None:
     if name.rstrip().endswith(")"):
-        from patchkit.generation.drafters.eagle import Eagle
-        from patchkit.generation.drafters.medusa import Medusa
+        from patchkit.speculation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.medusa import Medusa
 
         drafter: Drafter = parse_call(name, {"prompt_lookup": PromptLookup, "medusa": Medusa, "eagle": Eagle}, "draft")
         return drafter
     if name == "prompt_lookup":
         return PromptLookup()
     if name == "medusa":
-        from patchkit.generation.drafters.medusa import Medusa
+        from patchkit.speculation.drafters.medusa import Medusa
 
         return Medusa(heads="bundled")
     if name == "eagle":
-        from patchkit.generation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.eagle import Eagle
 
         return Eagle(heads="bundled")
     if target is None:

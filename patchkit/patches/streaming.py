@@ -40,14 +40,14 @@ from patchkit.attention import (
     set_alias,
     swap_mask_builder,
 )
-from patchkit.cache.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
-from patchkit.cache.step import StepCache
-from patchkit.cache.streaming import Frame, Lane, Plan, Stream, StreamingCache
+from patchkit.compiled.step import StepCache
+from patchkit.definitions import window_logits
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.exclusive import Exclusive
 from patchkit.handle import Handle, Notices
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.quality.definitions import window_logits
+from patchkit.streaming.cache import Frame, Lane, Plan, Stream, StreamingCache
+from patchkit.streaming.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
 from patchkit.target import AttentionLayer, Rotary, Target
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
@@ -72,7 +72,7 @@ class StreamingLLM(Patch):
         positions: "cache" gives sinks the distance they have inside the cache (the paper's rule); "true" their true distance.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
         refresh: what is done every so many tokens about what was forgotten: `Reencode` or `DynamicSinks`
-            (`patchkit.cache.refresh`); None for nothing.
+            (`patchkit.streaming.refresh`); None for nothing.
 
     Raises:
         ValueError: an option out of range.

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from patchkit import SpecError, available_patches, patch, system_tokens
 from patchkit.cli import app
-from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
 from patchkit.models import load_model
+from patchkit.speculation.stop_texts import Printer, StopsAt, before_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def read(path):\n    with open(path) as file:\n        return"

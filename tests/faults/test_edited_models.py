@@ -15,7 +15,7 @@ from patchkit import available_patches, patch_model, report, unpatch_model
 from patchkit import patch as patch_module
 from patchkit.attention import attention_patch, swap_mask_builder
 from patchkit.errors import PatchError, StreamError
-from patchkit.generation.heads import MedusaHeads
+from patchkit.speculation.heads import MedusaHeads
 from patchkit.testing import tiny_model
 from patchkit.trained_for import TrainedFor
 

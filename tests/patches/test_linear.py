@@ -15,12 +15,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchkit import Compile, LinearAttention, patch_model, patched, report, unpatch_model
-from patchkit.cache.streaming import ROLLBACK, StreamingCache
 from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, StreamError, UnsupportedModel
-from patchkit.generation.drafters.self_draft import SelfDraft
 from patchkit.linear.state import LinearState
+from patchkit.measure.latency import cache_bytes
 from patchkit.patches.speculative import Speculative
-from patchkit.quality.latency import cache_bytes
+from patchkit.speculation.drafters.self_draft import SelfDraft
+from patchkit.streaming.cache import ROLLBACK, StreamingCache
 from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 

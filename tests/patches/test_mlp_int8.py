@@ -28,7 +28,7 @@ from patchkit import (
     report,
     unpatch_model,
 )
-from patchkit.int8_weight import Int8Weight
+from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
 from patchkit.target import twin
 from patchkit.testing import assert_restored, snapshot, tiny_model

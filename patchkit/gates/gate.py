@@ -1,0 +1,418 @@
+"""Regression gates: a patch beside the unpatched model, in one process, in turns, and judged by intervals.
+
+A gate passes if the interval's worse end is within the bound: the data must show that the bound holds, so noise, too few rounds and
+a patch that did not act fail and never pass. Times are paired by round, perplexity by document, with the intervals of
+`patchkit.measure.paired`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from patchkit import _compat
+from patchkit.api import patch_model, report
+from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.measure.environment import environment
+from patchkit.measure.latency import Stream, Timings, cache_bytes, decode_latency, filled_cache, median_ms, prefilled_cache, twin
+from patchkit.measure.paired import Interval, mean_difference, median_ratio
+from patchkit.measure.perplexity import encode, perplexity_of, stream_nll
+from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.patch import Patch, Stage, available_patches
+from patchkit.target import Target
+
+UNPATCHED, PATCHED = "unpatched", "patched"
+# Rounds are timed in blocks until the interval is so narrow, relative to the ratio, that a bar of 0.9 passes in A/A runs and fails at a
+# slowdown of 20 % (tests/gates/test_gate.py). When to stop depends on the width alone, so it favours no verdict.
+BLOCK = 60
+LEAST_ROUNDS = 20
+_MOST_ROUNDS = 600
+_PATIENCE_S = 120.0
+_WIDTH = 0.08
+
+_WARMUP = 5
+_MOST_CONTEXT = 1024
+_NEW_TOKENS = 64
+_PREFILL_CHUNK = 1024
+_LEAST_DOCUMENTS, _DOCUMENTS = 4, 16
+_DOCUMENT_TOKENS, _ALL_TOKENS = 4096, 32768
+
+T = TypeVar("T")
+Hits = dict[str, Counter[str]]
+
+
+class GateError(PatchError):
+    """A gate, or a comparison of two runs, could measure nothing; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a gate demands.
+
+    Attributes:
+        min_speedup: unpatched time / patched time, at least. 0.9 lets the patch be up to 11 % slower.
+        max_ppl_increase: patched perplexity / unpatched perplexity - 1, at most: 0.03 is 3 %.
+
+    Raises:
+        GateError: no bound, or a number that bounds nothing.
+    """
+
+    min_speedup: float | None = None
+    max_ppl_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_speedup is None and self.max_ppl_increase is None:
+            raise GateError("a gate without a bound cannot fail: give min_speedup=, max_ppl_increase=, or both")
+        for name, above in (("min_speedup", 0), ("max_ppl_increase", -1)):
+            bound = getattr(self, name)
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not above < bound < math.inf):
+                raise GateError(f"{name}={bound!r} bounds nothing: give a finite number above {above}")
+
+
+@dataclass(frozen=True)
+class PerplexityIncrease:
+    """How much a patch adds to the perplexity of documents.
+
+    Attributes:
+        increase: patched perplexity / unpatched perplexity - 1 over all tokens, with its interval over documents.
+        tokens: predictions in each document.
+        unpatched_nll, patched_nll: mean nats per token of each document.
+    """
+
+    increase: Interval
+    tokens: list[int]
+    unpatched_nll: list[float]
+    patched_nll: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the perplexity of all tokens both ways."""
+        total = sum(self.tokens)
+        ways = {UNPATCHED: self.unpatched_nll, PATCHED: self.patched_nll}
+        nll = {name: sum(n * each for n, each in zip(self.tokens, nlls, strict=True)) / total for name, nlls in ways.items()}
+        return {**vars(self), "increase": vars(self.increase), **{name: perplexity_of(each) for name, each in nll.items()}}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a gate measured, and its verdict.
+
+    Attributes:
+        patches: their specs.
+        model: class, size and precision.
+        context: tokens before the timed ones.
+        timed: "decode": steps of one token; "generate": whole calls, prompt included.
+        rounds_ms: milliseconds per token by way, one entry per round.
+        speedup: unpatched / patched, median over rounds.
+        cache_bytes: by way, after the last round.
+        acceptance: share of drafts that stood; None where nothing drafts.
+        hits: by patch, how far its run-time counters moved in the timed rounds.
+        perplexity: None without a bound on it.
+        failures: why the gate fails; empty if it passes.
+    """
+
+    patches: str
+    model: str
+    context: int
+    timed: Literal["decode", "generate"]
+    bounds: Bounds
+    rounds_ms: Timings
+    speedup: Interval
+    cache_bytes: dict[str, int]
+    acceptance: float | None
+    hits: Hits
+    perplexity: PerplexityIncrease | None
+    failures: list[str]
+
+    @property
+    def ms_per_token(self) -> dict[str, float]:
+        """Medians over rounds."""
+        return {name: median_ms(self.rounds_ms, name) for name in self.rounds_ms}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON, with the machine; `patchkit.gates.runs` reads it."""
+        return {
+            **vars(self),
+            "bounds": vars(self.bounds),
+            "speedup": vars(self.speedup),
+            "ms_per_token": self.ms_per_token,
+            "tokens_per_s": {name: 1000 / ms for name, ms in self.ms_per_token.items()},
+            "perplexity": None if self.perplexity is None else self.perplexity.to_dict(),
+            "passed": not self.failures,
+            "environment": environment(),
+        }
+
+    def __str__(self) -> str:
+        times = " / ".join(f"{ms:.3g}" for ms in self.ms_per_token.values())
+        parts = [f"speed-up {self.speedup} ({times} ms per token, {self.timed} at context {self.context})"]
+        if self.acceptance is not None:
+            parts.append(f"{self.acceptance:.0%} of drafts accepted")
+        if self.perplexity is not None:
+            parts.append(f"perplexity increase {self.perplexity.increase} over {len(self.perplexity.tokens)} documents")
+        return f"{self.patches}: {'; '.join(parts)}"
+
+
+def run_gate(
+    model: PreTrainedModel,
+    patches: Patch | str | Sequence[Patch | str],
+    bounds: Bounds,
+    context: int | None = None,
+    rounds: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    documents: Sequence[str | Sequence[int]] | None = None,
+    timed: Callable[[Callable[[], Timed]], Timed] = lambda run: run(),
+) -> Gate:
+    """Measure a patched view of a model beside an unpatched one. They share the weights, and `model` itself is not touched.
+
+    Patches of `Stage.GENERATION` are timed through `generate`, others by steps of one token. Perplexity is that of real documents of
+    up to `context` (at most 4096) tokens, streamed through one cache; the unpatched model starts anew wherever the positions
+    that it was made for end, because it would compare badly beyond them.
+
+    Args:
+        context: tokens before the timed ones; None: half the positions that the model was made for, at most 1024.
+        rounds: how often both ways are timed, in turns; None: 60, and more where the machine is noisy.
+        tokenizer: for the texts; None: the one beside the model's files.
+        documents: real texts, or their token ids, for perplexity and prompts; None: held-out files of Python's library.
+        timed: calls the timed part, as pytest-benchmark does.
+
+    Raises:
+        GateError: nothing could be measured.
+        PatchError: patches that do not exist or do not fit the model, or a model that is already patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise GateError(f"{model!r} is not a model: load it first")
+    for option, value in (("context", context), ("rounds", rounds)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise GateError(f"{option}={value!r}: give a whole number")
+    if rounds is not None and rounds < LEAST_ROUNDS:
+        raise GateError(f"rounds={rounds} are too few for an interval: give at least {LEAST_ROUNDS}")
+    view = patch_model(twin(model).eval(), patches, verbose=False)
+    plain = twin(model).eval()
+    limit = Target(plain).position_limit or math.inf
+    context = int(min(_MOST_CONTEXT, limit / 2)) if context is None else context
+    if context < 1:
+        raise GateError(f"context={context}: give at least 1 token")
+    kinds = {entry.name: available_patches()[entry.name] for entry in report(view).patches}
+    specs = " + ".join(entry.spec for entry in report(view).patches)
+    generates = any(kind.stage is Stage.GENERATION for kind in kinds.values())
+    scored = bounds.max_ppl_increase is not None
+    if scored and all(kind.exact for kind in kinds.values()):
+        raise GateError(f"{specs} leaves every logit as it is, so max_ppl_increase bounds nothing: leave it out")
+
+    texts: list[torch.Tensor] = []
+    if scored or generates:
+        length = context if generates else min(context, _DOCUMENT_TOKENS)
+        texts = _texts(model, length, 2 if documents is not None and not generates else length, tokenizer, documents)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = max(1, context - (rounds or BLOCK) // 2)  # every step lengthens the cache by a token
+
+        def ways() -> dict[str, Stream]:
+            models = {UNPATCHED: plain, PATCHED: view}
+            return {name: Calls(each, None, texts) if generates else Stream(each, cache_of(each, start)) for name, each in models.items()}
+
+        result = timed(lambda: within(time_in_turns, ways, rounds, lambda: _hits(view)))
+        failures = _idle(kinds, result.hits, "while it was timed")
+        increase = None
+        if scored:
+            before = _hits(view)
+            # Only attention patches claim anything beyond the model's positions.
+            if not any(kind.stage is Stage.ATTENTION for kind in kinds.values()):
+                texts = [text[: int(min(len(text), limit))] for text in texts]
+            increase = within(perplexity_increase, plain, view, texts, limit)
+            approximate = {name: kind for name, kind in kinds.items() if not kind.exact}
+            failures += _idle(
+                approximate, _moved(before, _hits(view)), "while perplexity was measured, on texts that may be too short for it"
+            )
+    speedup = median_ratio(result.rounds_ms[UNPATCHED], result.rounds_ms[PATCHED])
+    drafts = next((result.hits[name] for name, kind in kinds.items() if kind.stage is Stage.GENERATION), Counter[str]())
+    return Gate(
+        patches=specs,
+        model=_described(plain),
+        context=context,
+        timed="generate" if generates else "decode",
+        bounds=bounds,
+        rounds_ms=result.rounds_ms,
+        speedup=speedup,
+        cache_bytes=result.cache_bytes,
+        acceptance=drafts["accepted"] / drafts["proposed"] if drafts["proposed"] else None,
+        hits=result.hits,
+        perplexity=increase,
+        failures=failures + violations(bounds, speedup, None if increase is None else increase.increase),
+    )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds per token by way and round, what the counters moved in these rounds, and the bytes of the caches after the last."""
+
+    rounds_ms: Timings
+    hits: Hits
+    cache_bytes: dict[str, int]
+
+
+def time_in_turns(make: Callable[[], Mapping[str, Stream]], rounds: int | None = None, hits: Callable[[], Hits] = dict) -> Timed:
+    """Time the two ways `UNPATCHED` and `PATCHED` in turns: so many rounds, or blocks of them until the interval is narrow.
+
+    Args:
+        make: both ways, anew for each block, so that their context stays what it was.
+        hits: the counters as they stand.
+    """
+    timings: Timings = {UNPATCHED: [], PATCHED: []}
+    counted: Hits = {}
+    started = time.perf_counter()
+    while True:
+        ways = make()
+        decode_latency(ways, 0, _WARMUP)
+        before = hits()
+        for name, times in decode_latency(ways, rounds or BLOCK, 0).items():
+            timings[name] += times
+        counted = {name: counted.get(name, Counter()) + moved for name, moved in _moved(before, hits()).items()}
+        ratio = median_ratio(timings[UNPATCHED], timings[PATCHED])
+        patient = len(timings[PATCHED]) < _MOST_ROUNDS and time.perf_counter() - started < _PATIENCE_S
+        if rounds is not None or not patient or ratio.high - ratio.low <= _WIDTH * ratio.value:
+            return Timed(timings, counted, {name: cache_bytes(way.cache) for name, way in ways.items()})
+
+
+def violations(bounds: Bounds, speedup: Interval, increase: Interval | None) -> list[str]:
+    """Which bounds the intervals do not keep, in words. What is not a number keeps none."""
+    found = []
+    if bounds.min_speedup is not None and not speedup.low >= bounds.min_speedup:
+        noisy = speedup.value >= bounds.min_speedup
+        remedy = ": too noisy to tell, give more rounds= or a quieter machine" if noisy else ""
+        found.append(f"speed-up {speedup}: its lower end is below min_speedup={bounds.min_speedup}{remedy}")
+    if bounds.max_ppl_increase is not None and not (increase is not None and increase.high <= bounds.max_ppl_increase):
+        noisy = increase is not None and increase.value <= bounds.max_ppl_increase
+        remedy = ": too few documents to tell, give more with documents=" if noisy else ""
+        found.append(f"perplexity increase {increase}: its upper end is above max_ppl_increase={bounds.max_ppl_increase}{remedy}")
+    return found
+
+
+def perplexity_increase(
+    plain: PreTrainedModel, view: PreTrainedModel, texts: Sequence[torch.Tensor], limit: float = math.inf
+) -> PerplexityIncrease:
+    """Score documents, ids [T] each, with an unpatched and a patched model; the unpatched one starts anew every `limit` tokens."""
+    tokens, nlls = [], {UNPATCHED: list[float](), PATCHED: list[float]()}
+    for text in texts:
+        block = int(min(limit, len(text)))
+        pieces = [stream_nll(plain, text[start : start + block + 1]) for start in range(0, len(text) - 1, block)]
+        tokens.append(len(text) - 1)
+        nlls[UNPATCHED].append(torch.cat(pieces).double().mean().item())
+        nlls[PATCHED].append(stream_nll(view, text).double().mean().item())
+    difference = mean_difference(nlls[PATCHED], nlls[UNPATCHED], tokens)
+    value, low, high = (perplexity_of(nats) - 1 for nats in (difference.value, difference.low, difference.high))
+    return PerplexityIncrease(Interval(value, low, high), tokens, nlls[UNPATCHED], nlls[PATCHED])
+
+
+@dataclass
+class Calls(Stream):
+    """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
+
+    prompts: list[torch.Tensor]
+    calls: int = 0
+
+    def step(self) -> float:
+        prompt = self.prompts[self.calls % len(self.prompts)][None].to(self.model.device)
+        self.calls += 1
+        model: Any = self.model
+        started = time.perf_counter()
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences.cpu().shape[1] - prompt.shape[1]  # waits for the device
+        elapsed = time.perf_counter() - started
+        self.cache = _compat.cache_of(out)
+        return 1000 * elapsed / new
+
+
+def cache_of(model: PreTrainedModel, context: int) -> Any:
+    """A cache of `context` tokens: filled in where the model keeps transformers' own kind, else really streamed."""
+    cache = prefilled_cache(model, 1)
+    if cache is None:
+        raise UnsupportedModel(f"{type(model).__name__} returns no cache, so its decoding steps cannot be timed")
+    if type(cache) is DynamicCache:
+        return filled_cache(model, context)
+    return prefilled_cache(model, context - 1, _PREFILL_CHUNK, cache)
+
+
+def _texts(
+    model: Any, length: int, least: int, tokenizer: PreTrainedTokenizerBase | None, documents: Sequence[str | Sequence[int]] | None
+) -> list[torch.Tensor]:
+    """The first `length` ids of each document that has `least`, but at least two."""
+    least = max(least, 2)
+    if documents is None or any(isinstance(each, str) for each in documents):
+        tokenizer = tokenizer or _tokenizer_of(model)
+    source: Sequence[str | Sequence[int]] | list[str]
+    if documents is None:
+        try:
+            source = list(read_texts(stdlib_files("heldout")))
+        except FileNotFoundError as error:
+            raise GateError(f"{error}: give real texts with documents=") from error
+    else:
+        source = documents
+    encoded = (encode(tokenizer, each) if isinstance(each, str) and tokenizer else each for each in source)
+    # A document that is given twice would make the interval narrow and show nothing.
+    different = dict.fromkeys(tuple(map(int, ids[:length])) for ids in encoded if len(ids) >= least and length >= 2)
+    found = [torch.tensor(ids, dtype=torch.long) for ids in different]
+    if len(found) < _LEAST_DOCUMENTS:
+        raise GateError(
+            f"{len(found)} of {len(source)} documents differ and have {least} tokens within context={length}: "
+            f"give at least {_LEAST_DOCUMENTS} such with documents=, or another context="
+        )
+    count = len(found) if documents is not None else min(len(found), _DOCUMENTS, max(_ALL_TOKENS // length, _LEAST_DOCUMENTS))
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    path = getattr(model, "name_or_path", "")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # foreign files raise nearly anything
+        raise GateError(f"no tokenizer beside {path or 'this model'!r}: give tokenizer=, or documents= as token ids") from error
+    return tokenizer
+
+
+def within(measure: Callable[..., T], *args: Any) -> T:
+    """`measure(*args)`, with a word on what an index out of range means."""
+    try:
+        return measure(*args)
+    except IndexError as error:
+        raise UnsupportedModel(
+            f"the model cannot take so many tokens ({error}): its position table ends, so give a smaller context=; "
+            "or the tokenizer is not its own"
+        ) from error
+
+
+def _described(model: PreTrainedModel) -> str:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return f"{type(model).__name__} of {size:,} parameters in {str(model.dtype).removeprefix('torch.')}"
+
+
+def _hits(view: PreTrainedModel) -> Hits:
+    return {entry.name: Counter(entry.hits) for entry in report(view).patches}
+
+
+def _moved(before: Hits, now: Hits) -> Hits:
+    return {name: counts - before[name] for name, counts in now.items()}  # without those that stand still
+
+
+def _idle(kinds: Mapping[str, type[Patch]], moved: Hits, when: str) -> list[str]:
+    """The patches whose counters say that they did nothing, in words."""
+    found = []
+    for name, kind in kinds.items():
+        if not any(moved[name][counter] for counter in kind.acts or moved[name]):
+            found.append(f"{name} never acted {when}: no count of {' or '.join(map(repr, kind.acts)) or 'anything'}")
+    return found

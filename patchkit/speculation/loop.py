@@ -1,0 +1,698 @@
+"""The speculative loop: draft, verify in one forward of the target, keep what stands, repeat.
+
+It runs as transformers' `custom_generate`, so prompts, processors, stopping criteria and lengths are prepared by `generate` itself.
+Processors and criteria are called once for every token that is emitted, on the same prefixes and in the same order as in plain
+decoding; tokens after one that stops a text are dropped.
+
+Shapes: B rows of the batch, R rows still generating, V vocabulary. A round feeds the last known token and n drafts.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from patchkit import _compat
+from patchkit.attention import alias_of
+from patchkit.compiled.step import FixedCache
+from patchkit.errors import PatchConflict
+from patchkit.exclusive import Exclusive
+from patchkit.handle import Notices
+from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
+from patchkit.measure.latency import cache_bytes
+from patchkit.speculation.acceptance import Acceptance
+from patchkit.speculation.cached_model import CachedModel, make_cache, rollback_of
+from patchkit.speculation.controllers import ControllerSession
+from patchkit.speculation.drafter import Drafter, Proposal, State
+from patchkit.speculation.ragged_cache import VERIFIED_LENGTHS, RaggedCache
+from patchkit.speculation.statistics import RunStatistics, StepRecord
+
+# Calls of generate whose statistics are kept.
+_MOST_RUNS = 256
+# The room that a cache is given at first, in tokens, however many may be generated.
+_MOST_ROOM = 4096
+# So many rounds of a text without a draft are worth a remark.
+_IDLE_ROUNDS = 32
+# Arguments of a forward that the loop makes itself; a run that needs others is not ours.
+_OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
+# Processors that look at one row at a time; others may hold something for each row of the batch.
+_BY_ROW = {
+    f"{name}LogitsProcessor"
+    for name in (
+        *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords", "InfNanRemove"),
+        *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty", "SuppressTokens", "SuppressTokensAtBegin"),
+    )
+} | {
+    "ExponentialDecayLengthPenalty",
+    "LogitNormalization",
+    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
+}
+# Of these, those that do not look at the text.
+_BY_SCORES = {
+    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
+    *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
+}
+_KNOWN_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
+
+
+class Unserved(Exception):
+    """This call of generate is not one that the loop can honour; the message says why. Raised before anything was computed."""
+
+
+@dataclass(eq=False)
+class Speculation:
+    """What the calls of generate of one patched model share.
+
+    Attributes:
+        label: the drafter as text.
+        controller: lives as long as the patch: what it has measured holds for the next text too.
+        ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
+        runs: statistics of the last calls.
+        aliased: implementations of attention whose alias the model's configs name.
+        watching, hidden: whether the decoder's hook keeps its output, and the last one.
+    """
+
+    drafter: Drafter
+    label: str
+    acceptance: Acceptance
+    controller: ControllerSession
+    ragged: bool
+    hits: Counter[str]
+    notices: Notices
+    aliased: tuple[str, ...] = ()
+    exclusive: Exclusive = field(default_factory=Exclusive)
+    runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
+    watching: bool = False
+    hidden: torch.Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
+        vars(self).update(state)
+        for implementation in self.aliased:
+            alias_of(implementation)
+
+
+def speculate(
+    speculation: Speculation,
+    streamer: Any,
+    own_cache: bool,
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """`GenerationMixin._sample`, speculatively.
+
+    Args:
+        streamer: gets every token as it is final, after ``release()``; None for none.
+        own_cache: the cache in ``model_kwargs`` was made for this call, so another may take its place.
+        input_ids: [B, L] int64, left-padded.
+
+    Raises:
+        Unserved: the call asks for what only the stock methods do.
+    """
+    call = _Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
+    _refuse(call, has_streamer=streamer is not None)
+    speculation.exclusive.take(f"generate of this {type(model).__name__}")
+    try:
+        run = _Run(speculation, call)
+        if streamer is not None:
+            streamer.release()
+            run.streamer = streamer
+        speculation.watching, speculation.hidden = False, None
+        return run.generate()
+    finally:
+        speculation.watching, speculation.hidden = False, None
+        speculation.exclusive.give_back()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What one call of generate is given: see `speculate`."""
+
+    model: Any
+    input_ids: torch.Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    model_kwargs: dict[str, Any]
+    own_cache: bool
+
+
+def _refuse(call: _Call, has_streamer: bool) -> None:
+    """Raise `Unserved` for what the loop cannot honour."""
+    input_ids, config, model_kwargs = call.input_ids, call.config, call.model_kwargs
+    mode = str(config.get_generation_mode().value)
+    if mode not in ("greedy_search", "sample"):
+        raise Unserved(mode.replace("_", " "))
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+        raise Unserved("a prompt of embeddings")
+    asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
+    if asked:
+        raise Unserved(f"arguments of the model of its own ({', '.join(asked)})")
+    cache = model_kwargs.get(_compat.CACHE)
+    if model_kwargs.get("use_cache") is False or cache is None:
+        raise Unserved("generation without a cache")
+    if not call.own_cache and rollback_of(cache) is None:
+        raise Unserved(f"a {type(cache).__name__}, which cannot take tokens back")
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise Unserved(f"cache_implementation={config.cache_implementation!r}")
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        raise Unserved("output_attentions and output_hidden_states")
+    if any(type(each).__name__.startswith("UnbatchedClassifierFreeGuidance") for each in call.processors):
+        raise Unserved("classifier-free guidance")
+    limit = _compat.rope_switch(call.model.config.get_text_config(decoder=True))
+    if limit is not None and (config.max_length or limit) >= limit:
+        raise Unserved(f"texts that may pass the {limit} positions at which this model changes all its rotary frequencies")
+    if len(input_ids) > 1:
+        if has_streamer:
+            raise Unserved("a streamer on a batch")
+        if not call.own_cache:
+            raise Unserved(f"{_compat.CACHE} on a batch, whose rows leave when they end")
+        strangers = [type(each).__name__ for each in call.processors if type(each).__name__ not in _BY_ROW]
+        strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in _KNOWN_CRITERIA]
+        if strangers:
+            raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
+        kinds = {type(each).__name__ for each in call.criteria}
+        if "EosTokenCriteria" not in kinds and kinds - {"MaxLengthCriteria"}:
+            # There the stock method goes on with rows that have stopped, until all have.
+            raise Unserved(f"{', '.join(sorted(kinds - {'MaxLengthCriteria'}))} on a batch without an EOS token")
+    past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
+    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
+    if past and (length != input_ids.shape[1] or past >= length):
+        raise Unserved("a prompt that leaves out what the cache holds")
+    if mask is not None:
+        real = mask.bool()
+        if not bool(real[:, -1].all()) or bool((real.int().diff(dim=1) < 0).any()):
+            raise Unserved("an attention_mask with zeros elsewhere than on the left")
+
+
+class _Run:
+    """One call of generate."""
+
+    def __init__(self, speculation: Speculation, call: _Call) -> None:
+        self.speculation, self.model, self.processors, self.config = speculation, call.model, call.processors, call.config
+        self.streamer: Any = None
+        self.decoder = _compat.decoder_of(self.model)
+        self.sampled = bool(self.config.do_sample)
+        input_ids, config = call.input_ids, call.config
+        batch, length = input_ids.shape
+        mask = call.model_kwargs.get("attention_mask")
+        pads = [0] * batch if mask is None else (mask == 0).sum(1).tolist()
+        cache = call.model_kwargs[_compat.CACHE]
+        if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
+            cache = make_cache(self.model, min(config.max_length or 1, _MOST_ROOM))
+        self.past = cache.get_seq_length()
+        self.cached = CachedModel(self.model, cache, pads, speculation.ragged, self.past)
+        self.stops = _Stops(call.criteria, input_ids.device)
+        buffer = input_ids.new_zeros(batch, length + 64)
+        buffer[:, :length] = input_ids
+        self.state = State(buffer, [length] * batch, list(pads), self._distribution if self.sampled else None)
+        self.active = list(range(batch))  # the batch's number of each row still generating
+        self.texts: list[torch.Tensor] = [input_ids[row] for row in range(batch)]
+        self.keeps_scores = config.return_dict_in_generate and config.output_scores
+        self.keeps_logits = config.return_dict_in_generate and config.output_logits
+        self.row_processors = [_processors_of(row, call.processors) for row in range(batch)]
+        # A processor that may keep a state must not see what is only drafted.
+        self.draft_processors = [type(own)(each for each in own if type(each).__name__ in _BY_ROW) for own in self.row_processors]
+        self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        self.prompt = length
+        self.statistics = RunStatistics(
+            prompt_tokens=batch * length - sum(pads), drafter=speculation.label, acceptance=str(speculation.acceptance)
+        )
+
+    # -- the rounds --------------------------------------------------------------------------------------------------------
+
+    def generate(self) -> Any:
+        speculation, state = self.speculation, self.state
+        session = speculation.drafter.begin(self.model, state)
+        speculation.watching = session.wants_hidden
+        self.cached.ragged = self.cached.ragged and not session.aligned
+        speculation.controller.new_text(self.prompt)
+        self._prefill(session)
+        while self.active:
+            started = time.perf_counter()
+            k = min(speculation.controller.choose(), min(self.stops.room(length) for length in state.lengths) - 1)
+            proposal = session.propose(state, k) if k > 0 else None
+            if proposal is not None:
+                proposal = _at_most(proposal if self.cached.ragged else _trunk(proposal), k)
+            _synchronize(self.model)
+            drafted = time.perf_counter()
+            logits = self._verify(proposal)
+            _synchronize(self.model)
+            verified = time.perf_counter()
+            rows = state.rows
+            accepted, paths, emitted = self._settle(proposal, logits)
+            if speculation.watching:
+                assert speculation.hidden is not None
+                session.observe(*self._standing(speculation.hidden, proposal, paths))
+            self._drop_finished(session)
+            ended = time.perf_counter()
+            record = StepRecord(
+                k=max(k, 0),
+                rows=rows,
+                proposed=tuple(_depths(proposal, rows)),
+                accepted=tuple(accepted),
+                emitted=emitted,
+                draft_ms=1000 * (drafted - started),
+                verify_ms=1000 * (verified - drafted),
+                overhead_ms=1000 * (ended - verified),
+            )
+            self.statistics.add(record)
+            speculation.controller.observe(record)
+            self._count(record)
+        self._notice_idleness()
+        return self._finish(session)
+
+    def _notice_idleness(self) -> None:
+        """Say so where a text of some length was made without a single draft."""
+        steps = self.statistics.steps
+        if len(steps) < _IDLE_ROUNDS or any(sum(step.proposed) for step in steps):
+            return
+        asked = any(step.k > 0 for step in steps)
+        reason = f"{self.speculation.label} had nothing to propose" if asked else self.speculation.controller.why_plain()
+        if reason is not None:
+            self.speculation.notices.say(f"generate ran without drafts: {reason}")
+
+    def _prefill(self, session: Any) -> None:
+        """Feed the prompt and take the first token from its logits."""
+        started = time.perf_counter()
+        prompt = self.state.tokens[:, self.past : self.prompt]
+        chunk = self.config.prefill_chunk_size or prompt.shape[1]
+        hidden = []
+        for piece in prompt.split(chunk, dim=1):
+            logits = self.cached.forward(piece, only_last=True)
+            self.cached.keep([piece.shape[1]] * len(piece))
+            hidden.append(self.speculation.hidden)
+        self.cached.record()
+        self._settle(None, logits[:, -1:], fed=False)
+        if self.speculation.watching:
+            session.observe(torch.cat([each for each in hidden if each is not None], 1), [prompt.shape[1]] * len(prompt))
+        self.statistics.memory_bytes = cache_bytes(self.cached.cache)
+        self._drop_finished(session)
+        self.statistics.prefill_ms = 1000 * (time.perf_counter() - started)
+
+    def _verify(self, proposal: Proposal | None) -> torch.Tensor:
+        """Logits [R, 1 + n, V] after the last known token and after each draft."""
+        device = self.state.tokens.device
+        last = self.state.tokens[torch.arange(self.state.rows, device=device), torch.tensor(self.state.lengths, device=device) - 1]
+        if proposal is None:
+            return self.cached.forward(last[:, None])
+        tokens = torch.cat([last[:, None], proposal.tokens], 1)
+        if proposal.parents is None:
+            width = tokens.shape[1]
+            compiled = isinstance(self.cached.cache, RaggedCache) and "_patchkit_compile" in vars(self.decoder)
+            if compiled:
+                rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
+                if self.stops.room(max(self.cached.fed)) < rounded:  # there may be no positions beyond
+                    rounded = width
+                tokens = torch.nn.functional.pad(tokens, (0, rounded - width))
+            return self.cached.forward(tokens)[:, :width]
+        depths, ancestors = tree_shape(proposal.parents, device)
+        return self.cached.forward(tokens, depths=depths, ancestors=ancestors)
+
+    def _settle(self, proposal: Proposal | None, logits: torch.Tensor, fed: bool = True) -> tuple[list[int], list[list[int]], int]:
+        """Judge the drafts, append what stands, and take the rest back.
+
+        Returns:
+            Of each row, how many drafts were accepted, and the nodes that were fed and stand (0 is the last known token); and
+            how many tokens all rows got.
+        """
+        state = self.state
+        self.done = [False] * state.rows
+        self._make_room(1 + (0 if proposal is None else proposal.tokens.shape[1]))
+        texts, nodes = self._judge(proposal, logits)
+        accepted = [len(path) - 1 for path in nodes]
+        if self.cached.aligned:  # no row may get ahead of the others
+            least = min((len(new) for new, done in zip(texts, self.done, strict=True) if not done), default=max(map(len, texts)))
+            # A row that ended beyond that goes back too: to keep only drawn ends would make ends likelier than they are.
+            self.done = [done and len(new) <= least for new, done in zip(texts, self.done, strict=True)]
+            texts = [new[:least] for new in texts]
+            nodes = [(path + path[-1:] * least)[:least] for path in nodes]
+            accepted = [min(count, least - 1) for count in accepted]
+        paths = [path[: len(new)] for path, new in zip(nodes, texts, strict=True)]
+        if fed:
+            if proposal is not None and proposal.parents is not None:
+                self.cached.keep_path(paths)
+            elif self.cached.aligned:
+                self.cached.keep([least] * state.rows)
+            else:
+                self.cached.keep([len(path) for path in paths])
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            self._count_near_ties(logits, [[0]] * state.rows if not fed else paths)
+        for row, new in enumerate(texts):
+            number = self.active[row]
+            state.lengths[row] += len(new)
+            del self.scores[number][state.lengths[row] - self.prompt :], self.logits[number][state.lengths[row] - self.prompt :]
+        if self.streamer is not None:
+            for token in texts[0]:
+                self.streamer.put(torch.tensor([token]))
+        return accepted, paths, sum(map(len, texts))
+
+    def _append(self, row: int, new: list[int]) -> list[int]:
+        """Write new tokens behind a row's text until one of them stops it; returns those."""
+        state, length = self.state, self.state.lengths[row]
+        state.tokens[row, length : length + len(new)] = torch.tensor(new, device=state.tokens.device)
+        for count, token in enumerate(new, 1):
+            if self.stops.after(state.tokens, row, length + count, token):
+                self.done[row] = True
+                return new[:count]
+        return new
+
+    def _standing(self, hidden: torch.Tensor, proposal: Proposal | None, paths: list[list[int]]) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states in the order of the text, for a tree too."""
+        counts = [len(path) for path in paths]
+        if proposal is None or proposal.parents is None:
+            return hidden, counts
+        longest = max(counts)
+        index = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths], device=hidden.device)
+        return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])), counts
+
+    def _drop_finished(self, session: Any) -> None:
+        """Rows whose text has stopped cost nothing more."""
+        state = self.state
+        for row, done in enumerate(self.done):
+            if done:
+                self.texts[self.active[row]] = state.tokens[row, : state.lengths[row]].clone()
+        rows = [row for row, done in enumerate(self.done) if not done]
+        if rows and len(rows) < state.rows:
+            session.select_rows(rows)
+            self.cached.select_rows(rows)
+            state.tokens = state.tokens[rows]
+            state.lengths = [state.lengths[row] for row in rows]
+            state.pads = [state.pads[row] for row in rows]
+        self.active = [self.active[row] for row in rows]
+
+    def _make_room(self, tokens: int) -> None:
+        state = self.state
+        needed = max(state.lengths) + tokens
+        if needed > state.tokens.shape[1]:
+            state.tokens = torch.nn.functional.pad(state.tokens, (0, needed))
+
+    # -- which tokens stand ------------------------------------------------------------------------------------------------
+
+    def _judge(self, proposal: Proposal | None, logits: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Append to every row what stands, up to where a text stops.
+
+        Returns:
+            Of each row, the new tokens, and the nodes from which they were predicted: 0, then the accepted drafts.
+        """
+        rows, exact = self.state.rows, self.speculation.acceptance.lossless
+        plain = not self.sampled and exact and not len(self.processors)
+        if plain and (proposal is None or proposal.parents is None) and not self.keeps_scores and not self.keeps_logits:
+            if proposal is None:
+                return [self._append(row, [token]) for row, token in enumerate(logits[:, 0].argmax(-1).tolist())], [[0]] * rows
+            counts = torch.tensor(proposal.counts, device=logits.device)
+            choice, accepted = verify_prefix(logits, proposal.tokens, counts)
+            chosen, lengths = choice.tolist(), accepted.tolist()
+            return [self._append(row, chosen[row][: n + 1]) for row, n in enumerate(lengths)], [list(range(n + 1)) for n in lengths]
+        if self.sampled and exact and not (self.keeps_scores or self.keeps_logits) and self._looks_at_scores_only():
+            if proposal is not None and proposal.probabilities is not None:
+                return self._judge_drawn(proposal, logits)
+            # One text alone is drawn token by token, so that a seed gives what it gives without drafts.
+            if rows > 1 and (proposal is None or proposal.parents is None):
+                return self._judge_chosen(proposal, logits)
+        judged = [self._judge_row(row, proposal, logits[row]) for row in range(rows)]
+        return [new for new, _ in judged], [path for _, path in judged]
+
+    def _looks_at_scores_only(self) -> bool:
+        """Whether no processor asks which tokens came before, so that all positions can be processed at once."""
+        return all(type(each).__name__ in _BY_SCORES for each in self.processors)
+
+    def _target(self, logits: torch.Tensor) -> torch.Tensor:
+        """[R, T, V] what the target draws from at each position, by processors that look at scores only."""
+        scores = self.processors(self.state.tokens[:1, :1], logits.flatten(0, 1).to(copy=True, dtype=torch.float32))
+        return scores.softmax(-1).view(logits.shape)
+
+    def _judge_chosen(self, proposal: Proposal | None, logits: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Draw at every position; drafts that were chosen, not drawn, stand as far as they are what is drawn."""
+        choice = torch.multinomial(self._target(logits).flatten(0, 1), 1).view(logits.shape[:2]).tolist()
+        drafts = [[]] * len(choice) if proposal is None else proposal.tokens.tolist()
+        counts = [0] * len(choice) if proposal is None else proposal.counts
+        lengths = []
+        for chosen, draft, count in zip(choice, drafts, counts, strict=True):
+            lengths.append(next((i for i in range(count) if draft[i] != chosen[i]), count))
+        texts = [self._append(row, choice[row][: n + 1]) for row, n in enumerate(lengths)]
+        return texts, [list(range(n + 1)) for n in lengths]
+
+    def _judge_drawn(self, proposal: Proposal, logits: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """The rejection rule for all rows at once."""
+        assert proposal.probabilities is not None
+        rows, positions = logits.shape[:2]
+        counts = torch.tensor(proposal.counts, device=logits.device)
+        draws = functools.partial(torch.rand, dtype=torch.float32, device=logits.device)  # whatever the default dtype is
+        accept, following = draws(rows, positions - 1), draws(rows)
+        accepted, following = verify_prefix_sampled(
+            self._target(logits), proposal.probabilities, proposal.tokens, counts, accept, following
+        )
+        lengths = accepted.tolist()
+        drafts, last = proposal.tokens.tolist(), following.tolist()
+        texts = [self._append(row, [*drafts[row][:n], last[row]]) for row, n in enumerate(lengths)]
+        return texts, [list(range(n + 1)) for n in lengths]
+
+    def _judge_row(self, row: int, proposal: Proposal | None, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Walk down the drafts of one row, token by token, as plain decoding would."""
+        state, acceptance, number = self.state, self.speculation.acceptance, self.active[row]
+        drafts = [] if proposal is None else proposal.tokens[row].tolist()
+        children = _children(proposal, row)
+        length, node = state.lengths[row], 0
+        new: list[int] = []
+        path = [0]
+        while True:
+            raw = logits[node : node + 1].to(copy=True, dtype=torch.float32)
+            scores = self.row_processors[number](state.tokens[row : row + 1, : length + len(new)], raw)
+            if self.keeps_scores:
+                self.scores[number].append(scores[0])
+            if self.keeps_logits:
+                self.logits[number].append(logits[node].float())
+            token, child = self._choose(scores[0], children.get(node, []), drafts, proposal, row, acceptance)
+            state.tokens[row, length + len(new)] = token
+            new.append(token)
+            kept = self.scores[number] if self.keeps_scores else None
+            self.done[row] = self.stops.after(state.tokens, row, length + len(new), token, kept)
+            if child is None or self.done[row]:
+                return new, path
+            node = child
+            path.append(node)
+
+    def _choose(
+        self, scores: torch.Tensor, children: list[int], drafts: list[int], proposal: Proposal | None, row: int, acceptance: Acceptance
+    ) -> tuple[int, int | None]:
+        """The token after a node, given its scores [V], and the drafted node that holds it, if one does."""
+        if not acceptance.lossless:
+            for child in children:
+                if acceptance.accepts(scores, drafts[child - 1]):
+                    return drafts[child - 1], child
+            return self._draw(scores), None
+        if self.sampled and proposal is not None and proposal.probabilities is not None and children:
+            child = children[0]
+            token, draft = drafts[child - 1], proposal.probabilities[row, child - 1]
+            target = scores.softmax(-1)
+            if float(torch.rand((), dtype=torch.float32)) * float(draft[token]) < float(target[token]):
+                return token, child
+            rest = (target - draft).clamp_(min=0)
+            # Where rounding leaves nothing, target and draft are the same distribution.
+            return int(torch.multinomial(rest if float(rest.sum()) > 0 else target, 1)), None
+        # A deterministic draft stands if it is what the target would have said: greedy or drawn, that changes nothing.
+        token = self._draw(scores)
+        return token, next((child for child in children if drafts[child - 1] == token), None)
+
+    def _draw(self, scores: torch.Tensor) -> int:
+        return int(torch.multinomial(scores.softmax(-1), 1)) if self.sampled else int(scores.argmax(-1))
+
+    def _distribution(self, drafted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`State.sampler`."""
+        state, logits = self.state, logits.to(copy=True, dtype=torch.float32)
+        if self._looks_at_scores_only():
+            return self.processors(state.tokens[:, :1], logits).softmax(-1)
+        rows = []
+        for row, length in enumerate(state.lengths):
+            text = torch.cat([state.tokens[row, :length], drafted[row]])
+            rows.append(self.draft_processors[self.active[row]](text[None], logits[row : row + 1])[0])
+        return torch.stack(rows).softmax(-1)
+
+    # -- the end -----------------------------------------------------------------------------------------------------------
+
+    def _finish(self, session: Any) -> Any:
+        longest = max(map(len, self.texts))
+        # Without an EOS token there may be no padding token either, and all texts are as long (`_refuse`).
+        pad = 0 if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
+        sequences = torch.stack([torch.nn.functional.pad(text, (0, longest - len(text)), value=pad) for text in self.texts])
+        if self.streamer is not None:
+            self.streamer.end()
+        cache: Any = self.cached.cache
+        self.statistics.memory_bytes = max(self.statistics.memory_bytes, cache_bytes(cache) + cache_bytes(session))
+        self.speculation.runs.append(self.statistics)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        output: Any = GenerateDecoderOnlyOutput  # its annotations want tuples of one
+        return output(
+            sequences=sequences,
+            scores=_stacked(self.scores) if self.keeps_scores else None,
+            logits=_stacked(self.logits) if self.keeps_logits else None,
+            # What is left of a batch's cache belongs to its last row.
+            **{_compat.CACHE: cache if len(self.texts) == 1 else None},
+        )
+
+    def _count(self, record: StepRecord) -> None:
+        hits = self.speculation.hits
+        hits["rounds"] += 1
+        hits["tokens"] += record.emitted
+        hits["proposed"] += sum(record.proposed)
+        hits["accepted"] += sum(record.accepted)
+
+    def _count_near_ties(self, logits: torch.Tensor, paths: list[list[int]]) -> None:
+        """Positions at which the two best logits are closer than one step of their dtype."""
+        best = logits.float().topk(2, -1).values
+        close = (best[..., 0] - best[..., 1]) <= torch.finfo(logits.dtype).eps * best[..., 0].abs()
+        for row, path in enumerate(paths):
+            self.statistics.near_tie_checked += len(path)
+            self.statistics.near_ties += int(close[row, path].sum())
+
+
+class _Stops:
+    """The stopping criteria of one call, asked after every token; the usual ones without a call of theirs."""
+
+    def __init__(self, criteria: Any, device: torch.device) -> None:
+        self.max_length: int | None = None
+        self.ends: set[int] = set()
+        self.others: list[Callable[..., Any]] = []
+        for each in criteria:
+            kind = type(each).__name__
+            if kind == "MaxLengthCriteria":
+                self.max_length = each.max_length if self.max_length is None else min(self.max_length, each.max_length)
+            elif kind == "EosTokenCriteria":
+                self.ends |= set(each.eos_token_id.tolist())
+            else:
+                self.others.append(each)
+
+    def room(self, length: int) -> int:
+        """Tokens that a text of ``length`` may still get."""
+        return self.max_length - length if self.max_length is not None else 1 << 30
+
+    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
+        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here.
+
+        Args:
+            scores: [V] of every new token of the row, where the call of generate keeps them: other criteria see them as [1, V].
+        """
+        if token in self.ends or (self.max_length is not None and length >= self.max_length):
+            return True
+        if not self.others:
+            return False
+        seen = None if scores is None else tuple(each[None] for each in scores)
+        return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
+
+
+def _processors_of(row: int, processors: Any) -> Any:
+    """The processors for one row: a repetition penalty knows the padding of each."""
+    own = type(processors)()
+    for each in processors:
+        ignored = getattr(each, "prompt_ignore_length", None)
+        if torch.is_tensor(ignored):
+            each = copy.copy(each)
+            each.prompt_ignore_length = ignored[row : row + 1]
+        own.append(each)
+    return own
+
+
+def tree_shape(parents: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a tree under the last known token (node 0): the depth of each node [1 + n], and which nodes are on its path [1 + n, 1 + n]."""
+    depths = [0]
+    on_path = torch.zeros(len(parents) + 1, len(parents) + 1, dtype=torch.bool)
+    on_path[0, 0] = True
+    for node, parent in enumerate(parents, 1):
+        depths.append(depths[parent + 1] + 1)
+        on_path[node] = on_path[parent + 1]
+        on_path[node, node] = True
+    return torch.tensor(depths, device=device), on_path.to(device)
+
+
+def _children(proposal: Proposal | None, row: int) -> dict[int, list[int]]:
+    """The drafted nodes (from 1 on) under each node."""
+    if proposal is None:
+        return {}
+    if proposal.parents is None:
+        return {node: [node + 1] for node in range(proposal.counts[row])}
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(proposal.parents, 1):
+        children.setdefault(parent + 1, []).append(node)
+    return children
+
+
+def _trunk(proposal: Proposal) -> Proposal:
+    """The proposal, or of a tree the path through first children, where a mask per row is not to be had."""
+    if proposal.parents is None:
+        return proposal
+    path, node = [], -1
+    while node in proposal.parents:
+        node = proposal.parents.index(node)
+        path.append(node)
+    return Proposal(proposal.tokens[:, path], [len(path)] * len(proposal.tokens))
+
+
+def _at_most(proposal: Proposal, k: int) -> Proposal | None:
+    """The proposal without columns that no row uses; None if nothing is left."""
+    longest = min(k, max(proposal.counts)) if proposal.parents is None else min(k, proposal.tokens.shape[1])
+    if longest <= 0:
+        return None
+    return Proposal(
+        proposal.tokens[:, :longest],
+        [min(count, longest) for count in proposal.counts],
+        None if proposal.probabilities is None else proposal.probabilities[:, :longest],
+        None if proposal.parents is None else proposal.parents[:longest],
+    )
+
+
+def _depths(proposal: Proposal | None, rows: int) -> list[int]:
+    """Of each row, the most drafts that could be accepted."""
+    if proposal is None:
+        return [0] * rows
+    if proposal.parents is None:
+        return proposal.counts
+    return [int(tree_shape(proposal.parents, torch.device("cpu"))[0].max())] * rows
+
+
+def _stacked(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """[B, V] for every new token; zeros where a row has ended."""
+    longest = max(map(len, rows))
+    blank = torch.zeros_like(rows[0][0])
+    return tuple(torch.stack([row[i] if i < len(row) else blank for row in rows]) for i in range(longest))
+
+
+def _synchronize(model: Any) -> None:
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+
+
+def statistics_of(model: Any) -> RunStatistics:
+    """What the last calls of ``model.generate`` did, up to 256, since the model was patched or since `reset_statistics`.
+
+    Raises:
+        PatchConflict: the model is not patched with speculative.
+    """
+    return RunStatistics.merged(_speculation_of(model).runs)
+
+
+def reset_statistics(model: Any) -> None:
+    """Start `statistics_of` afresh; what the controller has learned stays."""
+    _speculation_of(model).runs.clear()
+
+
+def _speculation_of(model: Any) -> Speculation:
+    found = vars(model).get("_patchkit_speculative")
+    if found is None:
+        raise PatchConflict(f"this {type(model).__name__} is not patched with speculative: patch_model(model, 'speculative') first")
+    speculation: Speculation = found
+    return speculation
