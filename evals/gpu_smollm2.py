@@ -18,7 +18,7 @@ import torch
 from evals import real
 from patchkit import patch_model, report
 from patchkit.measure.demo import run_demo
-from patchkit.measure.latency import twin
+from patchkit.views import twin
 
 Row = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Row]]]

@@ -37,11 +37,11 @@ from patchkit import patch_model, report
 from patchkit.measure import demo as show
 from patchkit.measure import needle as recall
 from patchkit.measure.environment import environment, version_of
-from patchkit.measure.latency import twin
 from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
 from patchkit.patch import parse_spec
 from patchkit.speculation import reset_statistics, statistics_of
+from patchkit.views import twin
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("demo", "needle", "speed")

@@ -15,15 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchkit.api import PatchReport as PatchReport
-    from patchkit.api import Report as Report
     from patchkit.api import from_pretrained as from_pretrained
     from patchkit.api import patch_model as patch_model
     from patchkit.api import patched as patched
     from patchkit.api import report as report
     from patchkit.api import unpatch_model as unpatch_model
     from patchkit.api import with_patches as with_patches
-    from patchkit.attention import attention_patch as attention_patch
+    from patchkit.attention_function import attention_patch as attention_patch
     from patchkit.chat import system_tokens as system_tokens
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
@@ -40,14 +38,16 @@ if TYPE_CHECKING:
     from patchkit.patch import available_patches as available_patches
     from patchkit.patch import parse_spec as parse_spec
     from patchkit.patch import register_patch as register_patch
+    from patchkit.record import PatchReport as PatchReport
+    from patchkit.record import Report as Report
     from patchkit.streaming.refresh import DynamicSinks as DynamicSinks
     from patchkit.streaming.refresh import Reencode as Reencode
     from patchkit.target import Target as Target
     from patchkit.training.linearize import linearize as linearize
 
 _HOMES = {
-    "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
-    "attention": ("attention_patch",),
+    "api": ("from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
+    "attention_function": ("attention_patch",),
     "streaming.refresh": ("DynamicSinks", "Reencode"),
     "chat": ("system_tokens",),
     "errors": (
@@ -64,6 +64,7 @@ _HOMES = {
     "handle": ("Handle",),
     "training.linearize": ("linearize",),
     "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
+    "record": ("PatchReport", "Report"),
     "target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -23,7 +23,7 @@ from patchkit import _compat
 from patchkit.errors import PatchError
 
 if TYPE_CHECKING:
-    from patchkit.api import PatchReport
+    from patchkit.record import PatchReport
 
 # Queries of which each is computed as a text of its own, at once.
 _ROWS = 16

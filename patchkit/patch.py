@@ -11,7 +11,7 @@ import importlib
 import keyword
 import os
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -24,8 +24,8 @@ NO_PATCH = "none"
 if TYPE_CHECKING:
     import torch
 
-    from patchkit.api import PatchReport
     from patchkit.handle import Handle
+    from patchkit.record import PatchReport
     from patchkit.target import Target
 
     # (model without the patch, token ids [1, T], what the patch reports) -> logits [1, T, V]
@@ -147,6 +147,9 @@ P = TypeVar("P", bound=Patch)
 S = TypeVar("S", bound=Spelled)
 T = TypeVar("T")
 
+# What names patches: an object, a spec string, or a file that holds one.
+Given = Patch | str | os.PathLike[str]
+
 _registry: dict[str, type[Patch]] = {}
 _discovered = False
 
@@ -216,6 +219,39 @@ def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
         SpecError: the file cannot be read, or what it says.
     """
     return _in_file(path, _parsed)
+
+
+def resolve(patches: Sequence[Any]) -> list[Patch]:
+    """Patch objects from whatever the user gave, in the order of application."""
+    if not any(True for _ in _flat(patches)):
+        raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches())}, or {NO_PATCH!r}")
+    chosen: list[Patch] = []
+    for given in _flat(patches):
+        if isinstance(given, str):
+            chosen.extend(parse_spec(given))
+        elif isinstance(given, os.PathLike):
+            chosen.extend(read_spec(given))
+        elif isinstance(given, type) and issubclass(given, Patch):
+            raise SpecError(f"{given.__name__} is a class: write {given.__name__}()")
+        elif not isinstance(given, Patch):
+            raise SpecError(f"{given!r} is not a patch: give a Patch object, or a spec string such as 'streaming(window=1020)'")
+        elif not hasattr(given, "name"):
+            raise SpecError(f"{type(given).__name__} is not registered: decorate the class with @register_patch('a_name')")
+        else:
+            chosen.append(given)
+    names = [patch.name for patch in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise PatchConflict(f"the patch {name!r} is given {names.count(name)} times: give it once")
+    return sorted(chosen, key=lambda patch: patch.stage)
+
+
+def _flat(patches: Sequence[Any]) -> Iterator[Any]:
+    for given in patches:
+        if isinstance(given, list | tuple):
+            yield from _flat(given)
+        else:
+            yield given
 
 
 def check_spelling(text: str) -> None:

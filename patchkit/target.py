@@ -7,15 +7,13 @@ What moves between the rows, and how, shows where positions enter: keys that tur
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -23,9 +21,8 @@ from torch import nn
 from patchkit import _compat
 from patchkit.attention import alias_of, original_name, recorded
 from patchkit.errors import NothingMatched, PatchError, UnsupportedModel
-
-if TYPE_CHECKING:
-    from patchkit.patch import Patch
+from patchkit.record import Named
+from patchkit.views import evaluating
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -168,12 +165,14 @@ class Target:
 
     Attributes:
         patches: all that are being applied, in that order.
+        patch: patches another model as this one would be, without a line in the log: for `Patch.check`, which may draft with such a view.
         views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
         attention_implementation: what ``config._attn_implementation`` says unpatched: "sdpa", "eager", "flash_attention_2", ...
     """
 
     model: Any
-    patches: tuple[Patch, ...] = ()
+    patches: tuple[Named, ...] = ()
+    patch: Callable[[Any, list[Any]], Any] | None = field(default=None, repr=False)
     views: dict[int, Any] = field(default_factory=dict, repr=False)
     attention_implementation: str = field(init=False)
 
@@ -233,13 +232,6 @@ class Target:
         """
         return _find_feed_forward(self)
 
-    @cached_property
-    def rollback(self) -> tuple[str | None, bool]:
-        """Why tokens that were fed cannot be taken back exactly, or None; and whether each row of a batch can take back its own."""
-        from patchkit.speculation.cached_model import find_obstacle
-
-        return find_obstacle(self.model)
-
     def forward(self, ids: torch.Tensor) -> None:
         """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
 
@@ -283,16 +275,6 @@ class Target:
             "feed_forward_linears": len(self.feed_forward.linears),
             "fused_experts": len(self.feed_forward.experts),
         }
-
-
-def twin(model: M) -> M:
-    """A second module tree over the same parameters and buffers: nothing is copied, and one can be patched while the other is not.
-
-    Twin before patching: a copy of a patched model is patched.
-    """
-    given: Any = model
-    memo: dict[int, Any] = {id(tensor): tensor for tensors in (given.parameters(), given.buffers()) for tensor in tensors}
-    return copy.deepcopy(model, memo)
 
 
 def _decoders(model: Any) -> list[nn.Module]:
@@ -371,19 +353,6 @@ def _probe_tokens(target: Target) -> torch.Tensor:
     row = torch.arange(_PROBE_TOKENS) * 7 % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
     device = target.model.device
     return row.expand(2, -1).contiguous().to(device if device.type != "meta" else "cpu")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No module of ``model`` is in training mode; afterwards, those are that were."""
-    was_training = [module for module in model.modules() if module.training]
-    for module in was_training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 def _read_probe(target: Target, probe: _Probe) -> list[AttentionLayer]:

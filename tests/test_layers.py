@@ -68,5 +68,5 @@ def test_ci_runs_the_matrix_of_what_changed_as_far_as_it_fits() -> None:
     assert ci.chosen(["patchkit/kernels/op.py"], files, seconds) == (["tests/kernels/test_op.py"], [])
     assert ci.chosen(["tests/patches/test_linear.py"], files, seconds) == (["tests/patches/test_linear.py"], [])
     taken, left = ci.chosen(["patchkit/streaming/cache.py", "tests/speculation/test_exact.py"], files, seconds)
-    assert taken == files[:2] and left == ["tests/patches/test_linear.py"]
+    assert taken == [files[3], files[0]] and left == [files[1]]
     assert ci.chosen(["patchkit/linear/state.py"], files, {"tests/patches/test_linear.py": {"matrix": 2401.0}})[1] == [files[3]]

@@ -32,8 +32,8 @@ from transformers import PreTrainedTokenizerBase
 
 from patchkit.errors import PatchError
 from patchkit.measure.perplexity import TextError
+from patchkit.measure.prompts import read_prompts
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
-from patchkit.search.ksweep import read_prompts
 
 DTYPES = ("float32", "bfloat16", "float16")
 FIGURES = ("ttft_ms", "latency_ms", "tokens_per_s")

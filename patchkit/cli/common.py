@@ -19,8 +19,8 @@ from patchkit.errors import PatchError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from patchkit.api import Report
     from patchkit.patch import Patch
+    from patchkit.record import Report
 
 # torch and transformers take seconds to import, so each command imports what it needs.
 
@@ -123,7 +123,8 @@ def patch(model: PreTrainedModel, chosen: list[Patch]) -> None:
 
 def report(model: PreTrainedModel, chosen: list[Patch]) -> Report:
     """What the patches changed, with their counters so far; empty for an unpatched model."""
-    from patchkit.api import Report, report
+    from patchkit.api import report
+    from patchkit.record import Report
 
     return report(model) if chosen else Report([])
 

@@ -12,22 +12,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from patchkit import _compat
 from patchkit.api import patch_model, report
-from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.errors import PatchError
+from patchkit.measure.calls import Calls, cache_of, within
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, Timings, cache_bytes, decode_latency, filled_cache, median_ms, prefilled_cache, twin
+from patchkit.measure.latency import Stream, Timings, decode_latency, median_ms
 from patchkit.measure.paired import Interval, mean_difference, median_ratio
 from patchkit.measure.perplexity import encode, perplexity_of, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patch import Patch, Stage, available_patches
 from patchkit.target import Target
+from patchkit.views import cache_bytes, twin
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 # Rounds are timed in blocks until the interval is so narrow, relative to the ratio, that a bar of 0.9 passes in A/A runs and fails at a
@@ -40,12 +41,9 @@ _WIDTH = 0.08
 
 _WARMUP = 5
 _MOST_CONTEXT = 1024
-_NEW_TOKENS = 64
-_PREFILL_CHUNK = 1024
 _LEAST_DOCUMENTS, _DOCUMENTS = 4, 16
 _DOCUMENT_TOKENS, _ALL_TOKENS = 4096, 32768
 
-T = TypeVar("T")
 Hits = dict[str, Counter[str]]
 
 
@@ -311,43 +309,6 @@ def perplexity_increase(
     return PerplexityIncrease(Interval(value, low, high), tokens, nlls[UNPATCHED], nlls[PATCHED])
 
 
-@dataclass
-class Calls(Stream):
-    """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
-
-    prompts: list[torch.Tensor]
-    calls: int = 0
-
-    def step(self) -> float:
-        prompt = self.prompts[self.calls % len(self.prompts)][None].to(self.model.device)
-        self.calls += 1
-        model: Any = self.model
-        started = time.perf_counter()
-        out = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-        )
-        new = out.sequences.cpu().shape[1] - prompt.shape[1]  # waits for the device
-        elapsed = time.perf_counter() - started
-        self.cache = _compat.cache_of(out)
-        return 1000 * elapsed / new
-
-
-def cache_of(model: PreTrainedModel, context: int) -> Any:
-    """A cache of `context` tokens: filled in where the model keeps transformers' own kind, else really streamed."""
-    cache = prefilled_cache(model, 1)
-    if cache is None:
-        raise UnsupportedModel(f"{type(model).__name__} returns no cache, so its decoding steps cannot be timed")
-    if type(cache) is DynamicCache:
-        return filled_cache(model, context)
-    return prefilled_cache(model, context - 1, _PREFILL_CHUNK, cache)
-
-
 def _texts(
     model: Any, length: int, least: int, tokenizer: PreTrainedTokenizerBase | None, documents: Sequence[str | Sequence[int]] | None
 ) -> list[torch.Tensor]:
@@ -383,17 +344,6 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     except Exception as error:  # foreign files raise nearly anything
         raise GateError(f"no tokenizer beside {path or 'this model'!r}: give tokenizer=, or documents= as token ids") from error
     return tokenizer
-
-
-def within(measure: Callable[..., T], *args: Any) -> T:
-    """`measure(*args)`, with a word on what an index out of range means."""
-    try:
-        return measure(*args)
-    except IndexError as error:
-        raise UnsupportedModel(
-            f"the model cannot take so many tokens ({error}): its position table ends, so give a smaller context=; "
-            "or the tokenizer is not its own"
-        ) from error
 
 
 def _described(model: PreTrainedModel) -> str:

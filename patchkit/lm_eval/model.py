@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.api import Report, patch_model, report
+from patchkit.api import patch_model, report
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.measure.perplexity import TextError, encode, stream_nll
 from patchkit.models import BUNDLED, bundled_path
 from patchkit.patch import Patch, available_patches
+from patchkit.record import Report
 
 try:
     from lm_eval.api.registry import register_model

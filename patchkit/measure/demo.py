@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model
 from patchkit.measure.english_text import Source, english_ids
-from patchkit.measure.latency import Stream, cache_bytes, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
+from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.measure.needle import FORGETS, Answer, Asking, Case, Haystack, answers
 from patchkit.measure.perplexity import Bucket, TextError, block_nll, by_position, encode, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.streaming import StreamingLLM
 from patchkit.target import Target
+from patchkit.views import cache_bytes, twin
 
 SINKS = 4
 UNPATCHED = "unpatched"

@@ -17,7 +17,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from patchkit import _compat
-from patchkit.target import twin as twin
 
 
 def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:
@@ -106,30 +105,6 @@ def median_ms(timings: Timings, name: str) -> float:
 def paired_ratio(timings: Timings, numerator: str, denominator: str) -> float:
     """Median over rounds of the time of one stream divided by the time of another in the same round."""
     return statistics.median(a / b for a, b in zip(timings[numerator], timings[denominator], strict=True))
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of memory behind every tensor that a cache holds; storage that two tensors share counts once."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-    waiting = [cache]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, torch.nn.Module):
-            continue  # a cache may point at its model; weights are not cache
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, list | tuple | set):
-            waiting += item
-        elif hasattr(item, "__dict__") and not isinstance(item, type):
-            waiting += vars(item).values()
-    return sum(storages.values())
 
 
 def _tokens(model: PreTrainedModel, count: int) -> torch.Tensor:

@@ -37,10 +37,11 @@ from patchkit import _compat
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.measure.english_text import Source, english_ids
-from patchkit.measure.latency import filled_cache, twin
+from patchkit.measure.latency import filled_cache
 from patchkit.measure.perplexity import encode
 from patchkit.patch import Patch
 from patchkit.target import Target
+from patchkit.views import twin
 
 UNPATCHED = "unpatched"
 FILES = ("needle.json", "needle.csv", "needle.png")

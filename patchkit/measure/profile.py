@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from patchkit import _compat
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
-from patchkit.measure.latency import twin
 from patchkit.patch import Patch, Stage
+from patchkit.views import twin
 
 _WARMUP_TOKENS = 3
 

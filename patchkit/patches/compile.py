@@ -42,8 +42,9 @@ from patchkit import _compat
 from patchkit.compiled.step import FixedCache, LayerOfStep, StepCache
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.exclusive import Exclusive
-from patchkit.handle import Handle, Notices
+from patchkit.handle import Handle
 from patchkit.patch import Patch, Stage, register_patch
+from patchkit.record import Notices
 from patchkit.streaming.cache import StreamingCache
 from patchkit.target import Target
 

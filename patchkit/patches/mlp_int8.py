@@ -28,10 +28,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from patchkit import _compat
 from patchkit.definitions import rounded_logits
 from patchkit.errors import NothingMatched, SlowerPatch, UnsupportedModel
-from patchkit.handle import Handle, Notices
+from patchkit.handle import Handle
 from patchkit.int8.weight import FreedWeight, Int8Weight
 from patchkit.kernels.int8_experts_linear import int8_experts_linear
 from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.record import Notices
 from patchkit.target import Target
 
 _logger = logging.getLogger("patchkit")

@@ -26,10 +26,11 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from patchkit import _compat
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
-from patchkit.handle import Handle, Notices
+from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.record import Notices
 from patchkit.speculation.acceptance import Acceptance, acceptance
-from patchkit.speculation.cached_model import takes_any_mask
+from patchkit.speculation.cached_model import find_obstacle, takes_any_mask
 from patchkit.speculation.controllers import Controller, controller, parse_call
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.chain import Chain
@@ -90,7 +91,7 @@ class Speculative(Patch):
 
     def check(self, target: Target) -> None:
         name = type(target.model).__name__
-        obstacle, _ = target.rollback
+        obstacle, ragged = find_obstacle(target.model)
         if obstacle is not None:
             raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}")
         if getattr(target.model.generate, "__func__", None) is not type(target.model).generate:
@@ -101,11 +102,10 @@ class Speculative(Patch):
         drafter = _drafter(self.draft, target)
         assert drafter is not None
         drafter.check(target)
-        target.views[id(self)] = drafter
+        target.views[id(self)] = drafter, ragged
 
     def apply(self, target: Target, handle: Handle) -> None:
-        drafter = target.views.pop(id(self))
-        _, ragged = target.rollback
+        drafter, ragged = target.views.pop(id(self))
         prepared, control = drafter.prepared(target), self._controller().begin()
         configs = _compat.attention_configs(target.model)
         # Masks for each row come through the alias. It stays, because to put it there for a forward would disturb other threads.

@@ -44,8 +44,9 @@ from patchkit.compiled.step import StepCache
 from patchkit.definitions import window_logits
 from patchkit.errors import NothingMatched, PatchConflict, StreamError, UnsupportedModel
 from patchkit.exclusive import Exclusive
-from patchkit.handle import Handle, Notices
+from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.record import Notices
 from patchkit.streaming.cache import Frame, Lane, Plan, Stream, StreamingCache
 from patchkit.streaming.refresh import DynamicLane, DynamicSinks, Reencode, Refresh, RefreshedCache
 from patchkit.target import AttentionLayer, Rotary, Target
@@ -132,7 +133,7 @@ class StreamingLLM(Patch):
         runtime = open_stream(target, handle, plan)
         for layer in owned:
             stream_layer(target, handle, runtime, layer)
-        if plan.refresh is not None:
+        if plan.make_cache is not None:
             handle.pre_hook(target.decoder, functools.partial(_before_refreshed_forward, handle.hits), with_kwargs=True, prepend=True)
             handle.hook(target.decoder, _after_refreshed_forward, with_kwargs=True, always_call=True)
         report_layers(target, handle, plan)
@@ -179,7 +180,7 @@ class StreamingLLM(Patch):
                 f"every attention layer of {name} already has its own window (of {_listed(_windows(layers))} tokens): nothing to add"
             )
         plan, owned = make_plan(target, "streaming", {layer.index: self._lane(layer.rotary) for layer in chosen})
-        plan.refresh = self.refresh
+        plan.make_cache = None if self.refresh is None else self.refresh.new_cache
         obstacle = None if self.refresh is None else self.refresh.obstacle(plan, chosen)
         if self.refresh is not None and obstacle is not None:
             raise UnsupportedModel(f"refresh={self.refresh.spec} does not go with {name}: {obstacle}. Leave refresh out")

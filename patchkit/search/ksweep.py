@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchkit.api import patch_model
 from patchkit.errors import PatchError
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import twin
-from patchkit.measure.perplexity import TextError, encode, read_text
+from patchkit.measure.perplexity import TextError, encode
+from patchkit.measure.prompts import read_prompts
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation.loop import reset_statistics, statistics_of
 from patchkit.speculation.statistics import RunStatistics
+from patchkit.views import twin
 
 FILES = ("ksweep.csv", "ksweep.json", "throughput.png", "acceptance.png")
 
@@ -148,24 +149,6 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, le
     if not texts:
         raise TextError(f"{source} has no prompt of {length} tokens: give a smaller --prompt-tokens, or a file with --prompts")
     return [torch.tensor([ids]) for ids in texts]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The texts of a UTF-8 file: every line that is not blank, or those in the list of a `.json` file.
-
-    Raises:
-        TextError: no such file, or no list of texts.
-    """
-    content = read_text(path)
-    if path.suffix != ".json":
-        return [line for line in content.splitlines() if line.strip()]
-    try:
-        texts = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON ({error}): give a list of texts, or a text file with one prompt per line") from error
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise TextError(f'{path} is not a JSON list of texts: write it like ["first prompt", "second prompt"]')
-    return texts
 
 
 def work(ks: Sequence[int], prompts: int, iterations: int) -> int:

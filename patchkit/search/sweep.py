@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchkit.api import patch_model, report
 from patchkit.errors import NothingMatched, PatchError, StreamError, UnsupportedModel
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, cache_bytes, decode_latency, filled_cache, prefilled_cache, twin
+from patchkit.measure.latency import Stream, decode_latency, filled_cache, prefilled_cache
 from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError, block_nll, encode, perplexity_of, read_text, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
@@ -36,6 +36,7 @@ from patchkit.patch import parse_object
 from patchkit.patches.streaming import StreamingLLM
 from patchkit.streaming.cache import Lane
 from patchkit.streaming.refresh import DynamicSinks, Reencode, Refresh
+from patchkit.views import cache_bytes, twin
 
 UNPATCHED = "unpatched"
 BLOCKS = "unpatched in blocks"

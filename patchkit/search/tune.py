@@ -23,15 +23,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model, report, unpatch_model
 from patchkit.errors import PatchError, SpecError, UnsupportedModel
-from patchkit.gates.gate import Calls, cache_of, within
+from patchkit.measure.calls import Calls, cache_of, within
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, decode_latency, twin
+from patchkit.measure.latency import Stream, decode_latency
 from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError, encode, perplexity_of, read_text, stream_nll
 from patchkit.patch import NO_PATCH, Patch, Stage, available_patches, parse_spec
 from patchkit.search.halving import LEAST_DOCUMENTS, OutOfTime, Row, Search, percent, specs_of
 from patchkit.search.sweep import documents as library_documents
 from patchkit.target import Target
+from patchkit.views import twin
 
 Objective = Literal["decode", "generate"]
 _MOST_DOCUMENTS, _MOST_TOKENS = 16, 32768

@@ -24,8 +24,8 @@ from patchkit.attention import has_own_mask, masks_from, original_name
 from patchkit.compiled.step import FixedCache
 from patchkit.errors import StreamError
 from patchkit.speculation.ragged_cache import RaggedCache
-from patchkit.target import evaluating
-from patchkit.testing import TOLERANCES, logit_error
+from patchkit.tolerance import TOLERANCES, logit_error
+from patchkit.views import evaluating
 
 # Attention implementations that take a mask of any form.
 _MASKABLE = ("eager", "sdpa")

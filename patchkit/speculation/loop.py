@@ -25,15 +25,15 @@ from patchkit.attention import alias_of
 from patchkit.compiled.step import FixedCache
 from patchkit.errors import PatchConflict
 from patchkit.exclusive import Exclusive
-from patchkit.handle import Notices
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
-from patchkit.measure.latency import cache_bytes
+from patchkit.record import Notices
 from patchkit.speculation.acceptance import Acceptance
 from patchkit.speculation.cached_model import CachedModel, make_cache, rollback_of
 from patchkit.speculation.controllers import ControllerSession
 from patchkit.speculation.drafter import Drafter, Proposal, State
 from patchkit.speculation.ragged_cache import VERIFIED_LENGTHS, RaggedCache
 from patchkit.speculation.statistics import RunStatistics, StepRecord
+from patchkit.views import cache_bytes
 
 # Calls of generate whose statistics are kept.
 _MOST_RUNS = 256

@@ -29,7 +29,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -37,9 +37,6 @@ from patchkit import _compat
 from patchkit.compiled.step import Sinks, StepCache, StepLayer, of_one_dtype
 from patchkit.errors import StreamError
 from patchkit.target import Rotary, same_rotary
-
-if TYPE_CHECKING:
-    from patchkit.streaming.refresh import Refresh
 
 # Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
 ROLLBACK = 256
@@ -126,7 +123,7 @@ class Plan:
         stock_layers: makes transformers' cache layers of a fresh cache.
         owns_all: every attention layer is in a lane, so no mask of transformers' own is needed.
         has_alibi: some layers add a bias that is linear in the distance.
-        refresh: what is done about the cache every so many tokens; None: nothing.
+        make_cache: makes the caches, where something is done about them every so many tokens; None: nothing is.
     """
 
     lanes: dict[int, Lane]
@@ -135,11 +132,11 @@ class Plan:
     stock_layers: Callable[[], list[Any]]
     owns_all: bool = True
     has_alibi: bool = False
-    refresh: Refresh | None = None
+    make_cache: Callable[[Plan], StreamingCache] | None = None
 
     def new_cache(self) -> StreamingCache:
         """An empty cache."""
-        return StreamingCache(self) if self.refresh is None else self.refresh.new_cache(self)
+        return StreamingCache(self) if self.make_cache is None else self.make_cache(self)
 
 
 @dataclass(eq=False)

@@ -27,10 +27,11 @@ from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState, load_state
 from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
 from patchkit.measure.perplexity import block_nll, by_position, encode, stream_nll
-from patchkit.target import BAKED_IN, Target, evaluating, twin
+from patchkit.target import BAKED_IN, Target
 from patchkit.training.recovery import Lora, lm_loss
 from patchkit.training.student import Student
 from patchkit.training.transfer import errors, fit_readouts, transfer_loss
+from patchkit.views import evaluating, twin
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit import patch_model
-from patchkit.measure.latency import twin
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.models import load_model
 from patchkit.patches.speculative import Speculative
@@ -21,6 +20,7 @@ from patchkit.speculation import reset_statistics, statistics_of
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup
 from patchkit.speculation.drafters.self_draft import SelfDraft
+from patchkit.views import twin
 
 NEW, PROMPT = 128, 128
 Way = Callable[[torch.Tensor], torch.Tensor]

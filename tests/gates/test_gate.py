@@ -21,10 +21,11 @@ from patchkit.cli import app
 from patchkit.gates import gate as gate_module
 from patchkit.gates.gate import BLOCK, PATCHED, UNPATCHED, Bounds, GateError, perplexity_increase, run_gate, time_in_turns, violations
 from patchkit.gates.runs import compare, speedup_change
-from patchkit.measure.latency import Stream, Timings, decode_latency, twin
+from patchkit.measure.latency import Stream, Timings, decode_latency
 from patchkit.measure.paired import Interval, median_ratio
 from patchkit.patches.speculative import Speculative
 from patchkit.testing import assert_restored, snapshot, tiny_model
+from patchkit.views import twin
 
 pytest_plugins = ["pytester"]
 

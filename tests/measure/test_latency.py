@@ -7,8 +7,9 @@ import torch
 from support import cached
 
 from patchkit import StreamingLLM, patch_model
-from patchkit.measure.latency import Stream, cache_bytes, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
+from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.testing import assert_restored, snapshot, tiny_model
+from patchkit.views import cache_bytes, twin
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

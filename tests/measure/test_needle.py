@@ -19,12 +19,12 @@ from patchkit.cli import app
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.measure import needle as quality
 from patchkit.measure.english_text import Source, english_ids
-from patchkit.measure.latency import twin
 from patchkit.measure.needle import Answer, Asking, Case, Haystack, NeedleError, NeedleGrid, answers, possible, run_needle
 from patchkit.models import load_model
 from patchkit.patch import parse_spec
 from patchkit.speculation import statistics_of
 from patchkit.testing import TOLERANCES, assert_restored, snapshot, tiny_model
+from patchkit.views import twin
 
 LOGITS = TOLERANCES[torch.float32].logits
 # Gives back what a user says between marks, as templates of instruct models do.

@@ -17,12 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from patchkit import Compile, LinearAttention, patch_model, patched, report, unpatch_model
 from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, StreamError, UnsupportedModel
 from patchkit.linear.state import LinearState
-from patchkit.measure.latency import cache_bytes
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation.drafters.self_draft import SelfDraft
 from patchkit.streaming.cache import ROLLBACK, StreamingCache
 from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
+from patchkit.views import cache_bytes
 
 WINDOW, TOKENS = 6, 30
 LOGITS, DIFFERS = TOLERANCES[torch.float32].logits, TOLERANCES[torch.float32].differs

@@ -30,8 +30,8 @@ from patchkit import (
 )
 from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
-from patchkit.target import twin
 from patchkit.testing import assert_restored, snapshot, tiny_model
+from patchkit.views import twin
 
 IDS = torch.randint(4, 100, (2, 30), generator=torch.Generator().manual_seed(3))
 MODES = ("weight_only", "dynamic")

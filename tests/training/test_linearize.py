@@ -23,11 +23,12 @@ from patchkit.linear.state import LinearState, load_state
 from patchkit.measure.perplexity import by_position, stream_nll
 from patchkit.patches.linear import LinearAttention
 from patchkit.patches.streaming import StreamingLLM
-from patchkit.target import Target, twin
+from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.training import linearize as conversion
 from patchkit.training.linearize import Conversion, Rates, linearize
 from patchkit.training.student import Student, unturned
+from patchkit.views import twin
 
 SMALL: dict[str, Any] = dict(window=8, batch=2, length=48, progress=False)
 

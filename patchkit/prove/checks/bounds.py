@@ -1,6 +1,6 @@
 """How far two computations of the same logits may be apart, and judging by it.
 
-In this order, and the first that holds decides: a row of `patchkit.testing.TOLERANCES`, in 16 bits three times what the unpatched model
+In this order, and the first that holds decides: a row of `patchkit.tolerance.TOLERANCES`, in 16 bits three times what the unpatched model
 differs from its own weights in float32; for patches that round, three times what their definition differs from itself if the inputs of what
 they round move by what nobody can promise; and three times what the unpatched model differs from itself in the same test.
 """

@@ -18,8 +18,10 @@ from patchkit.patch import Patch, Promises
 from patchkit.prove.checks.compare import Difference, difference
 from patchkit.prove.checks.feeding import NotJudged, fed, in_chunks, one_by_one, watched
 from patchkit.prove.proof import Check, Proof
-from patchkit.target import Target, twin
-from patchkit.testing import TOLERANCES, Snapshot, snapshot
+from patchkit.target import Target
+from patchkit.testing import Snapshot, snapshot
+from patchkit.tolerance import TOLERANCES
+from patchkit.views import twin
 
 Advance = Callable[[str], object]
 # Tokens of a probe beyond those after which every patch acts.

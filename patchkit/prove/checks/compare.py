@@ -22,7 +22,7 @@ class Difference:
     """How far two computations of the same logits are apart.
 
     Attributes:
-        largest: of all logits, relative to a tenth of the largest expected one where that exceeds 10 (`patchkit.testing.logit_error`).
+        largest: of all logits, relative to a tenth of the largest expected one where that exceeds 10 (`patchkit.tolerance.logit_error`).
         position: root mean square over the vocabulary, at the position where it is largest.
         typical: the median over positions of what ``largest`` is of all.
 

@@ -15,7 +15,7 @@ from patchkit.prove.checks.bounds import for_logits, judged
 from patchkit.prove.checks.case import Case, NotJudged
 from patchkit.prove.checks.feeding import fed, padded
 from patchkit.prove.proof import Check
-from patchkit.testing import logit_error
+from patchkit.tolerance import logit_error
 
 NEW_TOKENS = 32
 # A processor, with which patches that judge tokens do it another way.

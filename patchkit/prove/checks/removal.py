@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 
 from patchkit import api
-from patchkit.measure.latency import cache_bytes, prefilled_cache
+from patchkit.measure.latency import prefilled_cache
 from patchkit.patch import Patch
 from patchkit.prove.checks.case import Case, NotJudged
 from patchkit.prove.checks.feeding import listed
 from patchkit.prove.checks.generating import generated, prompts
 from patchkit.prove.proof import Check
 from patchkit.testing import assert_restored
+from patchkit.views import cache_bytes
 
 
 def restored(case: Case) -> None:

@@ -14,7 +14,7 @@ from patchkit.prove.checks.case import Case
 from patchkit.prove.checks.feeding import padded
 from patchkit.prove.checks.generating import PENALTY, generated, going_round, margin_of, prompts, step_logits
 from patchkit.prove.proof import Check
-from patchkit.testing import logit_error
+from patchkit.tolerance import logit_error
 
 _PROMISE = "greedy text stays the same"
 

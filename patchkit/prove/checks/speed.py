@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from patchkit.measure import paired
-from patchkit.measure.latency import Stream, cache_bytes, decode_latency, median_ms, prefilled_cache
+from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
 from patchkit.prove.checks.case import Case
 from patchkit.prove.checks.feeding import cache_after
 from patchkit.prove.checks.generating import NEW_TOKENS, generated, prompts
 from patchkit.prove.checks.work import Work
 from patchkit.prove.proof import Speed
+from patchkit.views import cache_bytes
 
 
 def timed(case: Case) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from patchkit.errors import NothingMatched
-from patchkit.patch import Patch
+from patchkit.patch import Patch, resolve
 from patchkit.speculation.drafter import Drafter, Session, State
 from patchkit.speculation.drafters.draft_model import DraftModel
-from patchkit.target import Target, twin
+from patchkit.target import Target
+from patchkit.views import twin
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +52,14 @@ class SelfDraft(Drafter):
             for layers, index in _layers(view, self.skip_layers):
                 layers[index] = _Skipped(_extra_outputs(view, layers[index]))
         if self.patches:
-            from patchkit.api import patch_model
-
-            patch_model(view, *self._resolved(), verbose=False)
+            assert target.patch is not None  # `patch_model` gives it
+            target.patch(view, self._resolved())
         DraftModel(view).check(target)
         target.views[id(self)] = view
 
     def prepared(self, target: Target) -> Drafter:
-        from patchkit.patches.streaming import StreamingLLM
-
         # What a window would drop need not be fed.
-        context = next((patch.window for patch in self._resolved() if isinstance(patch, StreamingLLM)), None)
+        context = next((patch.window for patch in self._resolved() if patch.name == "streaming"), None)  # type: ignore[attr-defined]
         return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
 
     def begin(self, model: Any, state: State) -> Session:
@@ -73,9 +71,7 @@ class SelfDraft(Drafter):
         return f"self_draft({' + '.join(parts)})"
 
     def _resolved(self) -> list[Patch]:
-        from patchkit.api import _resolve
-
-        return _resolve([self.patches]) if self.patches else []
+        return resolve([self.patches]) if self.patches else []
 
 
 class _Skipped(nn.Module):
