@@ -31,12 +31,15 @@ from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.record import Notices
 from patchkit.speculation.acceptance import Acceptance, acceptance
 from patchkit.speculation.cached_model import find_obstacle, takes_any_mask
-from patchkit.speculation.controllers import Controller, controller, parse_call
+from patchkit.speculation.controllers import controller, parse_call
+from patchkit.speculation.draft_lengths import Controller
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.chain import Chain
 from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup
-from patchkit.speculation.loop import Speculation, Unserved, speculate
+from patchkit.speculation.loop import speculate
+from patchkit.speculation.refusals import Unserved
+from patchkit.speculation.shared import Speculation
 from patchkit.target import Target
 
 

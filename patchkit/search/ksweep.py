@@ -23,7 +23,7 @@ from patchkit.measure.perplexity import TextError, encode
 from patchkit.measure.prompts import read_prompts
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.speculative import Speculative
-from patchkit.speculation.loop import reset_statistics, statistics_of
+from patchkit.speculation.shared import reset_statistics, statistics_of
 from patchkit.speculation.statistics import RunStatistics
 from patchkit.views import twin
 

@@ -9,95 +9,32 @@ Shapes: B rows of the batch, R rows still generating, V vocabulary. A round feed
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from patchkit import _compat
-from patchkit.attention import alias_of
 from patchkit.compiled.step import FixedCache
-from patchkit.errors import PatchConflict
-from patchkit.exclusive import Exclusive
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
-from patchkit.record import Notices
 from patchkit.speculation.acceptance import Acceptance
-from patchkit.speculation.cached_model import CachedModel, make_cache, rollback_of
-from patchkit.speculation.controllers import ControllerSession
-from patchkit.speculation.drafter import Drafter, Proposal, State
+from patchkit.speculation.cached_model import CachedModel, make_cache
+from patchkit.speculation.drafter import Proposal, State
 from patchkit.speculation.ragged_cache import VERIFIED_LENGTHS, RaggedCache
+from patchkit.speculation.refusals import Call, refuse_call
+from patchkit.speculation.shared import Speculation
 from patchkit.speculation.statistics import RunStatistics, StepRecord
+from patchkit.speculation.stops import BY_ROW, BY_SCORES, Stops, processors_of
+from patchkit.speculation.tree import at_most, children_of, depths, stacked, tree_shape, trunk
 from patchkit.views import cache_bytes
 
-# Calls of generate whose statistics are kept.
-_MOST_RUNS = 256
 # The room that a cache is given at first, in tokens, however many may be generated.
 _MOST_ROOM = 4096
+
 # So many rounds of a text without a draft are worth a remark.
 _IDLE_ROUNDS = 32
-# Arguments of a forward that the loop makes itself; a run that needs others is not ours.
-_OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
-# Processors that look at one row at a time; others may hold something for each row of the batch.
-_BY_ROW = {
-    f"{name}LogitsProcessor"
-    for name in (
-        *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords", "InfNanRemove"),
-        *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty", "SuppressTokens", "SuppressTokensAtBegin"),
-    )
-} | {
-    "ExponentialDecayLengthPenalty",
-    "LogitNormalization",
-    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
-}
-# Of these, those that do not look at the text.
-_BY_SCORES = {
-    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
-    *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
-}
-_KNOWN_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
-
-
-class Unserved(Exception):
-    """This call of generate is not one that the loop can honour; the message says why. Raised before anything was computed."""
-
-
-@dataclass(eq=False)
-class Speculation:
-    """What the calls of generate of one patched model share.
-
-    Attributes:
-        label: the drafter as text.
-        controller: lives as long as the patch: what it has measured holds for the next text too.
-        ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
-        runs: statistics of the last calls.
-        aliased: implementations of attention whose alias the model's configs name.
-        watching, hidden: whether the decoder's hook keeps its output, and the last one.
-    """
-
-    drafter: Drafter
-    label: str
-    acceptance: Acceptance
-    controller: ControllerSession
-    ragged: bool
-    hits: Counter[str]
-    notices: Notices
-    aliased: tuple[str, ...] = ()
-    exclusive: Exclusive = field(default_factory=Exclusive)
-    runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
-    watching: bool = False
-    hidden: torch.Tensor | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
-        vars(self).update(state)
-        for implementation in self.aliased:
-            alias_of(implementation)
 
 
 def speculate(
@@ -121,8 +58,8 @@ def speculate(
     Raises:
         Unserved: the call asks for what only the stock methods do.
     """
-    call = _Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
-    _refuse(call, has_streamer=streamer is not None)
+    call = Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
+    refuse_call(call, has_streamer=streamer is not None)
     speculation.exclusive.take(f"generate of this {type(model).__name__}")
     try:
         run = _Run(speculation, call)
@@ -136,71 +73,10 @@ def speculate(
         speculation.exclusive.give_back()
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What one call of generate is given: see `speculate`."""
-
-    model: Any
-    input_ids: torch.Tensor
-    processors: Any
-    criteria: Any
-    config: Any
-    model_kwargs: dict[str, Any]
-    own_cache: bool
-
-
-def _refuse(call: _Call, has_streamer: bool) -> None:
-    """Raise `Unserved` for what the loop cannot honour."""
-    input_ids, config, model_kwargs = call.input_ids, call.config, call.model_kwargs
-    mode = str(config.get_generation_mode().value)
-    if mode not in ("greedy_search", "sample"):
-        raise Unserved(mode.replace("_", " "))
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
-        raise Unserved("a prompt of embeddings")
-    asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
-    if asked:
-        raise Unserved(f"arguments of the model of its own ({', '.join(asked)})")
-    cache = model_kwargs.get(_compat.CACHE)
-    if model_kwargs.get("use_cache") is False or cache is None:
-        raise Unserved("generation without a cache")
-    if not call.own_cache and rollback_of(cache) is None:
-        raise Unserved(f"a {type(cache).__name__}, which cannot take tokens back")
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise Unserved(f"cache_implementation={config.cache_implementation!r}")
-    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        raise Unserved("output_attentions and output_hidden_states")
-    if any(type(each).__name__.startswith("UnbatchedClassifierFreeGuidance") for each in call.processors):
-        raise Unserved("classifier-free guidance")
-    limit = _compat.rope_switch(call.model.config.get_text_config(decoder=True))
-    if limit is not None and (config.max_length or limit) >= limit:
-        raise Unserved(f"texts that may pass the {limit} positions at which this model changes all its rotary frequencies")
-    if len(input_ids) > 1:
-        if has_streamer:
-            raise Unserved("a streamer on a batch")
-        if not call.own_cache:
-            raise Unserved(f"{_compat.CACHE} on a batch, whose rows leave when they end")
-        strangers = [type(each).__name__ for each in call.processors if type(each).__name__ not in _BY_ROW]
-        strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in _KNOWN_CRITERIA]
-        if strangers:
-            raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
-        kinds = {type(each).__name__ for each in call.criteria}
-        if "EosTokenCriteria" not in kinds and kinds - {"MaxLengthCriteria"}:
-            # There the stock method goes on with rows that have stopped, until all have.
-            raise Unserved(f"{', '.join(sorted(kinds - {'MaxLengthCriteria'}))} on a batch without an EOS token")
-    past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
-    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
-    if past and (length != input_ids.shape[1] or past >= length):
-        raise Unserved("a prompt that leaves out what the cache holds")
-    if mask is not None:
-        real = mask.bool()
-        if not bool(real[:, -1].all()) or bool((real.int().diff(dim=1) < 0).any()):
-            raise Unserved("an attention_mask with zeros elsewhere than on the left")
-
-
 class _Run:
     """One call of generate."""
 
-    def __init__(self, speculation: Speculation, call: _Call) -> None:
+    def __init__(self, speculation: Speculation, call: Call) -> None:
         self.speculation, self.model, self.processors, self.config = speculation, call.model, call.processors, call.config
         self.streamer: Any = None
         self.decoder = _compat.decoder_of(self.model)
@@ -214,7 +90,7 @@ class _Run:
             cache = make_cache(self.model, min(config.max_length or 1, _MOST_ROOM))
         self.past = cache.get_seq_length()
         self.cached = CachedModel(self.model, cache, pads, speculation.ragged, self.past)
-        self.stops = _Stops(call.criteria, input_ids.device)
+        self.stops = Stops(call.criteria, input_ids.device)
         buffer = input_ids.new_zeros(batch, length + 64)
         buffer[:, :length] = input_ids
         self.state = State(buffer, [length] * batch, list(pads), self._distribution if self.sampled else None)
@@ -222,9 +98,9 @@ class _Run:
         self.texts: list[torch.Tensor] = [input_ids[row] for row in range(batch)]
         self.keeps_scores = config.return_dict_in_generate and config.output_scores
         self.keeps_logits = config.return_dict_in_generate and config.output_logits
-        self.row_processors = [_processors_of(row, call.processors) for row in range(batch)]
+        self.row_processors = [processors_of(row, call.processors) for row in range(batch)]
         # A processor that may keep a state must not see what is only drafted.
-        self.draft_processors = [type(own)(each for each in own if type(each).__name__ in _BY_ROW) for own in self.row_processors]
+        self.draft_processors = [type(own)(each for each in own if type(each).__name__ in BY_ROW) for own in self.row_processors]
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.prompt = length
@@ -246,7 +122,7 @@ class _Run:
             k = min(speculation.controller.choose(), min(self.stops.room(length) for length in state.lengths) - 1)
             proposal = session.propose(state, k) if k > 0 else None
             if proposal is not None:
-                proposal = _at_most(proposal if self.cached.ragged else _trunk(proposal), k)
+                proposal = at_most(proposal if self.cached.ragged else trunk(proposal), k)
             _synchronize(self.model)
             drafted = time.perf_counter()
             logits = self._verify(proposal)
@@ -262,7 +138,7 @@ class _Run:
             record = StepRecord(
                 k=max(k, 0),
                 rows=rows,
-                proposed=tuple(_depths(proposal, rows)),
+                proposed=tuple(depths(proposal, rows)),
                 accepted=tuple(accepted),
                 emitted=emitted,
                 draft_ms=1000 * (drafted - started),
@@ -428,7 +304,7 @@ class _Run:
 
     def _looks_at_scores_only(self) -> bool:
         """Whether no processor asks which tokens came before, so that all positions can be processed at once."""
-        return all(type(each).__name__ in _BY_SCORES for each in self.processors)
+        return all(type(each).__name__ in BY_SCORES for each in self.processors)
 
     def _target(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, T, V] what the target draws from at each position, by processors that look at scores only."""
@@ -465,7 +341,7 @@ class _Run:
         """Walk down the drafts of one row, token by token, as plain decoding would."""
         state, acceptance, number = self.state, self.speculation.acceptance, self.active[row]
         drafts = [] if proposal is None else proposal.tokens[row].tolist()
-        children = _children(proposal, row)
+        children = children_of(proposal, row)
         length, node = state.lengths[row], 0
         new: list[int] = []
         path = [0]
@@ -526,7 +402,7 @@ class _Run:
 
     def _finish(self, session: Any) -> Any:
         longest = max(map(len, self.texts))
-        # Without an EOS token there may be no padding token either, and all texts are as long (`_refuse`).
+        # Without an EOS token there may be no padding token either, and all texts are as long (`refuse_call`).
         pad = 0 if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
         sequences = torch.stack([torch.nn.functional.pad(text, (0, longest - len(text)), value=pad) for text in self.texts])
         if self.streamer is not None:
@@ -539,8 +415,8 @@ class _Run:
         output: Any = GenerateDecoderOnlyOutput  # its annotations want tuples of one
         return output(
             sequences=sequences,
-            scores=_stacked(self.scores) if self.keeps_scores else None,
-            logits=_stacked(self.logits) if self.keeps_logits else None,
+            scores=stacked(self.scores) if self.keeps_scores else None,
+            logits=stacked(self.logits) if self.keeps_logits else None,
             # What is left of a batch's cache belongs to its last row.
             **{_compat.CACHE: cache if len(self.texts) == 1 else None},
         )
@@ -561,138 +437,6 @@ class _Run:
             self.statistics.near_ties += int(close[row, path].sum())
 
 
-class _Stops:
-    """The stopping criteria of one call, asked after every token; the usual ones without a call of theirs."""
-
-    def __init__(self, criteria: Any, device: torch.device) -> None:
-        self.max_length: int | None = None
-        self.ends: set[int] = set()
-        self.others: list[Callable[..., Any]] = []
-        for each in criteria:
-            kind = type(each).__name__
-            if kind == "MaxLengthCriteria":
-                self.max_length = each.max_length if self.max_length is None else min(self.max_length, each.max_length)
-            elif kind == "EosTokenCriteria":
-                self.ends |= set(each.eos_token_id.tolist())
-            else:
-                self.others.append(each)
-
-    def room(self, length: int) -> int:
-        """Tokens that a text of ``length`` may still get."""
-        return self.max_length - length if self.max_length is not None else 1 << 30
-
-    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
-        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here.
-
-        Args:
-            scores: [V] of every new token of the row, where the call of generate keeps them: other criteria see them as [1, V].
-        """
-        if token in self.ends or (self.max_length is not None and length >= self.max_length):
-            return True
-        if not self.others:
-            return False
-        seen = None if scores is None else tuple(each[None] for each in scores)
-        return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
-
-
-def _processors_of(row: int, processors: Any) -> Any:
-    """The processors for one row: a repetition penalty knows the padding of each."""
-    own = type(processors)()
-    for each in processors:
-        ignored = getattr(each, "prompt_ignore_length", None)
-        if torch.is_tensor(ignored):
-            each = copy.copy(each)
-            each.prompt_ignore_length = ignored[row : row + 1]
-        own.append(each)
-    return own
-
-
-def tree_shape(parents: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a tree under the last known token (node 0): the depth of each node [1 + n], and which nodes are on its path [1 + n, 1 + n]."""
-    depths = [0]
-    on_path = torch.zeros(len(parents) + 1, len(parents) + 1, dtype=torch.bool)
-    on_path[0, 0] = True
-    for node, parent in enumerate(parents, 1):
-        depths.append(depths[parent + 1] + 1)
-        on_path[node] = on_path[parent + 1]
-        on_path[node, node] = True
-    return torch.tensor(depths, device=device), on_path.to(device)
-
-
-def _children(proposal: Proposal | None, row: int) -> dict[int, list[int]]:
-    """The drafted nodes (from 1 on) under each node."""
-    if proposal is None:
-        return {}
-    if proposal.parents is None:
-        return {node: [node + 1] for node in range(proposal.counts[row])}
-    children: dict[int, list[int]] = {}
-    for node, parent in enumerate(proposal.parents, 1):
-        children.setdefault(parent + 1, []).append(node)
-    return children
-
-
-def _trunk(proposal: Proposal) -> Proposal:
-    """The proposal, or of a tree the path through first children, where a mask per row is not to be had."""
-    if proposal.parents is None:
-        return proposal
-    path, node = [], -1
-    while node in proposal.parents:
-        node = proposal.parents.index(node)
-        path.append(node)
-    return Proposal(proposal.tokens[:, path], [len(path)] * len(proposal.tokens))
-
-
-def _at_most(proposal: Proposal, k: int) -> Proposal | None:
-    """The proposal without columns that no row uses; None if nothing is left."""
-    longest = min(k, max(proposal.counts)) if proposal.parents is None else min(k, proposal.tokens.shape[1])
-    if longest <= 0:
-        return None
-    return Proposal(
-        proposal.tokens[:, :longest],
-        [min(count, longest) for count in proposal.counts],
-        None if proposal.probabilities is None else proposal.probabilities[:, :longest],
-        None if proposal.parents is None else proposal.parents[:longest],
-    )
-
-
-def _depths(proposal: Proposal | None, rows: int) -> list[int]:
-    """Of each row, the most drafts that could be accepted."""
-    if proposal is None:
-        return [0] * rows
-    if proposal.parents is None:
-        return proposal.counts
-    return [int(tree_shape(proposal.parents, torch.device("cpu"))[0].max())] * rows
-
-
-def _stacked(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    """[B, V] for every new token; zeros where a row has ended."""
-    longest = max(map(len, rows))
-    blank = torch.zeros_like(rows[0][0])
-    return tuple(torch.stack([row[i] if i < len(row) else blank for row in rows]) for i in range(longest))
-
-
 def _synchronize(model: Any) -> None:
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
-
-
-def statistics_of(model: Any) -> RunStatistics:
-    """What the last calls of ``model.generate`` did, up to 256, since the model was patched or since `reset_statistics`.
-
-    Raises:
-        PatchConflict: the model is not patched with speculative.
-    """
-    return RunStatistics.merged(_speculation_of(model).runs)
-
-
-def reset_statistics(model: Any) -> None:
-    """Start `statistics_of` afresh; what the controller has learned stays."""
-    _speculation_of(model).runs.clear()
-
-
-def _speculation_of(model: Any) -> Speculation:
-    found = vars(model).get("_patchkit_speculative")
-    if found is None:
-        raise PatchConflict(f"this {type(model).__name__} is not patched with speculative: patch_model(model, 'speculative') first")
-    speculation: Speculation = found
-    return speculation

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from patchkit.errors import SpecError
-from patchkit.speculation.controllers import Adaptive, Controller, ControllerSession, CostModel, Fixed, controller
+from patchkit.speculation.controllers import controller
+from patchkit.speculation.cost_model import CostModel
+from patchkit.speculation.draft_lengths import Adaptive, Controller, ControllerSession, Fixed
 from patchkit.speculation.statistics import StepRecord
 
 Cost = Callable[[int], float]
