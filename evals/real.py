@@ -39,7 +39,7 @@ from patchkit.measure import needle as recall
 from patchkit.measure.environment import environment, version_of
 from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
-from patchkit.patch import parse_spec
+from patchkit.spec import parse_spec
 from patchkit.speculation import reset_statistics, statistics_of
 from patchkit.views import twin
 

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from patchkit.patch import Patch as Patch
     from patchkit.patch import Stage as Stage
     from patchkit.patch import available_patches as available_patches
-    from patchkit.patch import parse_spec as parse_spec
     from patchkit.patch import register_patch as register_patch
     from patchkit.record import PatchReport as PatchReport
     from patchkit.record import Report as Report
-    from patchkit.streaming.refresh import DynamicSinks as DynamicSinks
-    from patchkit.streaming.refresh import Reencode as Reencode
+    from patchkit.spec import parse_spec as parse_spec
+    from patchkit.streaming.heavy_hitters import DynamicSinks as DynamicSinks
+    from patchkit.streaming.reencode import Reencode as Reencode
     from patchkit.target import Target as Target
     from patchkit.training.linearize import linearize as linearize
 

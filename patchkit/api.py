@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import Given, Patch, resolve
+from patchkit.patch import Patch
 from patchkit.record import PatchReport, Report
+from patchkit.spec import Given, resolve
 
 # The instance attribute of a patched model that holds its root Handle.
 _ATTRIBUTE = "_patchkit"

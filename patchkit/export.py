@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from patchkit import _compat
 from patchkit.api import patch_model, patched, report
 from patchkit.errors import PatchConflict, PatchError, SpecError
-from patchkit.patch import Patch, parse_spec
+from patchkit.patch import Patch
+from patchkit.spec import parse_spec
 from patchkit.target import Target
 
 _MODULE = "modeling_patchkit"

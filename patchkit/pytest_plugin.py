@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from patchkit.gates.gate import Gate
+    from patchkit.gates.result import Gate
     from patchkit.patch import Patch
 
 
@@ -42,7 +42,7 @@ class PatchGate:
     ) -> Gate:
         """Measure the patched model beside the unpatched one, and fail the test unless every bound is shown to hold.
 
-        Bounds are those of `patchkit.gates.gate.Bounds`, other arguments those of `run_gate`. The figures are in the benchmark's
+        Bounds are those of `patchkit.gates.result.Bounds`, other arguments those of `run_gate`. The figures are in the benchmark's
         `extra_info["patch_gate"]`, and with `--benchmark-json=FILE` in that file, for `patchkit gate`.
         """
         if self.called:

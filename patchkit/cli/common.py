@@ -106,7 +106,7 @@ def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple
 
 def parse(spec: str) -> list[Patch]:
     """The patches of a spec, before anything large is loaded. An empty spec means none."""
-    from patchkit.patch import check_spelling, parse_spec
+    from patchkit.spec import check_spelling, parse_spec
 
     if not spec.strip():
         return []

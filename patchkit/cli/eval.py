@@ -35,7 +35,8 @@ from patchkit.cli.common import (
     stderr,
 )
 from patchkit.errors import IrreversiblePatch, PatchError
-from patchkit.patch import Patch, available_patches, parse_spec
+from patchkit.patch import Patch, available_patches
+from patchkit.spec import parse_spec
 
 BASELINE = "unpatched"
 # Options of lm-eval that have another place here, or none.

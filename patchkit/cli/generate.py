@@ -60,7 +60,7 @@ def generate(
     _check(chat, system, temperature, top_p, stop or [])
     # What needs no model is looked at before anything large is imported.
     from patchkit.models import find
-    from patchkit.patch import check_spelling
+    from patchkit.spec import check_spelling
 
     find(model)
     if patches.strip():

@@ -106,7 +106,7 @@ def _share(text: str) -> float:
 
 def _show(found: Tuning, out: Path) -> None:
     """The table of what was timed, then the ledger of what was not, and the choice."""
-    from patchkit.search.halving import percent
+    from patchkit.search.rows import percent
 
     console = Console()
     console.width = max(console.width, 150)

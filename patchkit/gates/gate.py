@@ -12,149 +12,37 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model, report
-from patchkit.errors import PatchError
+from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, Gate, GateError, Hits, PerplexityIncrease, violations
+from patchkit.gates.texts import DOCUMENT_TOKENS, texts_for
 from patchkit.measure.calls import Calls, cache_of, within
-from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, Timings, decode_latency, median_ms
+from patchkit.measure.latency import Stream, Timings, decode_latency
 from patchkit.measure.paired import Interval, mean_difference, median_ratio
-from patchkit.measure.perplexity import encode, perplexity_of, stream_nll
-from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.measure.perplexity import perplexity_of, stream_nll
 from patchkit.patch import Patch, Stage, available_patches
 from patchkit.target import Target
 from patchkit.views import cache_bytes, twin
 
-UNPATCHED, PATCHED = "unpatched", "patched"
 # Rounds are timed in blocks until the interval is so narrow, relative to the ratio, that a bar of 0.9 passes in A/A runs and fails at a
 # slowdown of 20 % (tests/gates/test_gate.py). When to stop depends on the width alone, so it favours no verdict.
 BLOCK = 60
+
 LEAST_ROUNDS = 20
+
 _MOST_ROUNDS = 600
+
 _PATIENCE_S = 120.0
+
 _WIDTH = 0.08
 
 _WARMUP = 5
+
 _MOST_CONTEXT = 1024
-_LEAST_DOCUMENTS, _DOCUMENTS = 4, 16
-_DOCUMENT_TOKENS, _ALL_TOKENS = 4096, 32768
-
-Hits = dict[str, Counter[str]]
-
-
-class GateError(PatchError):
-    """A gate, or a comparison of two runs, could measure nothing; the message says why."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a gate demands.
-
-    Attributes:
-        min_speedup: unpatched time / patched time, at least. 0.9 lets the patch be up to 11 % slower.
-        max_ppl_increase: patched perplexity / unpatched perplexity - 1, at most: 0.03 is 3 %.
-
-    Raises:
-        GateError: no bound, or a number that bounds nothing.
-    """
-
-    min_speedup: float | None = None
-    max_ppl_increase: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.min_speedup is None and self.max_ppl_increase is None:
-            raise GateError("a gate without a bound cannot fail: give min_speedup=, max_ppl_increase=, or both")
-        for name, above in (("min_speedup", 0), ("max_ppl_increase", -1)):
-            bound = getattr(self, name)
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not above < bound < math.inf):
-                raise GateError(f"{name}={bound!r} bounds nothing: give a finite number above {above}")
-
-
-@dataclass(frozen=True)
-class PerplexityIncrease:
-    """How much a patch adds to the perplexity of documents.
-
-    Attributes:
-        increase: patched perplexity / unpatched perplexity - 1 over all tokens, with its interval over documents.
-        tokens: predictions in each document.
-        unpatched_nll, patched_nll: mean nats per token of each document.
-    """
-
-    increase: Interval
-    tokens: list[int]
-    unpatched_nll: list[float]
-    patched_nll: list[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the perplexity of all tokens both ways."""
-        total = sum(self.tokens)
-        ways = {UNPATCHED: self.unpatched_nll, PATCHED: self.patched_nll}
-        nll = {name: sum(n * each for n, each in zip(self.tokens, nlls, strict=True)) / total for name, nlls in ways.items()}
-        return {**vars(self), "increase": vars(self.increase), **{name: perplexity_of(each) for name, each in nll.items()}}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a gate measured, and its verdict.
-
-    Attributes:
-        patches: their specs.
-        model: class, size and precision.
-        context: tokens before the timed ones.
-        timed: "decode": steps of one token; "generate": whole calls, prompt included.
-        rounds_ms: milliseconds per token by way, one entry per round.
-        speedup: unpatched / patched, median over rounds.
-        cache_bytes: by way, after the last round.
-        acceptance: share of drafts that stood; None where nothing drafts.
-        hits: by patch, how far its run-time counters moved in the timed rounds.
-        perplexity: None without a bound on it.
-        failures: why the gate fails; empty if it passes.
-    """
-
-    patches: str
-    model: str
-    context: int
-    timed: Literal["decode", "generate"]
-    bounds: Bounds
-    rounds_ms: Timings
-    speedup: Interval
-    cache_bytes: dict[str, int]
-    acceptance: float | None
-    hits: Hits
-    perplexity: PerplexityIncrease | None
-    failures: list[str]
-
-    @property
-    def ms_per_token(self) -> dict[str, float]:
-        """Medians over rounds."""
-        return {name: median_ms(self.rounds_ms, name) for name in self.rounds_ms}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON, with the machine; `patchkit.gates.runs` reads it."""
-        return {
-            **vars(self),
-            "bounds": vars(self.bounds),
-            "speedup": vars(self.speedup),
-            "ms_per_token": self.ms_per_token,
-            "tokens_per_s": {name: 1000 / ms for name, ms in self.ms_per_token.items()},
-            "perplexity": None if self.perplexity is None else self.perplexity.to_dict(),
-            "passed": not self.failures,
-            "environment": environment(),
-        }
-
-    def __str__(self) -> str:
-        times = " / ".join(f"{ms:.3g}" for ms in self.ms_per_token.values())
-        parts = [f"speed-up {self.speedup} ({times} ms per token, {self.timed} at context {self.context})"]
-        if self.acceptance is not None:
-            parts.append(f"{self.acceptance:.0%} of drafts accepted")
-        if self.perplexity is not None:
-            parts.append(f"perplexity increase {self.perplexity.increase} over {len(self.perplexity.tokens)} documents")
-        return f"{self.patches}: {'; '.join(parts)}"
 
 
 def run_gate(
@@ -206,8 +94,8 @@ def run_gate(
 
     texts: list[torch.Tensor] = []
     if scored or generates:
-        length = context if generates else min(context, _DOCUMENT_TOKENS)
-        texts = _texts(model, length, 2 if documents is not None and not generates else length, tokenizer, documents)
+        length = context if generates else min(context, DOCUMENT_TOKENS)
+        texts = texts_for(model, length, 2 if documents is not None and not generates else length, tokenizer, documents)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         start = max(1, context - (rounds or BLOCK) // 2)  # every step lengthens the cache by a token
@@ -279,20 +167,6 @@ def time_in_turns(make: Callable[[], Mapping[str, Stream]], rounds: int | None =
             return Timed(timings, counted, {name: cache_bytes(way.cache) for name, way in ways.items()})
 
 
-def violations(bounds: Bounds, speedup: Interval, increase: Interval | None) -> list[str]:
-    """Which bounds the intervals do not keep, in words. What is not a number keeps none."""
-    found = []
-    if bounds.min_speedup is not None and not speedup.low >= bounds.min_speedup:
-        noisy = speedup.value >= bounds.min_speedup
-        remedy = ": too noisy to tell, give more rounds= or a quieter machine" if noisy else ""
-        found.append(f"speed-up {speedup}: its lower end is below min_speedup={bounds.min_speedup}{remedy}")
-    if bounds.max_ppl_increase is not None and not (increase is not None and increase.high <= bounds.max_ppl_increase):
-        noisy = increase is not None and increase.value <= bounds.max_ppl_increase
-        remedy = ": too few documents to tell, give more with documents=" if noisy else ""
-        found.append(f"perplexity increase {increase}: its upper end is above max_ppl_increase={bounds.max_ppl_increase}{remedy}")
-    return found
-
-
 def perplexity_increase(
     plain: PreTrainedModel, view: PreTrainedModel, texts: Sequence[torch.Tensor], limit: float = math.inf
 ) -> PerplexityIncrease:
@@ -307,43 +181,6 @@ def perplexity_increase(
     difference = mean_difference(nlls[PATCHED], nlls[UNPATCHED], tokens)
     value, low, high = (perplexity_of(nats) - 1 for nats in (difference.value, difference.low, difference.high))
     return PerplexityIncrease(Interval(value, low, high), tokens, nlls[UNPATCHED], nlls[PATCHED])
-
-
-def _texts(
-    model: Any, length: int, least: int, tokenizer: PreTrainedTokenizerBase | None, documents: Sequence[str | Sequence[int]] | None
-) -> list[torch.Tensor]:
-    """The first `length` ids of each document that has `least`, but at least two."""
-    least = max(least, 2)
-    if documents is None or any(isinstance(each, str) for each in documents):
-        tokenizer = tokenizer or _tokenizer_of(model)
-    source: Sequence[str | Sequence[int]] | list[str]
-    if documents is None:
-        try:
-            source = list(read_texts(stdlib_files("heldout")))
-        except FileNotFoundError as error:
-            raise GateError(f"{error}: give real texts with documents=") from error
-    else:
-        source = documents
-    encoded = (encode(tokenizer, each) if isinstance(each, str) and tokenizer else each for each in source)
-    # A document that is given twice would make the interval narrow and show nothing.
-    different = dict.fromkeys(tuple(map(int, ids[:length])) for ids in encoded if len(ids) >= least and length >= 2)
-    found = [torch.tensor(ids, dtype=torch.long) for ids in different]
-    if len(found) < _LEAST_DOCUMENTS:
-        raise GateError(
-            f"{len(found)} of {len(source)} documents differ and have {least} tokens within context={length}: "
-            f"give at least {_LEAST_DOCUMENTS} such with documents=, or another context="
-        )
-    count = len(found) if documents is not None else min(len(found), _DOCUMENTS, max(_ALL_TOKENS // length, _LEAST_DOCUMENTS))
-    return [found[index * len(found) // count] for index in range(count)]
-
-
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    path = getattr(model, "name_or_path", "")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # foreign files raise nearly anything
-        raise GateError(f"no tokenizer beside {path or 'this model'!r}: give tokenizer=, or documents= as token ids") from error
-    return tokenizer
 
 
 def _described(model: PreTrainedModel) -> str:

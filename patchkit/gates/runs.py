@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from patchkit.gates.gate import LEAST_ROUNDS, PATCHED, UNPATCHED, GateError
+from patchkit.gates.gate import LEAST_ROUNDS
+from patchkit.gates.result import PATCHED, UNPATCHED, GateError
 from patchkit.measure.latency import Timings, median_ms
 from patchkit.measure.paired import Interval
 

@@ -27,10 +27,12 @@ from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.streaming.cache import Lane, Plan
+from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.install import open_stream, report_layers, stream_layer
 from patchkit.streaming.plans import check_layers, chosen_layers, listed, make_plan, windows_of
+from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.reencoded import reencoded_logits
-from patchkit.streaming.refresh import DynamicSinks, Reencode, Refresh
+from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.refreshing import after_refreshed_forward, before_refreshed_forward
 from patchkit.target import AttentionLayer, Rotary, Target
 

@@ -28,9 +28,11 @@ from patchkit.measure.environment import environment
 from patchkit.measure.latency import Stream, decode_latency
 from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError, encode, perplexity_of, read_text, stream_nll
-from patchkit.patch import NO_PATCH, Patch, Stage, available_patches, parse_spec
-from patchkit.search.halving import LEAST_DOCUMENTS, OutOfTime, Row, Search, percent, specs_of
+from patchkit.patch import NO_PATCH, Patch, Stage, available_patches
+from patchkit.search.halving import Search
+from patchkit.search.rows import LEAST_DOCUMENTS, OutOfTime, Row, percent, specs_of
 from patchkit.search.sweep import documents as library_documents
+from patchkit.spec import parse_spec
 from patchkit.target import Target
 from patchkit.views import twin
 

@@ -11,9 +11,9 @@ from patchkit.streaming.alibi import Alibi, before_alibi_attention
 from patchkit.streaming.attention import attend_in_window, masked_implementation, watch_queries
 from patchkit.streaming.cache import Plan
 from patchkit.streaming.generate import prepare_cache, refuse_continuous_batching
+from patchkit.streaming.heavy_hitters import HeavyHitterRule as DynamicLane
 from patchkit.streaming.hooks import after_forward, before_forward, forget_masks
 from patchkit.streaming.plans import joined, listed, windows_of
-from patchkit.streaming.refresh import DynamicLane
 from patchkit.streaming.runtime import Runtime, frequencies_of
 from patchkit.target import AttentionLayer, Target
 

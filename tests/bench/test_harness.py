@@ -14,7 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from patchkit.bench import harness
-from patchkit.bench.harness import BenchError, Config, LocalModel, RequestFailed, Sample, Server, load_prompts, run, summary
+from patchkit.bench.config import BenchError, Config
+from patchkit.bench.harness import LocalModel, Sample, load_prompts, run, summary
+from patchkit.bench.server import RequestFailed, Server
 from patchkit.cli import app
 from patchkit.models import load_model
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patchkit.gates.gate import PATCHED, UNPATCHED, Bounds, time_in_turns, violations
+from patchkit.gates.gate import time_in_turns
+from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, violations
 from patchkit.measure.latency import Stream, filled_cache
 from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model

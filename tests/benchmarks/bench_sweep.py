@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from patchkit.models import load_model
 from patchkit.search.sweep import documents, grid, run_sweep
-from patchkit.streaming.refresh import Reencode
+from patchkit.streaming.reencode import Reencode
 
 
 def test_overhead_beyond_the_models_own_time(

@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from patchkit import Patch, PatchError, Stage, patch, patch_model, register_patch
 from patchkit.cli import app
 from patchkit.gates import gate as gate_module
-from patchkit.gates.gate import BLOCK, PATCHED, UNPATCHED, Bounds, GateError, perplexity_increase, run_gate, time_in_turns, violations
+from patchkit.gates.gate import BLOCK, perplexity_increase, run_gate, time_in_turns
+from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, GateError, violations
 from patchkit.gates.runs import compare, speedup_change
 from patchkit.measure.latency import Stream, Timings, decode_latency
 from patchkit.measure.paired import Interval, median_ratio

@@ -16,7 +16,9 @@ from patchkit.cli import app
 from patchkit.errors import PatchError
 from patchkit.measure import demo as show
 from patchkit.measure.english_text import english_ids
-from patchkit.measure.needle import Answer, Asking, Case, Haystack, answers
+from patchkit.measure.needle import answers
+from patchkit.measure.needle_grid import Answer
+from patchkit.measure.needle_text import Asking, Case, Haystack
 from patchkit.measure.perplexity import TextError, by_position, stream_nll
 from patchkit.models import load_model
 from patchkit.testing import assert_restored, snapshot, tiny_model

@@ -19,9 +19,11 @@ from patchkit.cli import app
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.measure import needle as quality
 from patchkit.measure.english_text import Source, english_ids
-from patchkit.measure.needle import Answer, Asking, Case, Haystack, NeedleError, NeedleGrid, answers, possible, run_needle
+from patchkit.measure.needle import answers, run_needle
+from patchkit.measure.needle_grid import Answer, NeedleGrid
+from patchkit.measure.needle_text import Asking, Case, Haystack, NeedleError, possible
 from patchkit.models import load_model
-from patchkit.patch import parse_spec
+from patchkit.spec import parse_spec
 from patchkit.speculation import statistics_of
 from patchkit.testing import TOLERANCES, assert_restored, snapshot, tiny_model
 from patchkit.views import twin

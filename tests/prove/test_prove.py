@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 from patchkit import available_patches, patch_model
 from patchkit.cli import app
 from patchkit.errors import PatchError
-from patchkit.patch import parse_spec
 from patchkit.prove import report
 from patchkit.prove.proof import Proof
 from patchkit.prove.prove import prove
+from patchkit.spec import parse_spec
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from patchkit.patch import parse_spec
 from patchkit.prove.checks import compare, feeding
 from patchkit.prove.checks.compare import difference
 from patchkit.prove.proof import Proof
 from patchkit.prove.prove import prove
+from patchkit.spec import parse_spec
 from patchkit.testing import logit_error
 
 VOCABULARY = 20_011

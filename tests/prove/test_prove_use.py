@@ -21,11 +21,11 @@ from typer.testing import CliRunner, Result
 from patchkit.cli import app
 from patchkit.cli.prove import _documents
 from patchkit.models import load_model
-from patchkit.patch import parse_spec
 from patchkit.prove.checks.plan import PROMISES, STEPS, UnknownPromise
 from patchkit.prove.checks.quality import BEYOND_THE_WINDOW, NOT_TOO_GOOD
 from patchkit.prove.proof import Proof
 from patchkit.prove.prove import prove, reach_of
+from patchkit.spec import parse_spec
 from patchkit.testing import tiny_model
 
 STREAMING = "streaming(sinks=2, window=10)"

@@ -17,7 +17,8 @@ from patchkit.errors import SpecError
 from patchkit.measure.perplexity import TextError, block_nll, stream_nll
 from patchkit.models import load_model
 from patchkit.search import sweep as quality
-from patchkit.streaming.refresh import DynamicSinks, Reencode
+from patchkit.streaming.heavy_hitters import DynamicSinks
+from patchkit.streaming.reencode import Reencode
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 PATCHES = [StreamingLLM(0, 20), StreamingLLM(4, 20), StreamingLLM(4, 20, refresh=Reencode(8)), StreamingLLM(4, 600)]

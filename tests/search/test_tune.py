@@ -25,10 +25,11 @@ from patchkit.gates.gate import perplexity_increase
 from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError
 from patchkit.models import load_model
-from patchkit.patch import Patch, Stage, available_patches, parse_spec
+from patchkit.patch import Patch, Stage, available_patches
 from patchkit.patches.speculative import Speculative
 from patchkit.search import tune as quality
-from patchkit.search.halving import Lost
+from patchkit.search.rows import Lost
+from patchkit.spec import parse_spec
 from patchkit.target import Target
 from patchkit.testing import assert_restored, snapshot, tiny_model
 

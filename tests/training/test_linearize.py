@@ -26,7 +26,8 @@ from patchkit.patches.streaming import StreamingLLM
 from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.training import linearize as conversion
-from patchkit.training.linearize import Conversion, Rates, linearize
+from patchkit.training.conversion import Conversion, Rates
+from patchkit.training.linearize import linearize
 from patchkit.training.student import Student, unturned
 from patchkit.views import twin
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from patchkit.errors import NothingMatched
-from patchkit.patch import Patch, resolve
+from patchkit.patch import Patch
+from patchkit.spec import resolve
 from patchkit.speculation.drafter import Drafter, Session, State
 from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.target import Target
