@@ -16,7 +16,7 @@ from patchkit.kernels.linear_attention import linear_attention
 from patchkit.linear.cache import LinearLane, LinearLayer, LinearStep, LinearStepLayer
 from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, softmax_part
 from patchkit.streaming.attention import visible_columns
-from patchkit.streaming.cache import Frame
+from patchkit.streaming.rule import Frame
 from patchkit.streaming.runtime import Runtime
 from patchkit.target import BAKED_IN, AttentionLayer, Rotary
 

@@ -23,7 +23,9 @@ import torch
 from patchkit import _compat
 from patchkit.compiled.step import Sinks, StepLayer
 from patchkit.linear.hybrid import HybridAttention
-from patchkit.streaming.cache import ROLLBACK, Frame, Lane, Stream, StreamLayer, StreamLayerWithState
+from patchkit.streaming.layer import ROLLBACK, StreamLayer, StreamLayerWithState, make_layer
+from patchkit.streaming.rule import Frame, Lane
+from patchkit.streaming.stream import Stream
 from patchkit.target import Rotary
 
 # A copy of the state is at most ROLLBACK tokens old when the next is made, and one of the two is at or before any place to go back to.
@@ -132,11 +134,6 @@ class LinearLane(Lane):
         old = self.is_old(frame, delayed).float()[:, :, None, None]
         old_keys = self.old_keys(frame, token).float()
         return [*super().step_tensors(frame), self.slot(delayed).clamp(min=0), *angles, old, old_keys, short]
-
-    def make_layer(self, index: int, stream: Stream, stock: Any) -> StreamLayer:
-        if isinstance(stock, _compat.LinearAttentionLayer):
-            return LinearLayerWithState(self, stream, self.parts[index], stock.number_of_states)
-        return LinearLayer(self, stream, self.parts[index])
 
     def count(self, hits: Counter[str], frame: Frame) -> None:
         hits["forwards"] += 1
@@ -318,3 +315,10 @@ class LinearStepLayer(StepLayer):
         assert self.keys is not None and self.values is not None
         self.linear.take_in(self.part, self.rotary, self.keys, self.values, self.state, self.normalizer)
         return super().update(key_states, value_states)
+
+
+@make_layer.register
+def _(lane: LinearLane, index: int, stream: Stream, stock: Any) -> StreamLayer:
+    if isinstance(stock, _compat.LinearAttentionLayer):
+        return LinearLayerWithState(lane, stream, lane.parts[index], stock.number_of_states)
+    return LinearLayer(lane, stream, lane.parts[index])

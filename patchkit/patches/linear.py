@@ -28,9 +28,9 @@ from patchkit.linear.hybrid import HybridAttention
 from patchkit.linear.state import LinearState, head_sizes, load_state
 from patchkit.linear.weights import adapt
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.streaming.cache import Lane, Plan
 from patchkit.streaming.install import open_stream, report_layers, stream_layer
 from patchkit.streaming.plans import check_layers, chosen_layers, make_plan
+from patchkit.streaming.rule import Lane, Plan
 from patchkit.target import BAKED_IN, AttentionLayer, Target
 
 # A window that a short text fills several times.

@@ -26,7 +26,6 @@ from patchkit.definitions import window_logits
 from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.streaming.cache import Lane, Plan
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.install import open_stream, report_layers, stream_layer
 from patchkit.streaming.plans import check_layers, chosen_layers, listed, make_plan, windows_of
@@ -34,6 +33,7 @@ from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.reencoded import reencoded_logits
 from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.refreshing import after_refreshed_forward, before_refreshed_forward
+from patchkit.streaming.rule import Lane, Plan
 from patchkit.target import AttentionLayer, Rotary, Target
 
 # A window that a short text fills several times.
@@ -115,7 +115,7 @@ class StreamingLLM(Patch):
         runtime = open_stream(target, handle, plan)
         for layer in owned:
             stream_layer(target, handle, runtime, layer)
-        if plan.make_cache is not None:
+        if self.refresh is not None:
             handle.pre_hook(target.decoder, functools.partial(before_refreshed_forward, handle.hits), with_kwargs=True, prepend=True)
             handle.hook(target.decoder, after_refreshed_forward, with_kwargs=True, always_call=True)
         report_layers(target, handle, plan)
@@ -162,7 +162,8 @@ class StreamingLLM(Patch):
                 f"every attention layer of {name} already has its own window (of {listed(windows_of(layers))} tokens): nothing to add"
             )
         plan, owned = make_plan(target, "streaming", {layer.index: self._lane(layer.rotary) for layer in chosen})
-        plan.make_cache = None if self.refresh is None else self.refresh.new_cache
+        if self.refresh is not None:
+            plan.make_cache = self.refresh.new_cache
         obstacle = None if self.refresh is None else self.refresh.obstacle(plan, chosen)
         if self.refresh is not None and obstacle is not None:
             raise UnsupportedModel(f"refresh={self.refresh.spec} does not go with {name}: {obstacle}. Leave refresh out")

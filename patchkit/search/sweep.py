@@ -27,10 +27,10 @@ from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.streaming import StreamingLLM
 from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Row, Sweep, digest, fingerprint, stored_rows
 from patchkit.spelled import parse_object
-from patchkit.streaming.cache import Lane
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.refresh import Refresh
+from patchkit.streaming.rule import Lane
 from patchkit.views import cache_bytes, twin
 
 # Periods of R steps that are timed at least: R steps are a round where every R-th one refreshes.

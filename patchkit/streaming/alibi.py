@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from patchkit.errors import StreamError
-from patchkit.streaming.cache import Lane
+from patchkit.streaming.rule import Lane
 from patchkit.streaming.runtime import Runtime
 from patchkit.target import AttentionLayer
 

@@ -10,7 +10,7 @@ from torch import nn
 from patchkit import _compat
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
-from patchkit.streaming.cache import Frame, Lane
+from patchkit.streaming.rule import Frame, Lane
 from patchkit.streaming.runtime import Runtime
 from patchkit.target import Rotary, Target
 

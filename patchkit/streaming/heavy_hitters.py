@@ -10,8 +10,10 @@ import torch
 
 from patchkit import _compat
 from patchkit.errors import StreamError
-from patchkit.streaming.cache import Frame, Lane, Plan, Stream, StreamLayer
+from patchkit.streaming.layer import StreamLayer, make_layer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
+from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.stream import Stream
 from patchkit.target import AttentionLayer, Rotary
 
 
@@ -74,9 +76,6 @@ class HeavyHitterRule(Lane):
     """Layers with N exchanged slots; ``sinks`` counts those too, so S + N."""
 
     refresh: DynamicSinks = DynamicSinks()
-
-    def make_layer(self, index: int, stream: Stream, stock: Any) -> StreamLayer:
-        return HeavyHitterLayer(self, stream)
 
 
 class HeavyHitterCache(RefreshedCache):
@@ -211,3 +210,8 @@ def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 def _put(x: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return x.scatter(2, _wide(x, places), new.to(x.dtype))
+
+
+@make_layer.register
+def _(lane: HeavyHitterRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
+    return HeavyHitterLayer(lane, stream)

@@ -12,9 +12,11 @@ from patchkit import _compat
 from patchkit.attention import Masks, refuse_other_attention, swap_mask_builder
 from patchkit.errors import StreamError
 from patchkit.streaming.attention import causal_mask, placeholder_mask
-from patchkit.streaming.cache import Frame, Stream, StreamingCache
+from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
+from patchkit.streaming.rule import Frame
 from patchkit.streaming.runtime import Runtime
+from patchkit.streaming.stream import Stream
 
 
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

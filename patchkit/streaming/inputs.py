@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from patchkit.errors import StreamError
-from patchkit.streaming.cache import Stream
+from patchkit.streaming.stream import Stream
 
 
 def notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int) -> None:

@@ -9,11 +9,11 @@ from patchkit.attention import alias_of, configs_of, has_own_mask, original_name
 from patchkit.handle import Handle
 from patchkit.streaming.alibi import Alibi, before_alibi_attention
 from patchkit.streaming.attention import attend_in_window, masked_implementation, watch_queries
-from patchkit.streaming.cache import Plan
 from patchkit.streaming.generate import prepare_cache, refuse_continuous_batching
 from patchkit.streaming.heavy_hitters import HeavyHitterRule as DynamicLane
 from patchkit.streaming.hooks import after_forward, before_forward, forget_masks
 from patchkit.streaming.plans import joined, listed, windows_of
+from patchkit.streaming.rule import Plan
 from patchkit.streaming.runtime import Runtime, frequencies_of
 from patchkit.target import AttentionLayer, Target
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from patchkit import _compat
 from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
-from patchkit.streaming.cache import Lane, Plan
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.rule import Lane, Plan
 from patchkit.target import AttentionLayer, Target
 
 # Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
@@ -85,6 +86,7 @@ def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool
         main=lanes[next(iter(chosen))],
         limit=frame_limit,
         stock_layers=functools.partial(stock_layers_of, target.config),
+        make_cache=StreamingCache,
         owns_all=owns_all,
         has_alibi=any(layer.alibi is not None for layer in owned),
     )
@@ -103,6 +105,7 @@ def joined(target: Target, first: Plan, second: Plan) -> Plan:
         main=first.main if first.main.in_cache else second.main,  # in-cache positions are counted by it
         limit=None,
         stock_layers=first.stock_layers,
+        make_cache=StreamingCache,
         owns_all=all(layer.index in lanes for layer in target.attention_layers),
         has_alibi=first.has_alibi or second.has_alibi,
     )

@@ -10,8 +10,10 @@ import torch
 
 from patchkit import _compat
 from patchkit.errors import StreamError
-from patchkit.streaming.cache import ROLLBACK, Frame, Plan, StreamingCache, StreamLayer, writable
+from patchkit.streaming.cache import StreamingCache, writable
+from patchkit.streaming.layer import ROLLBACK, StreamLayer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
+from patchkit.streaming.rule import Frame, Plan
 from patchkit.target import AttentionLayer
 
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 
 from patchkit.spelled import Spelled
-from patchkit.streaming.cache import Lane, Plan, StreamingCache
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.rule import Lane, Plan
 from patchkit.target import AttentionLayer, Rotary
 
 # Runs the patched decoder over token ids with a cache, uncounted.

@@ -15,7 +15,8 @@ from patchkit.attention import Masks, alias_of
 from patchkit.compiled.step import StepCache
 from patchkit.exclusive import Exclusive
 from patchkit.record import Notices
-from patchkit.streaming.cache import Frame, Lane, Plan, StreamingCache
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.rule import Frame, Lane, Plan
 from patchkit.target import Rotary, Target
 
 

@@ -19,7 +19,8 @@ from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError
 from patchkit.linear.state import LinearState
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation.drafters.self_draft import SelfDraft
-from patchkit.streaming.cache import ROLLBACK, StreamingCache
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.layer import ROLLBACK
 from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.views import cache_bytes

@@ -18,7 +18,9 @@ import patchkit.patches.streaming
 from patchkit.linear.cache import LinearLayer
 from patchkit.speculation import loop
 from patchkit.speculation.cached_model import CachedModel
-from patchkit.streaming.cache import Frame, Lane, Plan, Stream, StreamLayer
+from patchkit.streaming.layer import StreamLayer
+from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.stream import Stream
 
 STREAMING = "streaming(sinks=2, window=10)"
 LINEAR = "linear(sinks=2, window=10)"
