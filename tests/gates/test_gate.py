@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 from patchkit import Patch, PatchError, Stage, patch, patch_model, register_patch
 from patchkit.cli import app
-from patchkit.gates import gate as gate_module
 from patchkit.gates.gate import BLOCK, perplexity_increase, run_gate, time_in_turns
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, GateError, violations
 from patchkit.gates.runs import compare, speedup_change
+from patchkit.measure import calls
 from patchkit.measure.latency import Stream, Timings, decode_latency
 from patchkit.measure.paired import Interval, median_ratio
 from patchkit.patches.speculative import Speculative
@@ -139,7 +139,7 @@ def test_a_gate_measures_and_leaves_the_model_alone(documents: list[list[int]]) 
 
 
 def test_what_acts_in_generate_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 4)
+    monkeypatch.setattr(calls, "NEW_TOKENS", 4)
     patches = Speculative(draft=tiny_model("llama", seed=1), k=2)
     found = run_gate(
         tiny_model("llama"),
@@ -191,7 +191,7 @@ def test_the_increase_is_that_of_the_definition(documents: list[list[int]]) -> N
 def test_a_patch_that_did_not_act_fails(
     options: dict[str, Any], says: str, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "_NEW_TOKENS", 2)
+    monkeypatch.setattr(calls, "NEW_TOKENS", 2)
     bounds = Bounds(1e-9, options.pop("max_ppl_increase", None))
     given = documents if bounds.max_ppl_increase is None else [each[:40] for each in documents]
     found = run_gate(tiny_model("llama"), bounds=bounds, rounds=20, documents=given, **options)

@@ -15,6 +15,7 @@ from patchkit import patch_model
 from patchkit.cli import app
 from patchkit.errors import PatchError
 from patchkit.measure import demo as show
+from patchkit.measure import demo_plan, demo_result
 from patchkit.measure.english_text import english_ids
 from patchkit.measure.needle import answers
 from patchkit.measure.needle_grid import Answer
@@ -27,7 +28,7 @@ from patchkit.views import twin
 
 @pytest.fixture
 def short_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "CONTEXTS", (64, 160))
+    monkeypatch.setattr(demo_plan, "CONTEXTS", (64, 160))
 
 
 def test_run_demo(model_dir: Path, short_contexts: None, tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_run_demo(model_dir: Path, short_contexts: None, tmp_path: Path) -> None
         assert [(b.start, b.stop) for b in row.buckets] == [(0, 512), (512, 2048), (2048, 2200)]
         assert not row.keys
     ids, _ = show.heldout_ids(tokenizer, 2200)
-    assert unpatched.buckets == by_position(stream_nll(model, ids), show.EDGES)
+    assert unpatched.buckets == by_position(stream_nll(model, ids), demo_plan.EDGES)
     assert reference.buckets[0].nll == pytest.approx(unpatched.buckets[0].nll, rel=1e-5)
     assert reference.buckets[1].nll != pytest.approx(unpatched.buckets[1].nll, rel=1e-5)
     assert set(wide.ms_per_token) == {64, 160} and not reference.ms_per_token
@@ -58,12 +59,12 @@ def test_run_demo(model_dir: Path, short_contexts: None, tmp_path: Path) -> None
     assert ratio.nll == pytest.approx(wide.buckets[2].nll - reference.buckets[2].nll, rel=1e-4)
     (line,) = result.ratio_lines()
     assert line.startswith("perplexity at positions 2k-2200, streaming 4+60 / unpatched, fresh every 512 tokens: ")
-    assert f"{ratio.perplexity:.3f} ± " in line and not result.recall_lines() and show.keys_table(result) is None
+    assert f"{ratio.perplexity:.3f} ± " in line and not result.recall_lines() and demo_result.keys_table(result) is None
 
     picture = tmp_path / "demo.png"
-    show.draw(result, picture)
+    demo_result.draw(result, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    text = _printed(show.table(result), tmp_path)
+    text = _printed(demo_result.table(result), tmp_path)
     assert all(row.name in text for row in result.rows) and "2k-2200" in text and "held-out standard library files" in text
 
 
@@ -75,8 +76,8 @@ def _printed(shown: Table | None, folder: Path) -> str:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "LONG", 256)  # the model was made for 512 positions
-    monkeypatch.setattr(show, "DISTANCES", (60, 300, 385))
+    monkeypatch.setattr(demo_plan, "LONG", 256)  # the model was made for 512 positions
+    monkeypatch.setattr(demo_plan, "DISTANCES", (60, 300, 385))
     model, tokenizer = load_model(model_dir)
     if chat:
         tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}[{{ message['content'] }}] {% endfor %}"
@@ -111,11 +112,11 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
     assert result.recall_lines()[0].startswith("keys recalled: unpatched ")
 
     picture = tmp_path / "demo.png"
-    show.draw(result, picture)
+    demo_result.draw(result, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    text = _printed(show.table(result), tmp_path)
+    text = _printed(demo_result.table(result), tmp_path)
     assert "512-768*" in text and "*: beyond the 512 positions" in text and "English" in text
-    asked = _printed(show.keys_table(result), tmp_path)
+    asked = _printed(demo_result.keys_table(result), tmp_path)
     assert ("chat template" in asked) is chat and ("plain continuation" in asked) is not chat
     stored = json.loads(json.dumps(result.to_dict()))
     assert stored["plan"]["limit"] == 512 and stored["ratios"][1]["start"] == 512 and stored["sources"][0]["sha256"] == sources[0].sha256

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from patchkit import patch_model, report
 from patchkit.cli import app
 from patchkit.errors import PatchError, UnsupportedModel
-from patchkit.measure import needle as quality
+from patchkit.measure import needle_grid, needle_text
 from patchkit.measure.english_text import Source, english_ids
 from patchkit.measure.needle import answers, run_needle
 from patchkit.measure.needle_grid import Answer, NeedleGrid
@@ -39,7 +39,7 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def text_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The English text is made once for all tests, which have one tokenizer."""
-    monkeypatch.setattr(quality, "english_ids", lambda tokenizer, tokens: _english(tokens))
+    monkeypatch.setattr(needle_text, "english_ids", lambda tokenizer, tokens: _english(tokens))
 
 
 @functools.cache
@@ -236,7 +236,7 @@ def test_run_needle_and_its_files(loaded: tuple[Any, Any], tmp_path: Path) -> No
     assert len(rows) == 6 and [row["window"] for row in rows[3:]] == ["inside", "inside", "beyond"]
     assert (tmp_path / "out" / "needle.png").read_bytes().startswith(b"\x89PNG")
     with Console(width=130, record=True, file=(tmp_path / "table.txt").open("w")) as console:
-        console.print(quality.table(grid))
+        console.print(needle_grid.table(grid))
     text = console.export_text()
     assert spec in text and "in window" in text and "beyond" in text and "0/2" in text
 
@@ -251,7 +251,7 @@ def test_lengths_follow_the_limit() -> None:
     model = tiny_model("llama")
     for limit, lengths in {512: [256, 512], 8192: [1024, 2048, 4096, 8192], 131072: [1024, 2048, 4096, 8192]}.items():
         model.config.max_position_embeddings = limit
-        assert quality.lengths_for(model) == lengths
+        assert needle_text.lengths_for(model) == lengths
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_the_command(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["settings"]["lengths"] == [150, 250] and found["settings"]["distances"] == [60, 200] and found["window"] == 100
-    assert found["environment"]["torch"] == torch.__version__ and sorted(file.name for file in out.iterdir()) == sorted(quality.FILES)
+    assert found["environment"]["torch"] == torch.__version__ and sorted(file.name for file in out.iterdir()) == sorted(needle_grid.FILES)
     assert "3 keys" in result.stderr and "min on this machine" in result.stderr
     plain = _run(*arguments, "--out", out)
     assert plain.exit_code == 0 and "keys recalled inside the window of 100 tokens" in plain.stdout and str(out) in plain.stdout
@@ -307,7 +307,7 @@ def test_one_k_is_1024_tokens(model_dir: Path, tmp_path: Path) -> None:
 
 @needs_smollm2
 def test_a_real_model_recalls_what_is_in_its_window_and_nothing_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "english_ids", english_ids)  # in the tokens of another tokenizer than the other tests'
+    monkeypatch.setattr(needle_text, "english_ids", english_ids)  # in the tokens of another tokenizer than the other tests'
     model, tokenizer = load_smollm2()
     asking = Asking.of(tokenizer)
     cases = possible([550], [150, 450], 1, asking)

@@ -162,13 +162,13 @@ def padding_counted(monkeypatch: Any) -> None:
 
 
 def eos_ignored(monkeypatch: Any) -> None:
-    right = loop._Stops.after
+    right = loop.Stops.after
 
     def after(self: Any, *args: Any) -> bool:
         self.ends = set()
         return right(self, *args)
 
-    monkeypatch.setattr(loop._Stops, "after", after)
+    monkeypatch.setattr(loop.Stops, "after", after)
 
 
 def every_draft_accepted(monkeypatch: Any) -> None:

@@ -26,6 +26,7 @@ from patchkit.patches.streaming import StreamingLLM
 from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.training import linearize as conversion
+from patchkit.training import run
 from patchkit.training.conversion import Conversion, Rates
 from patchkit.training.linearize import linearize
 from patchkit.training.student import Student, unturned
@@ -36,9 +37,9 @@ SMALL: dict[str, Any] = dict(window=8, batch=2, length=48, progress=False)
 
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_PROBES", 4)
-    monkeypatch.setattr(conversion, "_READOUT_TEXTS", 8)
-    monkeypatch.setattr(conversion, "_TIMED_CONTEXT", 8)
+    monkeypatch.setattr(run, "_PROBES", 4)
+    monkeypatch.setattr(run, "_READOUT_TEXTS", 8)
+    monkeypatch.setattr(run, "_TIMED_CONTEXT", 8)
 
 
 def _tokens(n: int = 3000) -> torch.Tensor:
@@ -136,7 +137,7 @@ class _Interrupted(Exception):
 @pytest.mark.parametrize("where", ["transfer_loss", "lm_loss"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
-    monkeypatch.setattr(conversion, "_SAVE_EVERY", 2)
+    monkeypatch.setattr(run, "_SAVE_EVERY", 2)
     model, options = tiny_model("llama"), dict(transfer_steps=6, lora_steps=6, rank=2, keep_softmax=1, **SMALL)
     whole = linearize(model, _tokens(), **options)
     original, calls = getattr(conversion, where), []
