@@ -36,7 +36,7 @@ SPECS = (
     "mlp_int8(mode=dynamic)",
     "compile(backend=eager)",
     "speculative(k=3)",
-    "speculative(draft=eagle, k=2)",
+    "speculative(draft=eagle(alpha=0.5), k=2)",
     "streaming(sinks=2, window=12) + mlp_int8(mode=weight_only)",
     "streaming(sinks=2, window=12) + compile(backend=eager)",
     "streaming(sinks=2, window=12) + speculative(k=3)",
@@ -83,7 +83,7 @@ def computed(family: str, spec: str) -> dict[str, str]:
             with torch.no_grad():
                 found[name] = digest(run())
         except (PatchError, ValueError, RuntimeError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"  # below it there may be lines of code
     return found
 
 
