@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchkit.anatomy.target import Target as Target
     from patchkit.api import from_pretrained as from_pretrained
     from patchkit.api import patch_model as patch_model
     from patchkit.api import patched as patched
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     from patchkit.spec import parse_spec as parse_spec
     from patchkit.streaming.heavy_hitters import DynamicSinks as DynamicSinks
     from patchkit.streaming.reencode import Reencode as Reencode
-    from patchkit.target import Target as Target
     from patchkit.training.linearize import linearize as linearize
 
 _HOMES = {
     "api": ("from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
     "attention_function": ("attention_patch",),
-    "streaming.refresh": ("DynamicSinks", "Reencode"),
+    "streaming.heavy_hitters": ("DynamicSinks",),
+    "streaming.reencode": ("Reencode",),
     "chat": ("system_tokens",),
     "errors": (
         "IrreversiblePatch",
@@ -63,9 +64,10 @@ _HOMES = {
     ),
     "handle": ("Handle",),
     "training.linearize": ("linearize",),
-    "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
+    "patch": ("Patch", "Stage", "available_patches", "register_patch"),
+    "spec": ("parse_spec",),
     "record": ("PatchReport", "Report"),
-    "target": ("Target",),
+    "anatomy.target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

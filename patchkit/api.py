@@ -154,7 +154,7 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         raise PatchConflict(f"this model is already patched with {present}: {remedy}, or give all patches in one call")
     # Imported here, so that `import patchkit` loads neither torch nor transformers.
     from patchkit import _compat
-    from patchkit.target import Target
+    from patchkit.anatomy.target import Target
 
     _compat.self_check()
     started = time.perf_counter()

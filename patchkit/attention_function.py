@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.attention import (
     AttentionFunction,
     AttentionOutput,
@@ -25,7 +26,6 @@ from patchkit.attention import (
 from patchkit.errors import UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Stage, register_patch
-from patchkit.target import Target
 
 
 def attention_patch(name: str, mask: MaskRule | None = None) -> Callable[[AttentionFunction], type[AttentionPatch]]:

@@ -18,9 +18,9 @@ from patchkit.spelled import Spelled, is_word, options_of
 if TYPE_CHECKING:
     import torch
 
+    from patchkit.anatomy.target import Target
     from patchkit.handle import Handle
     from patchkit.record import PatchReport
-    from patchkit.target import Target
 
 
 # The spec of no patch.

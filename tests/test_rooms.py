@@ -14,11 +14,13 @@ FLOORS = (
     {"_compat", "record", "exclusive"},
     {"handle", "views", "trained_for", "chat"},
     {"attention", "kernels"},
-    {"target", "models"},
-    {"patch", "definitions"},
-    {"attention_function", "compiled", "int8"},
+    {"anatomy", "models"},
+    {"spelled", "definitions"},
+    {"patch"},
+    {"spec"},
+    {"attention_function", "static_step", "int8"},
     {"streaming", "speculation"},
-    {"linear"},
+    {"linear", "compiled"},
     {"patches"},
     {"api"},
     {"export"},
@@ -71,4 +73,7 @@ def test_a_climb_is_seen_wherever_it_stands() -> None:
         "from patchkit.speculation.loop import speculate",  # a neighbour
     ):
         assert len(climbs("streaming", ast.parse(code))) == 1, code
-    assert climbs("streaming", ast.parse("from patchkit.streaming import cache\nfrom patchkit.target import Target\nimport torch")) == []
+    assert (
+        climbs("streaming", ast.parse("from patchkit.streaming import cache\nfrom patchkit.anatomy.target import Target\nimport torch"))
+        == []
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit.anatomy.target import Target
 from patchkit.api import patch_model, report
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, Gate, GateError, Hits, PerplexityIncrease, violations
 from patchkit.gates.texts import DOCUMENT_TOKENS, texts_for
@@ -25,7 +26,6 @@ from patchkit.measure.latency import Stream, Timings, decode_latency
 from patchkit.measure.paired import Interval, mean_difference, median_ratio
 from patchkit.measure.perplexity import perplexity_of, stream_nll
 from patchkit.patch import Patch, Stage, available_patches
-from patchkit.target import Target
 from patchkit.views import cache_bytes, twin
 
 # Rounds are timed in blocks until the interval is so narrow, relative to the ratio, that a bar of 0.9 passes in A/A runs and fails at a

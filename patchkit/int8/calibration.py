@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchkit.target import Target
+from patchkit.anatomy.target import Target
 
 _CALIBRATION_TOKENS = 64
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.layers import BAKED_IN, AttentionLayer
+from patchkit.anatomy.rotary import Rotary
 from patchkit.attention import AttentionOutput
 from patchkit.errors import StreamError
 from patchkit.kernels.linear_attention import linear_attention
@@ -18,7 +20,6 @@ from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, 
 from patchkit.streaming.attention import visible_columns
 from patchkit.streaming.rule import Frame
 from patchkit.streaming.runtime import Runtime
-from patchkit.target import BAKED_IN, AttentionLayer, Rotary
 
 # Arguments of attention calls that change nothing about which keys are seen and how they are weighed, or that are served here.
 _UNDERSTOOD = {

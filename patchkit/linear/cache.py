@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 
 from patchkit import _compat
-from patchkit.compiled.step import Sinks, StepLayer
+from patchkit.anatomy.rotary import Rotary
 from patchkit.linear.hybrid import HybridAttention
+from patchkit.static_step import Sinks, StepLayer
 from patchkit.streaming.layer import ROLLBACK, StreamLayer, StreamLayerWithState, make_layer
 from patchkit.streaming.rule import Frame, Lane
 from patchkit.streaming.stream import Stream
-from patchkit.target import Rotary
 
 # A copy of the state is at most ROLLBACK tokens old when the next is made, and one of the two is at or before any place to go back to.
 _LOGGED = 2 * ROLLBACK

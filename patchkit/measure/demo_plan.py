@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from patchkit.target import Target
+from patchkit.anatomy.target import Target
 
 SINKS = 4
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError
 from patchkit.measure.english_text import Source, english_ids
 from patchkit.measure.perplexity import encode
-from patchkit.target import Target
 
 _SAYS = "\n\nThe secret number is {key}. Remember it.\n\n"
 

@@ -18,6 +18,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from patchkit.anatomy.layers import BAKED_IN, AttentionLayer
+from patchkit.anatomy.target import Target
 from patchkit.definitions import hybrid_logits
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
@@ -31,7 +33,6 @@ from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.streaming.install import open_stream, report_layers, stream_layer
 from patchkit.streaming.plans import check_layers, chosen_layers, make_plan
 from patchkit.streaming.rule import Lane, Plan
-from patchkit.target import BAKED_IN, AttentionLayer, Target
 
 # A window that a short text fills several times.
 _SHORT_WINDOW = 24

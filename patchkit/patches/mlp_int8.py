@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.definitions import rounded_logits
 from patchkit.errors import NothingMatched, SlowerPatch
 from patchkit.handle import Handle
@@ -31,7 +32,6 @@ from patchkit.int8.saving import put_back
 from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight, selected
 from patchkit.int8.timing import ACTIVATIONS, TIMED_ROWS, choose_activations, milliseconds
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.target import Target
 
 _logger = logging.getLogger("patchkit")
 

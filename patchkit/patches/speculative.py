@@ -24,6 +24,7 @@ from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
@@ -40,7 +41,6 @@ from patchkit.speculation.drafters.prompt_lookup import PromptLookup
 from patchkit.speculation.loop import speculate
 from patchkit.speculation.refusals import Unserved
 from patchkit.speculation.shared import Speculation
-from patchkit.target import Target
 
 
 @register_patch("speculative")

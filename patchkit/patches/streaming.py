@@ -22,6 +22,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
 from patchkit.definitions import window_logits
 from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
@@ -34,7 +37,6 @@ from patchkit.streaming.reencoded import reencoded_logits
 from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.refreshing import after_refreshed_forward, before_refreshed_forward
 from patchkit.streaming.rule import Lane, Plan
-from patchkit.target import AttentionLayer, Rotary, Target
 
 # A window that a short text fills several times.
 _SHORT_WINDOW = 24

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from patchkit.anatomy.target import Target
 from patchkit.measure.perplexity import TextError
 from patchkit.patch import Patch
 from patchkit.prove.checks.case import Advance, Case, spec_of
@@ -27,7 +28,6 @@ from patchkit.prove.checks.speed import timed, timing_work
 from patchkit.prove.checks.traces import runs
 from patchkit.prove.checks.work import Work
 from patchkit.prove.proof import Proof
-from patchkit.target import Target
 
 # Tokens of the forward that is timed for the estimate.
 _TIMED_TOKENS = 256

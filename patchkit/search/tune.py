@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit.anatomy.target import Target
 from patchkit.api import patch_model, report, unpatch_model
 from patchkit.errors import PatchError, SpecError, UnsupportedModel
 from patchkit.measure.calls import Calls, cache_of, within
@@ -33,7 +34,6 @@ from patchkit.search.halving import Search
 from patchkit.search.rows import LEAST_DOCUMENTS, OutOfTime, Row, percent, specs_of
 from patchkit.search.sweep import documents as library_documents
 from patchkit.spec import parse_spec
-from patchkit.target import Target
 from patchkit.views import twin
 
 Objective = Literal["decode", "generate"]

@@ -21,9 +21,9 @@ import torch
 
 from patchkit import _compat
 from patchkit.attention import has_own_mask, masks_from, original_name
-from patchkit.compiled.step import FixedCache
 from patchkit.errors import StreamError
 from patchkit.speculation.ragged_cache import RaggedCache
+from patchkit.static_step import FixedCache
 from patchkit.tolerance import TOLERANCES, logit_error
 from patchkit.views import evaluating
 

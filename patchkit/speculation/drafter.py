@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from patchkit.target import Target
+    from patchkit.anatomy.target import Target
 
 
 @dataclass(eq=False)

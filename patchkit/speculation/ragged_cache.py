@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from patchkit.compiled.step import FixedCache, FixedLayer, of_one_dtype
 from patchkit.kernels.kv_append import kv_append
+from patchkit.static_step import FixedCache, FixedLayer, of_one_dtype
 
 # Forwards that verify drafts have one of these numbers of tokens where each would be compiled for itself.
 VERIFIED_LENGTHS = (1, 2, 3, 5, 9, 17)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit.anatomy.layers import AttentionLayer
 from patchkit.errors import StreamError
 from patchkit.streaming.rule import Lane
 from patchkit.streaming.runtime import Runtime
-from patchkit.target import AttentionLayer
 
 
 @dataclass(eq=False)

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
 from patchkit.streaming.rule import Frame, Lane
 from patchkit.streaming.runtime import Runtime
-from patchkit.target import Rotary, Target
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
 QUERY_BLOCK = 512

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 
 from patchkit import _compat
-from patchkit.compiled.step import StepCache
 from patchkit.errors import StreamError
+from patchkit.static_step import StepCache
 from patchkit.streaming.layer import ROLLBACK, StreamLayer, StreamLayerWithState, make_layer
 from patchkit.streaming.rule import Plan
 from patchkit.streaming.stream import Stream

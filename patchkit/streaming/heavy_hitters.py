@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.rotary import Rotary
 from patchkit.errors import StreamError
 from patchkit.streaming.layer import StreamLayer, make_layer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
 from patchkit.streaming.rule import Frame, Lane, Plan
 from patchkit.streaming.stream import Stream
-from patchkit.target import AttentionLayer, Rotary
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, configs_of, has_own_mask, original_name, set_alias
 from patchkit.handle import Handle
 from patchkit.streaming.alibi import Alibi, before_alibi_attention
@@ -15,7 +17,6 @@ from patchkit.streaming.hooks import after_forward, before_forward, forget_masks
 from patchkit.streaming.plans import joined, listed, windows_of
 from patchkit.streaming.rule import Plan
 from patchkit.streaming.runtime import Runtime, frequencies_of
-from patchkit.target import AttentionLayer, Target
 
 
 def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from patchkit import _compat
-from patchkit.compiled.step import Sinks, StepLayer, of_one_dtype
 from patchkit.errors import StreamError
+from patchkit.static_step import Sinks, StepLayer, of_one_dtype
 from patchkit.streaming.rule import Frame, Lane
 from patchkit.streaming.stream import Stream
 

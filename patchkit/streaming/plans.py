@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.rule import Lane, Plan
-from patchkit.target import AttentionLayer, Target
 
 # Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
 FRAME_POSITIONS = 1024

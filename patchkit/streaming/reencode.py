@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
 from patchkit.errors import StreamError
 from patchkit.streaming.cache import StreamingCache, writable
 from patchkit.streaming.layer import ROLLBACK, StreamLayer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
 from patchkit.streaming.rule import Frame, Plan
-from patchkit.target import AttentionLayer
 
 
 @dataclass(frozen=True)

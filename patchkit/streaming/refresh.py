@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.rotary import Rotary
 from patchkit.spelled import Spelled
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.rule import Lane, Plan
-from patchkit.target import AttentionLayer, Rotary
 
 # Runs the patched decoder over token ids with a cache, uncounted.
 Run = Callable[[torch.Tensor, StreamingCache], object]

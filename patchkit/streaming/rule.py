@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from patchkit.target import Rotary, same_rotary
+from patchkit.anatomy.rotary import Rotary, same_rotary
 
 
 @dataclass(eq=False)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
 from patchkit.attention import Masks, alias_of
-from patchkit.compiled.step import StepCache
 from patchkit.exclusive import Exclusive
 from patchkit.record import Notices
+from patchkit.static_step import StepCache
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.rule import Frame, Lane, Plan
-from patchkit.target import Rotary, Target
 
 
 @dataclass(eq=False)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from patchkit.compiled.step import StepCache, StepLayer
 from patchkit.errors import StreamError
+from patchkit.static_step import StepCache, StepLayer
 from patchkit.streaming.rule import Frame, Lane, Plan
 
 

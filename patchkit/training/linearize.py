@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patchkit import _compat
+from patchkit.anatomy.layers import BAKED_IN
+from patchkit.anatomy.target import Target
 from patchkit.api import _ATTRIBUTE, _causal_lm
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState
 from patchkit.measure.perplexity import encode
-from patchkit.target import BAKED_IN, Target
 from patchkit.training.conversion import Conversion, Rates
 from patchkit.training.run import Run, weights_frozen
 

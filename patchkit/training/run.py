@@ -16,12 +16,12 @@ from torch import nn
 from tqdm import tqdm
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState, load_state
 from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
 from patchkit.measure.perplexity import block_nll, by_position, stream_nll
-from patchkit.target import Target
 from patchkit.training.conversion import Conversion, Rates, Score, Stage, StageName, plain, score_of
 from patchkit.training.recovery import Lora, lm_loss
 from patchkit.training.student import Student

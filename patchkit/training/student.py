@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
 from patchkit.attention import AttentionFunction, AttentionOutput, alias_of
 from patchkit.linear.hybrid import HybridAttention, hybrid_attention
 from patchkit.linear.state import LinearState
-from patchkit.target import AttentionLayer, Rotary, Target
 
 # Called as watch(index, the hybrid's inputs, the softmax output [B, H, T, V]).
 Watch = Callable[[int, "Inputs", torch.Tensor], None]

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from patchkit import patch, patch_model, report, unpatch_model
 from patchkit._compat import CACHE
-from patchkit.attention import attention_patch
+from patchkit.attention_function import attention_patch
 from patchkit.errors import StreamError
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 

@@ -15,13 +15,13 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchkit import Compile, LinearAttention, patch_model, patched, report, unpatch_model
+from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, StreamError, UnsupportedModel
 from patchkit.linear.state import LinearState
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation.drafters.self_draft import SelfDraft
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.layer import ROLLBACK
-from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.views import cache_bytes
 

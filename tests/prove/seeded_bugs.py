@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 import patchkit.int8.weight
-import patchkit.patches.linear
-import patchkit.patches.streaming
+import patchkit.linear.attention
+import patchkit.streaming.hooks
+import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
-from patchkit.speculation import loop
+from patchkit.speculation import judge, loop
 from patchkit.speculation.cached_model import CachedModel
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.rule import Frame, Lane, Plan
@@ -114,8 +115,8 @@ def window_off_by_one(monkeypatch: Any) -> None:
 
 
 def linear_window_off_by_one(monkeypatch: Any) -> None:
-    right = patchkit.patches.linear.banded_softmax_part
-    monkeypatch.setattr(patchkit.patches.linear, "banded_softmax_part", lambda q, k, v, window, *rest: right(q, k, v, window - 1, *rest))
+    right = patchkit.linear.attention.banded_softmax_part
+    monkeypatch.setattr(patchkit.linear.attention, "banded_softmax_part", lambda q, k, v, window, *rest: right(q, k, v, window - 1, *rest))
 
 
 def ring_too_short(monkeypatch: Any) -> None:
@@ -158,7 +159,8 @@ def cache_of_the_last_text(monkeypatch: Any) -> None:
 
 
 def padding_counted(monkeypatch: Any) -> None:
-    monkeypatch.setattr(patchkit.patches.streaming, "_notice_padding", lambda *args: None)
+    for module in (patchkit.streaming.hooks, patchkit.streaming.refreshing):
+        monkeypatch.setattr(module, "notice_padding", lambda *args: None)
 
 
 def eos_ignored(monkeypatch: Any) -> None:
@@ -172,13 +174,13 @@ def eos_ignored(monkeypatch: Any) -> None:
 
 
 def every_draft_accepted(monkeypatch: Any) -> None:
-    right = loop.verify_prefix
+    right = judge.verify_prefix
 
     def verify_prefix(logits: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         choice, _ = right(logits, drafts, counts)
         return torch.cat([drafts, choice[:, -1:]], 1), counts
 
-    monkeypatch.setattr(loop, "verify_prefix", verify_prefix)
+    monkeypatch.setattr(judge, "verify_prefix", verify_prefix)
 
 
 def window_not_turned_when_positions_begin_anew(monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from support import matrix
 from typer.testing import CliRunner
 
 from patchkit import MLPInt8, StreamingLLM, patch_model, patched, report
+from patchkit.anatomy.target import Target
 from patchkit.cli import app
 from patchkit.errors import PatchConflict, PatchError, SpecError, UnsupportedModel
 from patchkit.gates.gate import perplexity_increase
@@ -30,7 +31,6 @@ from patchkit.patches.speculative import Speculative
 from patchkit.search import tune as quality
 from patchkit.search.rows import Lost
 from patchkit.spec import parse_spec
-from patchkit.target import Target
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 BOUND = 0.01

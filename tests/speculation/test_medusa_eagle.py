@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 from patchkit.speculation.drafters.eagle import Eagle
 from patchkit.speculation.drafters.medusa import Medusa
 from patchkit.speculation.heads import EagleHead, MedusaHeads
-from patchkit.target import Target
 from patchkit.testing import tiny_model
 from patchkit.training.heads import last_hidden_states
 

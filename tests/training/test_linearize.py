@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import patchkit
 from patchkit import patched
+from patchkit.anatomy.target import Target
 from patchkit.cli import app
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.hybrid import HybridAttention, hybrid_attention
@@ -23,9 +24,7 @@ from patchkit.linear.state import LinearState, load_state
 from patchkit.measure.perplexity import by_position, stream_nll
 from patchkit.patches.linear import LinearAttention
 from patchkit.patches.streaming import StreamingLLM
-from patchkit.target import Target
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
-from patchkit.training import linearize as conversion
 from patchkit.training import run
 from patchkit.training.conversion import Conversion, Rates
 from patchkit.training.linearize import linearize
@@ -140,7 +139,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(where: str, tmp_path: P
     monkeypatch.setattr(run, "_SAVE_EVERY", 2)
     model, options = tiny_model("llama"), dict(transfer_steps=6, lora_steps=6, rank=2, keep_softmax=1, **SMALL)
     whole = linearize(model, _tokens(), **options)
-    original, calls = getattr(conversion, where), []
+    original, calls = getattr(run, where), []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args[1].shape)
@@ -149,7 +148,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(where: str, tmp_path: P
             raise _Interrupted
         return original(*args)
 
-    monkeypatch.setattr(conversion, where, interrupted)
+    monkeypatch.setattr(run, where, interrupted)
     with pytest.raises(_Interrupted):
         linearize(model, _tokens(), checkpoint=tmp_path / "run.pt", **options)
     n_calls = len(calls)

@@ -13,12 +13,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from patchkit import api
+from patchkit.anatomy.target import Target
 from patchkit.definitions import NoDefinition
 from patchkit.patch import Patch, Promises
 from patchkit.prove.checks.compare import Difference, difference
 from patchkit.prove.checks.feeding import NotJudged, fed, in_chunks, one_by_one, watched
 from patchkit.prove.proof import Check, Proof
-from patchkit.target import Target
 from patchkit.testing import Snapshot, snapshot
 from patchkit.tolerance import TOLERANCES
 from patchkit.views import twin

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from patchkit.anatomy.target import Target
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
-from patchkit.target import Target
 
 
 @dataclass(frozen=True, eq=False)

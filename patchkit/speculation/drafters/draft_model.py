@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.speculation.cached_model import CachedModel, find_obstacle, keeps_own_cache, make_cache
 from patchkit.speculation.drafter import Drafter, Draws, Proposal, Session, State
-from patchkit.target import Target
 
 # First tokens that a shortened prompt keeps: attention needs them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
 _FIRST = 4

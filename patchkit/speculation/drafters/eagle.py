@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from patchkit.anatomy.target import Target
 from patchkit.speculation.drafter import Drafter, Draws, Proposal, Session, State
 from patchkit.speculation.heads import EagleHead, KeyValues, TrainedFor, heads_for
-from patchkit.target import Target
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError
 from patchkit.speculation.drafter import Drafter, Draws, Proposal, Session, State
 from patchkit.speculation.heads import Init, MedusaHeads, TrainedFor, heads_for
-from patchkit.target import Target
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched
 from patchkit.patch import Patch
 from patchkit.spec import resolve
 from patchkit.speculation.drafter import Drafter, Session, State
 from patchkit.speculation.drafters.draft_model import DraftModel
-from patchkit.target import Target
 from patchkit.views import twin
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import _check, _not_on_cpu
+from patchkit.kernels.linear_attention import check_arguments, not_on_cpu
 from patchkit.kernels.op import op
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -62,7 +62,7 @@ def mesa(
 
 def _prepared(q: Any, k: Any, v: Any, regularizer: Any, state: Any, moments: Any, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
     """Queries [B, G, h, T, K], keys, values, state and moments, in the dtype that is computed in."""
-    _check(q, k, v, mask, "identity", chunk)
+    check_arguments(q, k, v, mask, "identity", chunk)
     if regularizer.device.type == "cpu" and not bool((regularizer > 0).all()):  # elsewhere the question would wait for the device
         raise KernelError("the regularizer has to be positive: a matrix of fewer keys than dimensions has no inverse without it")
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -106,7 +106,7 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
 # 1 + K A K^T = L L^T is factored once: the leading blocks of L are the factors of the leading blocks.
 
 
-@mesa.backend("cpu", refuses=_not_on_cpu, rounding=2e-5)
+@mesa.backend("cpu", refuses=not_on_cpu, rounding=2e-5)
 def _(
     q: torch.Tensor,
     k: torch.Tensor,

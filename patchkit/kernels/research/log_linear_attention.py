@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import _check, _not_on_cpu
+from patchkit.kernels.linear_attention import check_arguments, not_on_cpu
 from patchkit.kernels.op import op
 
 
@@ -65,7 +65,7 @@ def log_linear_attention(
 
 def _prepared(q: Any, k: Any, v: Any, weights: Any, states: Any, past: int, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
     """Queries [B, G, h, T, K], keys, values, weights [B, G, h, T, L] and states, in the dtype that is computed in."""
-    _check(q, k, v, mask, "identity", chunk)
+    check_arguments(q, k, v, mask, "identity", chunk)
     needed = (past + q.shape[2]).bit_length() + 1
     if weights.shape[-1] < needed:
         raise KernelError(f"{past + q.shape[2]} tokens have {needed} levels, weights are given for {weights.shape[-1]}")
@@ -109,7 +109,7 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"resumed after {past}", make(1, 2, 2, 40, 16, 8, 7, states, past, None, 16)
 
 
-@log_linear_attention.backend("cpu", refuses=_not_on_cpu)
+@log_linear_attention.backend("cpu", refuses=not_on_cpu)
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
