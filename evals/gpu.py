@@ -56,16 +56,17 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from evals import gpu_smollm2
 from patchkit import _compat, patch_model, report
-from patchkit.int8_weight import Int8Weight
+from patchkit.int8.weight import Int8Weight
 from patchkit.kernels import Op, available_ops
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.linear_attention import linear_attention
 from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
+from patchkit.measure.environment import environment, version_of
+from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.models import SMOLLM2, ModelUnavailable, load_model, smollm2_gguf
-from patchkit.quality.environment import environment, version_of
-from patchkit.quality.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
 from patchkit.testing import TOLERANCES, logit_error
+from patchkit.views import twin
 
 # Seconds; what a section leaves unused goes to the next.
 LIMITS = {"correctness": 160, "decode": 200, "smollm2": 180, "bandwidth": 80, "linear": 60, "verification": 30}

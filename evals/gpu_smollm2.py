@@ -17,8 +17,8 @@ import torch
 
 from evals import real
 from patchkit import patch_model, report
-from patchkit.quality.demo import run_demo
-from patchkit.quality.latency import twin
+from patchkit.measure.demo import run_demo
+from patchkit.views import twin
 
 Row = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Row]]]

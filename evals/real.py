@@ -34,14 +34,15 @@ import transformers
 from rich.console import Console
 
 from patchkit import patch_model, report
-from patchkit.generation import reset_statistics, statistics_of
+from patchkit.measure import demo as show
+from patchkit.measure import demo_result, needle_grid, needle_text
+from patchkit.measure import needle as recall
+from patchkit.measure.environment import environment, version_of
+from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
-from patchkit.patch import parse_spec
-from patchkit.quality import demo as show
-from patchkit.quality import needle as recall
-from patchkit.quality.environment import environment, version_of
-from patchkit.quality.latency import twin
-from patchkit.quality.paired import median_ratio
+from patchkit.spec import parse_spec
+from patchkit.speculation import reset_statistics, statistics_of
+from patchkit.views import twin
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("demo", "needle", "speed")
@@ -317,9 +318,9 @@ def run_section(section: str, model: Any, tokenizer: Any, name: str, out: Path, 
     """Measure one section and print what it found; what belongs into its JSON."""
     if section == "demo":
         result = show.run_demo(model, tokenizer, advance=Said(console))
-        show.draw(result, picture)
-        keys = show.keys_table(result)
-        for shown in (show.table(result), *([] if keys is None else [keys]), *result.ratio_lines(), *result.recall_lines()):
+        demo_result.draw(result, picture)
+        keys = demo_result.keys_table(result)
+        for shown in (demo_result.table(result), *([] if keys is None else [keys]), *result.ratio_lines(), *result.recall_lines()):
             console.print(shown, highlight=False, soft_wrap=True)
         ratios = next(row.ratios for row in result.rows if row.window is not None)
         bars = [
@@ -330,11 +331,11 @@ def run_section(section: str, model: Any, tokenizer: Any, name: str, out: Path, 
             console.print(f"{bar['what']}: {bar['figure']:.3f}, bar {bar['bar']}: {'kept' if bar['kept'] else 'MISSED'}", highlight=False)
         return {"model": name, **result.to_dict(), "bars": bars}
     if section == "needle":
-        asking = recall.Asking.of(tokenizer)
-        cases = recall.possible(NEEDLE_LENGTHS, NEEDLE_DISTANCES, NEEDLE_TRIALS, asking)
+        asking = needle_text.Asking.of(tokenizer)
+        cases = needle_text.possible(NEEDLE_LENGTHS, NEEDLE_DISTANCES, NEEDLE_TRIALS, asking)
         grid = recall.run_needle(model, recall.Haystack.of(asking, cases), cases, parse_spec(NEEDLE_SPEC), name, Said(console))
         grid.write(out)
-        for shown in (recall.table(grid), *grid.lines()):
+        for shown in (needle_grid.table(grid), *grid.lines()):
             console.print(shown, highlight=False, soft_wrap=True)
         return grid.to_dict()
     if section == "speculation":

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from patchkit.quality.environment import environment
+from patchkit.measure.environment import environment
 
 RESULTS = ROOT / "evals" / "results" / "seeded_bugs.json"
 # Of one bug; a fast layer that hangs has not caught it.
@@ -49,8 +49,8 @@ STREAMING = ("tests/patches/test_streaming.py",)
 GENERATE = ("tests/patches/test_streaming_generate.py",)
 COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
-INT8 = ("tests/patches/test_mlp_int8.py", "tests/test_int8_weight.py", "tests/test_contract.py")
-EXACT = ("tests/generation/test_exact.py",)
+INT8 = ("tests/patches/test_mlp_int8.py", "tests/int8/test_weight.py", "tests/test_contract.py")
+EXACT = ("tests/speculation/test_exact.py",)
 FAULTS, DTYPES = ("tests/faults/test_edited_models.py",), ("tests/faults/test_dtypes.py",)
 VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
 CONTRACT = ("tests/test_contract.py",)
@@ -168,7 +168,7 @@ BUGS = [
         "rejected token drawn from the target on a CPU",
         "residual = np.maximum(weights - q[row, stand], 0)",
         "residual = np.maximum(weights - 0 * q[row, stand], 0)",
-        ("tests/generation/test_sampling.py",),
+        ("tests/speculation/test_sampling.py",),
     ),
     Bug(
         "drawn drafts accepted a little too often",
@@ -180,7 +180,7 @@ BUGS = [
         "drawn drafts accepted a little too often on a CPU",
         "uniform[row, stand] * q[row, stand, token] < p[row, stand, token])",
         "uniform[row, stand] * q[row, stand, token] < 1.25 * p[row, stand, token])",
-        ("tests/generation/test_sampling.py",),
+        ("tests/speculation/test_sampling.py",),
     ),
     Bug(
         "end of text overlooked inside a draft",
@@ -188,7 +188,7 @@ BUGS = [
         "if count == len(new) and self.stops.after(state.tokens, row, length + count, token):",
         EXACT,
     ),
-    Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/generation/test_generate.py",)),
+    Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/speculation/test_generate.py",)),
     # -- patching
     Bug(
         "a hook stays after unpatching",
@@ -240,9 +240,9 @@ BUGS = [
         "a gate passes when its interval reaches below the bound",
         "not speedup.low >= bounds.min_speedup",
         "not speedup.high >= bounds.min_speedup",
-        ("tests/quality/test_gate.py",),
+        ("tests/gates/test_gate.py",),
     ),
-    Bug("a gate never fails", "failures=failures + violations(", "failures=[] and violations(", ("tests/quality/test_gate.py",)),
+    Bug("a gate never fails", "failures=failures + violations(", "failures=[] and violations(", ("tests/gates/test_gate.py",)),
 ]
 
 

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
 from patchkit import _compat
-from patchkit.generation.heads_training import accepted_by_position, agreement, optimizers_of, train_heads
-from patchkit.linear.conversion import linearize
-from patchkit.quality.environment import environment
-from patchkit.quality.stdlib_text import Split, read_texts, stdlib_files
+from patchkit.measure.environment import environment
+from patchkit.measure.stdlib_text import Split, read_texts, stdlib_files
+from patchkit.training.heads import accepted_by_position, agreement, optimizers_of, train_heads
+from patchkit.training.linearize import linearize
 
 CONTEXT = 512
 VOCABULARY = 4096

@@ -5,8 +5,9 @@ python examples/gate_a_patch.py [MODEL]; in a test suite the fixture `patch_gate
 
 import sys
 
+from patchkit.gates.gate import run_gate
+from patchkit.gates.result import Bounds
 from patchkit.models import load_model
-from patchkit.quality.gate import Bounds, run_gate
 
 model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "bundled")
 gate = run_gate(

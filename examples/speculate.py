@@ -6,8 +6,8 @@ import time
 import torch
 
 from patchkit import Speculative, patched
-from patchkit.generation import statistics_of
 from patchkit.models import load_model
+from patchkit.speculation import statistics_of
 
 model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "bundled")
 prompt = tokenizer("import os\n\n\nclass Path:\n    def __init__(self, path):\n        self.path = path\n\n    def", return_tensors="pt")

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from patchkit import StreamingLLM, patch_model
 from patchkit._compat import CACHE, cache_of  # transformers calls it past_key_values before 5.24
 from patchkit.models import load_model
-from patchkit.quality.latency import cache_bytes
+from patchkit.views import cache_bytes
 
 name = sys.argv[1] if len(sys.argv) > 1 else "bundled"
 window = int(sys.argv[2]) if len(sys.argv) > 2 else 252

@@ -15,17 +15,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchkit.api import PatchReport as PatchReport
-    from patchkit.api import Report as Report
+    from patchkit.anatomy.target import Target as Target
     from patchkit.api import from_pretrained as from_pretrained
     from patchkit.api import patch_model as patch_model
     from patchkit.api import patched as patched
     from patchkit.api import report as report
     from patchkit.api import unpatch_model as unpatch_model
     from patchkit.api import with_patches as with_patches
-    from patchkit.attention import attention_patch as attention_patch
-    from patchkit.cache.refresh import DynamicSinks as DynamicSinks
-    from patchkit.cache.refresh import Reencode as Reencode
+    from patchkit.attention_function import attention_patch as attention_patch
     from patchkit.chat import system_tokens as system_tokens
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
@@ -37,18 +34,22 @@ if TYPE_CHECKING:
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
     from patchkit.handle import Handle as Handle
-    from patchkit.linear.conversion import linearize as linearize
     from patchkit.patch import Patch as Patch
     from patchkit.patch import Stage as Stage
     from patchkit.patch import available_patches as available_patches
-    from patchkit.patch import parse_spec as parse_spec
     from patchkit.patch import register_patch as register_patch
-    from patchkit.target import Target as Target
+    from patchkit.record import PatchReport as PatchReport
+    from patchkit.record import Report as Report
+    from patchkit.spec import parse_spec as parse_spec
+    from patchkit.streaming.heavy_hitters import DynamicSinks as DynamicSinks
+    from patchkit.streaming.reencode import Reencode as Reencode
+    from patchkit.training.linearize import linearize as linearize
 
 _HOMES = {
-    "api": ("PatchReport", "Report", "from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
-    "attention": ("attention_patch",),
-    "cache.refresh": ("DynamicSinks", "Reencode"),
+    "api": ("from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
+    "attention_function": ("attention_patch",),
+    "streaming.heavy_hitters": ("DynamicSinks",),
+    "streaming.reencode": ("Reencode",),
     "chat": ("system_tokens",),
     "errors": (
         "IrreversiblePatch",
@@ -62,9 +63,11 @@ _HOMES = {
         "UnsupportedModel",
     ),
     "handle": ("Handle",),
-    "linear.conversion": ("linearize",),
-    "patch": ("Patch", "Stage", "available_patches", "parse_spec", "register_patch"),
-    "target": ("Target",),
+    "training.linearize": ("linearize",),
+    "patch": ("Patch", "Stage", "available_patches", "register_patch"),
+    "spec": ("parse_spec",),
+    "record": ("PatchReport", "Report"),
+    "anatomy.target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,76 +9,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, SpecError, UnsupportedModel
+from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import NO_PATCH, Patch, available_patches, parse_spec, read_spec
+from patchkit.patch import Patch
+from patchkit.record import PatchReport, Report
+from patchkit.spec import Given, resolve
 
 # The instance attribute of a patched model that holds its root Handle.
 _ATTRIBUTE = "_patchkit"
 
 _logger = logging.getLogger("patchkit")
 
-# What names patches: an object, a spec string, or a file that holds one.
-Given = Patch | str | os.PathLike[str]
-
 M = TypeVar("M")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What one patch did to a model.
-
-    Attributes:
-        name: the patch's spec name.
-        spec: the patch with its options, as a spec string.
-        changed: how many of what was changed, {"attention layers": 12}.
-        left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
-        hits: run-time counters since the model was patched.
-        notices: why the patch was idle where it should have acted, and how often; each was logged once as a warning.
-        measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
-        same_up_to: texts of at most this many tokens have the logits of the unpatched model; 0 where length plays no part.
-        modules: what was done to each module, for patches that say it, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
-    """
-
-    name: str
-    spec: str
-    changed: dict[str, int]
-    left_alone: dict[str, str]
-    hits: dict[str, int]
-    measured: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
-    same_up_to: int = 0
-    notices: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
-        if self.measured:
-            text += f"; {', '.join(f'{what} {figure}' for what, figure in self.measured.items())}"
-        if self.left_alone:
-            text += f"; left alone: {', '.join(f'{what} ({why})' for what, why in self.left_alone.items())}"
-        if self.hits:
-            text += f"; hits: {', '.join(f'{what} {count}' for what, count in self.hits.items())}"
-        for notice, count in self.notices.items():
-            text += f"; note: {notice}{f' ({count} times)' if count > 1 else ''}"
-        return text
-
-
-@dataclass(frozen=True)
-class Report:
-    """What patchkit did to a model, one entry per patch in the order of application."""
-
-    patches: list[PatchReport]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.patches))
 
 
 def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = False, verbose: bool = True) -> M:
@@ -107,7 +52,7 @@ def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = Fa
         NothingMatched: a patch found nothing to change.
         PatchError: the installed transformers or torch is not supported.
     """
-    chosen = _resolve(patches)
+    chosen = resolve(patches)
     return _patch(model, _drafting(chosen) if lossless and chosen else chosen, verbose)
 
 
@@ -130,7 +75,7 @@ def patched(model: M, *patches: Given | Sequence[Given], verbose: bool = True) -
     Raises:
         IrreversiblePatch: a patch could not be undone at the end; the model is untouched.
     """
-    for patch in _resolve(patches):
+    for patch in resolve(patches):
         if patch.irreversible:
             raise IrreversiblePatch(f"{patch.spec} cannot be undone at the end of the block: use patch_model, or other options")
     patch_model(model, *patches, verbose=verbose)
@@ -145,7 +90,7 @@ def with_patches(*patches: Given | Sequence[Given], verbose: bool = True) -> Cal
 
     Spec strings are read when the function is decorated, so a typo is found before a model is loaded.
     """
-    chosen = _resolve(patches)
+    chosen = resolve(patches)
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -176,7 +121,7 @@ def from_pretrained(model: str | os.PathLike[str], *, patches: Given | Sequence[
         patches: as for `patch_model`.
         kwargs: passed on to transformers (dtype, device_map, ...).
     """
-    chosen = _resolve([patches])
+    chosen = resolve([patches])
     from transformers import AutoModelForCausalLM
 
     return _patch(AutoModelForCausalLM.from_pretrained(model, **kwargs), chosen, verbose)
@@ -191,47 +136,14 @@ def report(model: Any) -> Report:
     return _report_of(_handle_of(model))
 
 
-def _resolve(patches: Sequence[Any]) -> list[Patch]:
-    """Patch objects from whatever the user gave, in the order of application."""
-    if not any(True for _ in _flat(patches)):
-        raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches())}, or {NO_PATCH!r}")
-    chosen: list[Patch] = []
-    for given in _flat(patches):
-        if isinstance(given, str):
-            chosen.extend(parse_spec(given))
-        elif isinstance(given, os.PathLike):
-            chosen.extend(read_spec(given))
-        elif isinstance(given, type) and issubclass(given, Patch):
-            raise SpecError(f"{given.__name__} is a class: write {given.__name__}()")
-        elif not isinstance(given, Patch):
-            raise SpecError(f"{given!r} is not a patch: give a Patch object, or a spec string such as 'streaming(window=1020)'")
-        elif not hasattr(given, "name"):
-            raise SpecError(f"{type(given).__name__} is not registered: decorate the class with @register_patch('a_name')")
-        else:
-            chosen.append(given)
-    names = [patch.name for patch in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise PatchConflict(f"the patch {name!r} is given {names.count(name)} times: give it once")
-    return sorted(chosen, key=lambda patch: patch.stage)
-
-
 def _drafting(chosen: list[Patch]) -> list[Patch]:
     """The patch whose draft is the model patched with ``chosen``."""
-    from patchkit.generation.drafters.self_draft import SelfDraft
     from patchkit.patches.speculative import Speculative
+    from patchkit.speculation.drafters.self_draft import SelfDraft
 
     if any(isinstance(patch, Speculative) for patch in chosen):
         raise PatchConflict("lossless=True verifies with speculative already: leave speculative out, its text is the model's own as it is")
     return [Speculative(draft=SelfDraft(tuple(chosen)))]
-
-
-def _flat(patches: Sequence[Any]) -> Iterator[Any]:
-    for given in patches:
-        if isinstance(given, list | tuple):
-            yield from _flat(given)
-        else:
-            yield given
 
 
 def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
@@ -242,11 +154,11 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         raise PatchConflict(f"this model is already patched with {present}: {remedy}, or give all patches in one call")
     # Imported here, so that `import patchkit` loads neither torch nor transformers.
     from patchkit import _compat
-    from patchkit.target import Target
+    from patchkit.anatomy.target import Target
 
     _compat.self_check()
     started = time.perf_counter()
-    target = Target(base, tuple(chosen))
+    target = Target(base, tuple(chosen), functools.partial(_patch, verbose=False))
     for patch in chosen:
         patch.check(target)
     same_up_to = [patch.promises(target).same_up_to for patch in chosen]

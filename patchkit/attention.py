@@ -9,8 +9,6 @@ builds the mask by the same name. `alias_of` registers, for an implementation su
 * builds the original's mask, unless a patched forward is under way that makes its own (`swap_mask_builder`).
 
 The alias has the original encoded in its name, because nothing but the module and the config reaches these functions.
-
-`attention_patch` makes a patch of one attention function in a few lines; `examples/write_a_patch.py` shows it.
 """
 
 from __future__ import annotations
@@ -20,21 +18,17 @@ import functools
 import sys
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import StreamError, UnsupportedModel
-from patchkit.patch import Patch, Stage, register_patch
 
 if TYPE_CHECKING:
     from patchkit.handle import Handle
-    from patchkit.target import Target
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
@@ -70,6 +64,14 @@ def names_alias(config: Any) -> bool:
     return (config._attn_implementation or "").startswith(_PREFIX)
 
 
+def named_alias(implementation: str, suffix: str, mask: MaskBuilder) -> str:
+    """Register another alias of ``implementation``, whose masks ``mask`` builds; returns its name, which ends with ``suffix``."""
+    alias = f"{alias_of(implementation)}_{suffix}"
+    _aliased[alias] = implementation
+    _compat.register_attention(alias, _in_front_of(implementation), mask)
+    return alias
+
+
 def set_alias(handle: Handle, config: Any, alias: str) -> None:
     """Name ``alias`` in a config, until the last patched model that shares it is unpatched."""
     # A copy of a patched model may have left an alias of which nobody knows who put it there.
@@ -100,88 +102,6 @@ def refuse_other_attention(configs: Sequence[Any]) -> None:
 def configs_of(modules: Iterable[nn.Module], model: Any) -> list[Any]:
     """The config objects through which these attention modules look their implementation up, each once."""
     return list({id(config): config for module in modules for config in [getattr(module, "config", model.config)]}.values())
-
-
-def attention_patch(name: str, mask: MaskRule | None = None) -> Callable[[AttentionFunction], type[AttentionPatch]]:
-    """Decorator: one function with transformers' attention signature becomes a patch, known to spec strings as ``name``.
-
-        @attention_patch("nearest", mask=lambda batch, head, query, key: key > query - 8)
-        def nearest(module, query, key, value, attention_mask, scaling=None, **kwargs): ...
-
-        patch_model(model, "nearest")          # or patch_model(model, nearest())
-
-    The function is called as ``function(module, query, key, value, attention_mask, scaling=..., **kwargs)`` with query
-    [B, H, T, K], keys [B, G, S, K] and values [B, G, S, V] out of the cache (G divides H: repeat them), and a mask
-    [B, 1, T, S] to add to the scores (0 where visible, else the lowest number of the queries' dtype; never None), and returns
-    the output [B, T, H, V] and the attention weights or None.
-
-    Args:
-        name: the patch's name in spec strings.
-        mask: which of the keys that the model's own rule shows stay visible, as a function of index tensors (batch, head,
-            query, key) that broadcast against each other; None for all. Padding and sliding windows are in the model's rule.
-
-    Raises:
-        ValueError, PatchConflict: the name is no identifier, or is taken.
-    """
-
-    def decorate(function: AttentionFunction) -> type[AttentionPatch]:
-        body = {
-            "__doc__": function.__doc__,
-            "__module__": function.__module__,
-            "__qualname__": function.__qualname__,
-            "function": staticmethod(function),
-            "rule": None if mask is None else staticmethod(mask),
-        }
-        return register_patch(name)(dataclass(frozen=True)(type(function.__name__, (AttentionPatch,), body)))
-
-    return decorate
-
-
-@dataclass(frozen=True)
-class AttentionPatch(Patch):
-    """Base of the patches that `attention_patch` makes: every attention module calls ``function``."""
-
-    stage = Stage.ATTENTION
-    function: ClassVar[AttentionFunction]
-    rule: ClassVar[MaskRule | None]
-
-    def check(self, target: Target) -> None:
-        for layer in target.attention_layers:
-            if not layer.interface:
-                raise UnsupportedModel(
-                    f"{type(target.model).__name__} computes attention itself in layer {layer.index} ({layer.name}) instead of calling "
-                    "transformers' attention interface, so no attention function can be put in its place"
-                )
-
-    def apply(self, target: Target, handle: Handle) -> None:
-        modules = {id(layer.module): layer.module for layer in target.attention_layers}
-        for config in _compat.attention_configs(target.model):
-            original = original_name(config)
-            alias = f"{alias_of(original)}_{self.name}"
-            _aliased[alias] = original
-            _compat.register_attention(alias, _in_front_of(original), functools.partial(_additive_mask, type(self).rule))
-            set_alias(handle, config, alias)
-        for module in modules.values():
-            handle.set_attribute(module, "_patchkit_attention", functools.partial(_run_patch, type(self), handle.hits))
-        configs = configs_of(modules.values(), target.model)
-        handle.pre_hook(target.decoder, functools.partial(_before_patched_forward, configs))
-        handle.changed("attention modules", len(modules))
-
-
-def _before_patched_forward(configs: list[Any], decoder: nn.Module, args: Any) -> None:
-    refuse_other_attention(configs)
-
-
-def _run_patch(cls: type[AttentionPatch], hits: Counter[str], original: AttentionFunction, *args: Any, **kwargs: Any) -> AttentionOutput:
-    if not torch.compiler.is_compiling():  # a count that changes would be a graph of its own for every call
-        hits["attention calls"] += 1
-    return cls.function(*args, **kwargs)
-
-
-def _additive_mask(rule: MaskRule | None, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    if rule is not None:
-        kwargs["mask_function"] = _compat.and_masks(kwargs["mask_function"], rule)
-    return _compat.mask_function("eager")(*args, **kwargs)
 
 
 class Masks(NamedTuple):

@@ -20,10 +20,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.api import patch_model, patched, report
 from patchkit.errors import PatchConflict, PatchError, SpecError
-from patchkit.patch import Patch, parse_spec
-from patchkit.target import Target
+from patchkit.patch import Patch
+from patchkit.spec import parse_spec
 
 _MODULE = "modeling_patchkit"
 _SOURCE = '''"""The patches of this checkpoint are in config.json under "patchkit"; they need `pip install patchkit`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import types
 import weakref
@@ -12,27 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchkit.errors import IrreversiblePatch, PatchError
+from patchkit.record import Named, Notices
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
-
-    from patchkit.patch import Patch
-
-_logger = logging.getLogger("patchkit")
-
-
-class Notices(dict[str, int]):
-    """What a patch had to say while it ran, such as why it was idle in a call that it should have served; each text with its count.
-
-    Like `Handle.hits` it goes into functions that stay on the model: it can be copied and pickled on its own.
-    """
-
-    def say(self, text: str) -> None:
-        """Count ``text``, and log it as a warning the first time."""
-        if text not in self:
-            _logger.warning("patchkit: %s", text)
-        self[text] = self.get(text, 0) + 1
 
 
 class Handle:
@@ -59,7 +42,7 @@ class Handle:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
-        self.views: list[tuple[Patch, Handle]] = []
+        self.views: list[tuple[Named, Handle]] = []
         self.hits: Counter[str] = Counter()
         self.notices = Notices()
         self.counts: dict[str, int] = {}
@@ -71,7 +54,7 @@ class Handle:
         self._steps: list[Callable[[], object]] = []
         self._last: list[tuple[str, Callable[[], object]]] = []
 
-    def for_patch(self, patch: Patch) -> Handle:
+    def for_patch(self, patch: Named) -> Handle:
         """A view for one patch: shares this handle's undo stack, has its own report and counters."""
         view = Handle(self.model)
         view._steps, view._last = self._steps, self._last

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import enum
-import functools
 import importlib
-import keyword
-import os
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from patchkit.errors import PatchConflict, SpecError
-
-# The spec of no patch.
-NO_PATCH = "none"
+from patchkit.errors import PatchConflict
+from patchkit.spelled import Spelled, is_word, options_of
 
 if TYPE_CHECKING:
     import torch
 
-    from patchkit.api import PatchReport
+    from patchkit.anatomy.target import Target
     from patchkit.handle import Handle
-    from patchkit.target import Target
+    from patchkit.record import PatchReport
 
-    # (model without the patch, token ids [1, T], what the patch reports) -> logits [1, T, V]
+
+# The spec of no patch.
+NO_PATCH = "none"
+
+
+if TYPE_CHECKING:
     Definition = Callable[[Any, torch.Tensor, PatchReport], torch.Tensor]
 
 
@@ -65,31 +64,6 @@ class Promises:
     greedy: bool = True
     bounded: bool = False
     rounds: bool = False
-
-
-class Spelled:
-    """What a spec string writes as a call: a patch, or the value of an option that has options of its own, `refresh=reencode(every=64)`.
-
-    A subclass is a frozen dataclass with a ``name``. The field of an option names the classes that it takes, beside literals, as
-    ``metadata={"objects": (Reencode, ...)}``.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def spec(self) -> str:
-        """The spec string of this object, with every option that differs from its default: `streaming(window=508)`.
-
-        `parse_spec` reads it back, unless an option is an object that no spec string can spell (a draft model, say); such a
-        value is shown as `<ClassName>`.
-        """
-        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
-        options = [
-            f"{field.name}={_spell(getattr(self, field.name))}"
-            for field in fields
-            if field.init and not _is_default(field, getattr(self, field.name))
-        ]
-        return f"{self.name}({', '.join(options)})" if options else self.name
 
 
 @dataclass(frozen=True)
@@ -134,7 +108,7 @@ class Patch(Spelled):
     def candidates(cls, target: Target) -> Sequence[Patch]:
         """The options that `patchkit tune` tries on this model; none where the patch needs what only the user has."""
         missing = dataclasses.MISSING
-        required = [name for name, field in _options(cls).items() if field.default is missing and field.default_factory is missing]
+        required = [name for name, field in options_of(cls).items() if field.default is missing and field.default_factory is missing]
         return [] if required else [cls()]
 
     @property
@@ -144,10 +118,9 @@ class Patch(Spelled):
 
 
 P = TypeVar("P", bound=Patch)
-S = TypeVar("S", bound=Spelled)
-T = TypeVar("T")
 
 _registry: dict[str, type[Patch]] = {}
+
 _discovered = False
 
 
@@ -161,7 +134,7 @@ def register_patch(name: str) -> Callable[[type[P]], type[P]]:
         TypeError: the class is not a frozen dataclass derived from `Patch`, or has no `stage`.
         PatchConflict: another class has this name.
     """
-    if not _is_word(name):
+    if not is_word(name):
         raise ValueError(f"patch name {name!r} cannot be written in a spec string: use a Python identifier such as 'my_patch'")
 
     def register(cls: type[P]) -> type[P]:
@@ -196,90 +169,10 @@ def available_patches() -> dict[str, type[Patch]]:
     return dict(sorted(_registry.items()))
 
 
-def parse_spec(text: str) -> list[Patch]:
-    """Read a spec string: `streaming(sinks=4, window=1020) + mlp_int8`.
-
-    Option values are Python literals (int, float, string, list, tuple, dict, None, True, False); a bare word is a string. Options that
-    take objects are written as calls: `streaming(refresh=reencode(every=64))`, `speculative(k=adaptive(target=0.8))`. `none` is no patch,
-    and `@FILE` what the file says (`read_spec`).
-
-    Raises:
-        SpecError: bad syntax, an unknown patch or option (with the nearest valid name), or a value that the patch refuses.
-    """
-    return read_spec(text.strip()[1:]) if text.strip().startswith("@") else _parsed(text)
-
-
-def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
-    """Read the spec string in a UTF-8 file, such as `patchkit tune` writes: over one line or several, with comments after `#`.
-
-    Raises:
-        SpecError: the file cannot be read, or what it says.
-    """
-    return _in_file(path, _parsed)
-
-
-def check_spelling(text: str) -> None:
-    """Raise what `parse_spec` raises about syntax and about the names of patches and options, within a moment.
-
-    Patches take seconds to import, so their names and options are read in their source. What this lets pass may still be wrong: values
-    are for `parse_spec`.
-
-    Raises:
-        SpecError: as `parse_spec`.
-    """
-    known = _declared()
-    if known is None:
-        return
-    if text.strip().startswith("@"):
-        _in_file(text.strip()[1:], functools.partial(_check_names, known=known))
-    else:
-        _check_names(text, known)
-
-
-def _in_file(path: str | os.PathLike[str], read: Callable[[str], T]) -> T:
-    try:
-        return read(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"the spec file {os.fspath(path)!r} cannot be read ({error.strerror}): check the path") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"the spec file {os.fspath(path)!r} is not UTF-8 text: give one that `patchkit tune` wrote") from error
-    except SpecError as error:
-        raise SpecError(f"the spec file {os.fspath(path)!r}: {error}") from error
-
-
-def _parsed(text: str) -> list[Patch]:
-    return [_patch_of(node, text) for node in _terms(text, available_patches())]
-
-
-def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
-    """What is joined with '+' in a spec; nothing in the spec of no patch."""
-    try:
-        # In brackets, so that a spec may run over several lines (YAML).
-        tree = ast.parse(f"({text.strip()}\n)", mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(
-            f"cannot read the spec {text!r}: {getattr(error, 'msg', error)}. "
-            "Write it like 'streaming(sinks=4, window=1020) + mlp_int8', and quote values that are not single words"
-        ) from None
-    if isinstance(tree.body, ast.Tuple) and not tree.body.elts:  # nothing, or nothing but comments
-        raise SpecError(f"empty spec: name at least one patch, or write none; available: {_listed(known)}")
-    if isinstance(tree.body, ast.Name) and tree.body.id == NO_PATCH:
-        return []
-    return list(_summands(tree.body))
-
-
-def _check_names(text: str, known: dict[str, tuple[str, ...] | None]) -> None:
-    for node in _terms(text, known):
-        name = _name_of(node, text, known)
-        options = known[name]
-        if options is not None:
-            _keywords(name, node, options)
-
-
-def _declared() -> dict[str, tuple[str, ...] | None] | None:
+def declared() -> dict[str, tuple[str, ...] | None] | None:
     """The patches by spec name, with the names of their options: of those in `patchkit/patches/` as their source says, and of those
     that are registered already. None for the options of a class, or for everything, where the source does not say it plainly."""
-    known: dict[str, tuple[str, ...] | None] = {name: tuple(_options(cls)) for name, cls in _registry.items()}
+    known: dict[str, tuple[str, ...] | None] = {name: tuple(options_of(cls)) for name, cls in _registry.items()}
     for path in sorted(Path(__file__).with_name("patches").glob("*.py")) if not _discovered else []:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found = {name: node for node in tree.body if isinstance(node, ast.ClassDef) for name in _registered_as(node)}
@@ -295,147 +188,3 @@ def _declared() -> dict[str, tuple[str, ...] | None] | None:
 def _registered_as(node: ast.ClassDef) -> list[str]:
     calls = [each for each in node.decorator_list if isinstance(each, ast.Call) and ast.unparse(each.func) == register_patch.__name__]
     return [each.args[0].value for each in calls if isinstance(each.args[0], ast.Constant) and isinstance(each.args[0].value, str)]
-
-
-def parse_object(text: str, kind: str, classes: Sequence[type[S]]) -> S:
-    """Read one object of ``classes`` as a spec string writes it: `reencode(every=64)`. ``kind`` says in errors what it is.
-
-    Raises:
-        SpecError: bad syntax, an unknown name or option, or a value that the class refuses.
-    """
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(f"cannot read the {kind} {text!r}: {getattr(error, 'msg', error)}. Write it like '{classes[0].name}'") from None
-    return _object_of(node, kind, classes)
-
-
-def _object_of(node: ast.expr, kind: str, classes: Sequence[type[S]]) -> S:
-    by_name = {each.name: each for each in classes}
-    word = node.func if isinstance(node, ast.Call) else node
-    if not isinstance(word, ast.Name) or word.id not in by_name:
-        raise SpecError(_unknown(kind, ast.unparse(word), by_name))
-    return _made(by_name[word.id], node)
-
-
-def _summands(node: ast.expr) -> Iterable[ast.expr]:
-    terms: list[ast.expr] = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        terms.append(node.right)
-        node = node.left
-    terms.append(node)
-    return reversed(terms)
-
-
-def _patch_of(node: ast.expr, text: str) -> Patch:
-    patches = available_patches()
-    return _made(patches[_name_of(node, text, patches)], node)
-
-
-def _name_of(node: ast.expr, text: str, known: Iterable[str]) -> str:
-    word = node.func if isinstance(node, ast.Call) else node
-    if not isinstance(word, ast.Name):
-        raise SpecError(
-            f"{ast.unparse(node)!r} in the spec {text!r} is not a patch: join patches with '+', like 'streaming(window=1020) + mlp_int8'"
-        )
-    if word.id not in known:
-        raise SpecError(_unknown("patch", word.id, known))
-    return word.id
-
-
-def _made(cls: type[S], node: ast.expr) -> S:
-    """An object of ``cls`` as ``node`` writes it: its bare name, or a call with options."""
-    given = {option: _value_of(value, cls, option) for option, value in _keywords(cls.name, node, _options(cls)).items()}
-    try:
-        return cls(**given)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{ast.unparse(node)}: {error}") from error
-
-
-def _keywords(name: str, node: ast.expr, options: Iterable[str]) -> dict[str, ast.expr]:
-    """The options that are given to the object called ``name``."""
-    call = node if isinstance(node, ast.Call) else None
-    if call and call.args:
-        raise SpecError(
-            f"{name}: {ast.unparse(call.args[0])!r} is given without its option's name: write {name}(option=value), "
-            f"options: {_listed(options)}"
-        )
-    given: dict[str, ast.expr] = {}
-    for argument in call.keywords if call else []:
-        if argument.arg is None:
-            raise SpecError(f"{name}: '**' is not allowed in a spec: write every option as option=value")
-        if argument.arg not in options:
-            raise SpecError(_unknown(f"option of {name}", argument.arg, options))
-        if argument.arg in given:
-            raise SpecError(f"{name}: the option {argument.arg!r} is given twice: give it once")
-        given[argument.arg] = argument.value
-    return given
-
-
-def _value_of(node: ast.expr, cls: type[Spelled], option: str) -> Any:
-    written = f"{cls.name}: {option}={ast.unparse(node)}"
-    objects = _options(cls)[option].metadata.get("objects", ())
-    if objects and not isinstance(node, ast.Constant):
-        return _object_of(node, f"{option} of {cls.name}", objects)
-    if isinstance(node, ast.Call) and _options(cls)[option].type in ("Any", Any):
-        return ast.unparse(node)  # k=adaptive(target=0.8), draft=eagle("FILE"): the option reads it
-    try:
-        value = ast.literal_eval(_Words().visit(node))
-    except (ValueError, TypeError, SyntaxError):
-        raise SpecError(
-            f"{written} is not a literal: write a number, True, False, None, a word, a quoted string, or a list of these"
-        ) from None
-    # `true` is a bare word, hence a non-empty string, hence true wherever a bool is tested: so would be `false`.
-    if isinstance(_options(cls)[option].default, bool) and not isinstance(value, bool):
-        raise SpecError(f"{written} must be True or False")
-    return value
-
-
-class _Words(ast.NodeTransformer):
-    """Bare words become strings: positions=cache means positions="cache"."""
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.copy_location(ast.Constant(node.id), node)
-
-
-def _options(cls: type[Spelled]) -> dict[str, dataclasses.Field[Any]]:
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
-    return {field.name: field for field in fields if field.init}
-
-
-def _unknown(kind: str, word: str, known: Iterable[str]) -> str:
-    names = list(known)
-    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    guess = f", did you mean {nearest[0]!r}?" if nearest else ":"
-    return f"unknown {kind} {word!r}{guess} available: {_listed(names)}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _is_word(text: str) -> bool:
-    return text.isidentifier() and not keyword.iskeyword(text)
-
-
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    # The type too: 1 == True == 1.0. And identity first, for values whose == is not a bool (tensors).
-    return value is default or (type(value) is type(default) and isinstance(value, _SPELT) and bool(value == default))
-
-
-_SPELT = (bool, int, float, str, list, tuple, dict, type(None))
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, Spelled):
-        return value.spec
-    if isinstance(value, str):
-        return value if _is_word(value) else repr(value)
-    if isinstance(value, list):
-        return f"[{', '.join(_spell(item) for item in value)}]"
-    if isinstance(value, tuple):
-        return f"({', '.join(_spell(item) for item in value)}{',' if len(value) == 1 else ''})"
-    if isinstance(value, bool | int | float | dict | None):
-        return repr(value)
-    return f"<{type(value).__name__}>"

@@ -17,8 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from patchkit.gates.result import Gate
     from patchkit.patch import Patch
-    from patchkit.quality.gate import Gate
 
 
 class PatchGate:
@@ -42,7 +42,7 @@ class PatchGate:
     ) -> Gate:
         """Measure the patched model beside the unpatched one, and fail the test unless every bound is shown to hold.
 
-        Bounds are those of `patchkit.quality.gate.Bounds`, other arguments those of `run_gate`. The figures are in the benchmark's
+        Bounds are those of `patchkit.gates.result.Bounds`, other arguments those of `run_gate`. The figures are in the benchmark's
         `extra_info["patch_gate"]`, and with `--benchmark-json=FILE` in that file, for `patchkit gate`.
         """
         if self.called:
@@ -54,7 +54,7 @@ class PatchGate:
                 pytrace=False,
             )
         from patchkit.errors import PatchError
-        from patchkit.quality import gate
+        from patchkit.gates import gate
 
         try:
             bounds = gate.Bounds(min_speedup, max_ppl_increase)

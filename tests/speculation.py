@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit import patch_model
-from patchkit.generation.drafter import Drafter, Proposal, Session, State
+from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 from patchkit.testing import tiny_model
 
 # New tokens: of the bar, and of its smaller sibling, in which windows of 6 to 16 tokens have passed several times.

@@ -457,7 +457,7 @@ def test_the_line_goes_to_stderr_unless_logging_is_configured(
 
 def test_the_self_check_guards_the_first_patch(model: Any, before: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     _compat.self_check.cache_clear()
-    monkeypatch.setattr(_compat, "SUPPORTED", {"transformers": "<1", "torch": ">=2.8"})
+    monkeypatch.setattr("patchkit._compat.versions.SUPPORTED", {"transformers": "<1", "torch": ">=2.8"})
     with pytest.raises(patchkit.PatchError, match="patchkit cannot run on transformers"):
         patchkit.patch_model(model, Shift())
     assert_restored(before, model)

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 from patchkit import available_patches, patch_model
 from patchkit.cli import app
 from patchkit.kernels import available_ops
+from patchkit.measure import demo as show
+from patchkit.measure import demo_plan
 from patchkit.models import load_model
-from patchkit.quality import demo as show
 from patchkit.testing import TOLERANCES
 
 STREAMING = "streaming(sinks=2, window=30)"
@@ -125,7 +126,7 @@ def test_ppl_without_patches_scores_the_model_as_it_is(model_dir: Path, text_fil
 
 
 def test_demo(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "CONTEXTS", (64, 160))
+    monkeypatch.setattr(demo_plan, "CONTEXTS", (64, 160))
     out = tmp_path / "picture.png"
     arguments = ("demo", "--model", model_dir, "--tokens", "600", "--windows", "60,20", "--out", out)
     found = run_json(*arguments)

@@ -35,7 +35,7 @@ def test_the_installed_versions_pass() -> None:
 
 def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _compat.self_check()
-    monkeypatch.setattr(_compat, "wrong_versions", lambda: pytest.fail("checked twice"))
+    monkeypatch.setattr("patchkit._compat.versions.wrong_versions", lambda: pytest.fail("checked twice"))
     _compat.self_check()
 
 
@@ -108,9 +108,9 @@ def test_missing_and_changed_names_are_listed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_import_without_a_name_says_which_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS")
-    monkeypatch.delitem(sys.modules, "patchkit._compat")
+    monkeypatch.delitem(sys.modules, "patchkit._compat.names")
     with pytest.raises(PatchError, match=rf"transformers {transformers.__version__} .*ALL_MASK_ATTENTION_FUNCTIONS.*pip install"):
-        importlib.import_module("patchkit._compat")
+        importlib.import_module("patchkit._compat.names")
 
 
 def test_compiled_calls_are_set_aside_and_come_back() -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from patchkit import Patch, available_patches, patch_model, report, unpatch_model
 from patchkit.errors import PatchConflict, PatchError, SpecError
 from patchkit.handle import Handle
-from patchkit.patch import Stage, parse_spec
+from patchkit.patch import Stage
+from patchkit.spec import parse_spec
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
 
 # Options that make a patch act on 30 tokens of a tiny model, where its defaults would not. A patch without a row uses its defaults.

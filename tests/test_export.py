@@ -12,10 +12,10 @@ from patchkit import patch_model, report
 from patchkit.cli import app
 from patchkit.errors import PatchConflict, SpecError, UnsupportedModel
 from patchkit.export import ExportError, export
-from patchkit.generation.drafters.draft_model import DraftModel
 from patchkit.models import load_model
 from patchkit.patches.speculative import Speculative
 from patchkit.patches.streaming import StreamingLLM
+from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 
 SPEC = "streaming(sinks=2, window=30)"

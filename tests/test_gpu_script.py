@@ -20,7 +20,7 @@ from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.op import Backend, available_ops
 from patchkit.kernels.verify_prefix import verify_prefix
-from patchkit.quality.latency import Stream
+from patchkit.measure.latency import Stream
 from patchkit.testing import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -52,14 +52,14 @@ def test_every_rule_of_ci_speaks_of_what_exists() -> None:
         for path in (prefix, *tests):
             assert (ROOT / path).exists(), path
     with_a_matrix = ci.files_with_a_matrix()
-    assert {"tests/test_contract.py", "tests/generation/test_sampling.py"} <= set(with_a_matrix)
+    assert {"tests/test_contract.py", "tests/speculation/test_sampling.py"} <= set(with_a_matrix)
     assert "tests/test_handle.py" not in with_a_matrix
 
 
 def test_ci_runs_the_matrix_of_what_changed_as_far_as_it_fits() -> None:
     files = [
-        "tests/generation/test_exact.py",
-        "tests/generation/test_sampling.py",
+        "tests/speculation/test_exact.py",
+        "tests/speculation/test_sampling.py",
         "tests/kernels/test_op.py",
         "tests/patches/test_linear.py",
     ]
@@ -67,6 +67,6 @@ def test_ci_runs_the_matrix_of_what_changed_as_far_as_it_fits() -> None:
     assert ci.chosen(["README.md", "docs/results.md"], files, seconds) == ([], [])
     assert ci.chosen(["patchkit/kernels/op.py"], files, seconds) == (["tests/kernels/test_op.py"], [])
     assert ci.chosen(["tests/patches/test_linear.py"], files, seconds) == (["tests/patches/test_linear.py"], [])
-    taken, left = ci.chosen(["patchkit/cache/streaming.py", "tests/generation/test_exact.py"], files, seconds)
-    assert taken == files[:2] and left == ["tests/patches/test_linear.py"]
+    taken, left = ci.chosen(["patchkit/streaming/cache.py", "tests/speculation/test_exact.py"], files, seconds)
+    assert taken == [files[3], files[0]] and left == [files[1]]
     assert ci.chosen(["patchkit/linear/state.py"], files, {"tests/patches/test_linear.py": {"matrix": 2401.0}})[1] == [files[3]]

@@ -10,7 +10,8 @@ import pytest
 
 from patchkit import patch as patch_module
 from patchkit.errors import PatchConflict, PatchError, SpecError
-from patchkit.patch import Patch, Stage, available_patches, parse_spec, register_patch
+from patchkit.patch import Patch, Stage, available_patches, register_patch
+from patchkit.spec import parse_spec
 
 
 @dataclass(frozen=True)

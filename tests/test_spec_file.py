@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from patchkit import SpecError, patch_model, patched, report, unpatch_model, with_patches
 from patchkit.cli import app
-from patchkit.patch import parse_spec, read_spec
+from patchkit.spec import parse_spec, read_spec
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 SPEC = "# found on this machine\nstreaming(sinks=2,  # few\n  window=30)\n+ mlp_int8\n"

@@ -37,10 +37,10 @@ from real import EDITS, STORIES, WARM_UP, prompt_ids  # noqa: E402
 from rich.console import Console  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
+from patchkit.measure.english_text import english_documents, english_ids  # noqa: E402
+from patchkit.measure.environment import environment  # noqa: E402
+from patchkit.measure.paired import median_ratio  # noqa: E402
 from patchkit.models import bundled_path, smollm2_gguf  # noqa: E402
-from patchkit.quality.english_text import english_documents, english_ids  # noqa: E402
-from patchkit.quality.environment import environment  # noqa: E402
-from patchkit.quality.paired import median_ratio  # noqa: E402
 
 VENVS = ROOT / ".venv-peers"
 # What is named in the table's environment, by family.

@@ -10,9 +10,9 @@ from generating import Timed, bytes_per_pass, generate, load, passes_counted, wa
 from peer import Answer, Clock, Made, Way
 
 from patchkit import parse_spec, patch_model
-from patchkit.generation import reset_statistics, statistics_of
-from patchkit.generation.heads import load_heads
-from patchkit.quality.latency import twin
+from patchkit.speculation import reset_statistics, statistics_of
+from patchkit.speculation.heads import load_heads
+from patchkit.views import twin
 
 SINKS, WINDOW = 4, 508
 

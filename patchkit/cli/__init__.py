@@ -23,7 +23,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from patchkit.quality.environment import version_of
+        from patchkit.measure.environment import version_of
 
         typer.echo(f"patchkit {version_of('patchkit')}")
         raise typer.Exit

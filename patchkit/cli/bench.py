@@ -48,8 +48,8 @@ def bench(
     """Time to first token, latency and tokens per second of a model, or of a server with OpenAI's interface."""
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import harness
-    from patchkit.quality.environment import environment
+    from patchkit.bench import harness, server
+    from patchkit.measure.environment import environment
 
     given = dict(
         model=model, patches=patches, endpoint=endpoint, chat=chat, prompts=prompts, n_prompts=n_prompts, new_tokens=new_tokens,
@@ -71,7 +71,7 @@ def bench(
         table = harness.Table(out / "bench.csv")
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
-    generate = generate or harness.Server(settings)
+    generate = generate or server.Server(settings)
     started = time.perf_counter()
     with progress() as bar:
         task = bar.add_task("warming up", total=len(texts) * settings.iterations)

@@ -19,8 +19,8 @@ from patchkit.errors import PatchError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from patchkit.api import Report
     from patchkit.patch import Patch
+    from patchkit.record import Report
 
 # torch and transformers take seconds to import, so each command imports what it needs.
 
@@ -106,7 +106,7 @@ def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple
 
 def parse(spec: str) -> list[Patch]:
     """The patches of a spec, before anything large is loaded. An empty spec means none."""
-    from patchkit.patch import check_spelling, parse_spec
+    from patchkit.spec import check_spelling, parse_spec
 
     if not spec.strip():
         return []
@@ -123,7 +123,8 @@ def patch(model: PreTrainedModel, chosen: list[Patch]) -> None:
 
 def report(model: PreTrainedModel, chosen: list[Patch]) -> Report:
     """What the patches changed, with their counters so far; empty for an unpatched model."""
-    from patchkit.api import Report, report
+    from patchkit.api import report
+    from patchkit.record import Report
 
     return report(model) if chosen else Report([])
 

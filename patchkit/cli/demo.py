@@ -45,7 +45,8 @@ def demo(
     sizes = None if windows is None else number_list(windows, "--windows", smallest=1)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import demo as show
+    from patchkit.measure import demo as show
+    from patchkit.measure import demo_result
 
     loaded, tokenizer = load(chosen)
     with progress() as bar:
@@ -55,19 +56,19 @@ def demo(
         )
         bar.update(task, completed=bar.tasks[0].total, description="done")
     try:
-        show.draw(result, out)
+        demo_result.draw(result, out)
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     if as_json:
-        from patchkit.quality.environment import environment
+        from patchkit.measure.environment import environment
 
         emit({"model": chosen, **result.to_dict(), "picture": str(out), "environment": environment()})
         return
     console = Console()
     # A pipe counts as 80 columns, and a table that is cut off is worth nothing.
     console.width = max(console.width, 110)
-    console.print(show.table(result))
-    keys = show.keys_table(result)
+    console.print(demo_result.table(result))
+    keys = demo_result.keys_table(result)
     if keys is not None:
         console.print(keys)
     console.print(f"curves: {out}", highlight=False, soft_wrap=True)

@@ -35,7 +35,8 @@ from patchkit.cli.common import (
     stderr,
 )
 from patchkit.errors import IrreversiblePatch, PatchError
-from patchkit.patch import Patch, available_patches, parse_spec
+from patchkit.patch import Patch, available_patches
+from patchkit.spec import parse_spec
 
 BASELINE = "unpatched"
 # Options of lm-eval that have another place here, or none.
@@ -135,7 +136,7 @@ def task_folder() -> Path:
 def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path | None, extra: list[str]) -> tuple[Any, Any]:
     """lm-eval's configuration and tasks, from its own parser."""
     try:
-        import patchkit.quality.lm_eval_model  # noqa: F401
+        import patchkit.lm_eval.model  # noqa: F401
     except ImportError as error:
         raise UsageError(str(error)) from error
     from lm_eval._cli.harness import HarnessCLI
@@ -192,7 +193,7 @@ def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, 
 
 
 def _load(model: str, dtype: Dtype, config: Any) -> Any:
-    from patchkit.quality.lm_eval_model import PatchkitLM
+    from patchkit.lm_eval.model import PatchkitLM
 
     sizes: dict[str, Any] = {"batch_size": config.batch_size or 1, "max_batch_size": config.max_batch_size or 64}
     if not config.model_args and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -280,7 +281,7 @@ def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: An
 
 def _identity(lm: Any, model: str, spec: str, task: str, config: Any) -> dict[str, Any]:
     """What a result depends on: two runs with the same are the same."""
-    from patchkit.quality.environment import version_of
+    from patchkit.measure.environment import version_of
     from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
 
     head = lm_head_weight(lm.model)

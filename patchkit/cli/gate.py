@@ -21,7 +21,7 @@ def gate(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two saved runs of patch_gate; exit code 1 if a gate got slower, worse or larger, or is missing."""
-    from patchkit.quality.gate_runs import compare, read_run
+    from patchkit.gates.runs import compare, read_run
 
     found = compare(read_run(baseline), read_run(current), tolerance, across_machines)
     if as_json:

@@ -60,7 +60,7 @@ def generate(
     _check(chat, system, temperature, top_p, stop or [])
     # What needs no model is looked at before anything large is imported.
     from patchkit.models import find
-    from patchkit.patch import check_spelling
+    from patchkit.spec import check_spelling
 
     find(model)
     if patches.strip():
@@ -71,8 +71,8 @@ def generate(
     chosen = parse(_SYSTEM.sub("sinks=1", patches) if system is not None else patches)
     import torch
 
-    from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
     from patchkit.patch import Stage
+    from patchkit.speculation.stop_texts import Printer, StopsAt, before_stop
 
     loaded, tokenizer = load(model, dtype, device)
     as_chat = _is_chat(chat, system, model, tokenizer)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @app.command()
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show what patchkit finds in a model, and which patches would apply."""
+    from patchkit.anatomy.target import Target
     from patchkit.patch import available_patches
-    from patchkit.target import Target
 
     loaded, _ = load(model)
     target = Target(loaded)

@@ -50,7 +50,7 @@ def ksweep(
     for folder in [out.absolute().parent] + ([trace.absolute().parent] if trace else []):
         if not folder.is_dir():
             raise UsageError(f"the folder {folder} does not exist: create it, or write elsewhere")
-    from patchkit.generation import ksweep as sweep
+    from patchkit.search import ksweep as sweep
 
     loaded, tokenizer = load(model, dtype, device)
     texts = sweep.load_prompts(prompts, tokenizer, n_prompts, prompt_tokens)

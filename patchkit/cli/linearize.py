@@ -53,11 +53,11 @@ def linearize(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     indices = None if layers is None else number_list(layers, "--layers", smallest=0)
-    from patchkit.linear import conversion
     from patchkit.linear.feature_maps import available_feature_maps
-    from patchkit.quality.demo import heldout_ids
-    from patchkit.quality.perplexity import read_text
-    from patchkit.quality.stdlib_text import read_texts, stdlib_files
+    from patchkit.measure.demo import heldout_ids
+    from patchkit.measure.perplexity import read_text
+    from patchkit.measure.stdlib_text import read_texts, stdlib_files
+    from patchkit.training import linearize as conversion
 
     if feature_map not in available_feature_maps():
         raise UsageError(f"--feature-map {feature_map} is unknown: give one of {', '.join(available_feature_maps())}")

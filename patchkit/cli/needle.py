@@ -54,12 +54,13 @@ def needle(
     far = _token_list(distances, "--distances")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality import needle as quality
-    from patchkit.quality.environment import environment
+    from patchkit.measure import needle as quality
+    from patchkit.measure import needle_grid, needle_text
+    from patchkit.measure.environment import environment
 
     loaded, tokenizer = load(model, dtype, device)
-    asking = quality.Asking.of(tokenizer)
-    cases = quality.possible(sizes or quality.lengths_for(loaded), far, trials, asking)
+    asking = needle_text.Asking.of(tokenizer)
+    cases = needle_text.possible(sizes or needle_text.lengths_for(loaded), far, trials, asking)
     haystack = quality.Haystack.of(asking, cases, seed)
     ways, remarks = 2 if chosen else 1, stderr()
     minutes = quality.estimated_seconds(loaded, haystack, cases, ways) / 60
@@ -84,8 +85,8 @@ def needle(
         return
     console = Console()
     console.width = max(console.width, 130)
-    console.print(quality.table(grid))
-    for line in (*grid.lines(), f"{', '.join(quality.FILES)} in {out}"):
+    console.print(needle_grid.table(grid))
+    for line in (*grid.lines(), f"{', '.join(needle_grid.FILES)} in {out}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ from patchkit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from patchkit.quality.perplexity import Bucket
+    from patchkit.measure.perplexity import Bucket
 
 
 @app.command()
@@ -47,7 +47,7 @@ def ppl(
 ) -> None:
     """Perplexity of a text streamed through one cache, in total and by position."""
     chosen = parse(patches)
-    from patchkit.quality.perplexity import by_position, default_edges, encode, read_text, stream_nll
+    from patchkit.measure.perplexity import by_position, default_edges, encode, read_text, stream_nll
 
     content = read_text(text)
     loaded, tokenizer = load(model, dtype, device)

@@ -25,7 +25,7 @@ from patchkit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from patchkit.quality.profile import Phase
+    from patchkit.measure.profile import Phase
 
 # Characters of an operator's name that a table of two ways has room for.
 _NAME = 40
@@ -47,9 +47,9 @@ def profile(
     chosen = parse(patches)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.quality.demo import heldout_ids
-    from patchkit.quality.environment import environment
-    from patchkit.quality.profile import run_profile
+    from patchkit.measure.demo import heldout_ids
+    from patchkit.measure.environment import environment
+    from patchkit.measure.profile import run_profile
 
     loaded, tokenizer = load(model, dtype, device)
     ids = heldout_ids(tokenizer, context)[0][:context]

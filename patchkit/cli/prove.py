@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from patchkit.quality.proof import Proof
+    from patchkit.prove.proof import Proof
 
 # Where nobody sees a bar, something is said at least so often.
 _SILENCE_S = 30.0
@@ -72,11 +72,11 @@ def prove(
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
         raise UsageError(f"{out} cannot be written: give another --out")
-    from patchkit.quality.checks.plan import wanted
-    from patchkit.quality.perplexity import read_text
-    from patchkit.quality.proof import Proof
-    from patchkit.quality.prove import prove as run
-    from patchkit.quality.prove import reach_of
+    from patchkit.measure.perplexity import read_text
+    from patchkit.prove.checks.plan import wanted
+    from patchkit.prove.proof import Proof
+    from patchkit.prove.prove import prove as run
+    from patchkit.prove.prove import reach_of
 
     names = None if only is None else list(wanted([name.strip() for name in only.split(",")]))
     # Every view of the model would say again what patching says; the tables hold it.
@@ -100,11 +100,11 @@ def prove(
 
 def _say(proof: Proof, out: Path, model: str, as_json: bool) -> None:
     if as_json:
-        from patchkit.quality.environment import environment
+        from patchkit.measure.environment import environment
 
         emit({"model": model, **proof.to_dict(), "out": str(out), "environment": environment()})
         return
-    from patchkit.quality import report
+    from patchkit.prove import report
 
     console = Console()
     console.width = max(console.width, 110)
@@ -205,8 +205,8 @@ def _documents(tokenizer: PreTrainedTokenizerBase, contents: list[str] | None, t
 
     Fewer, down to four, if they would not be longer by half than the ``reach`` tokens beyond which the patches act.
     """
-    from patchkit.quality.perplexity import TextError, encode
-    from patchkit.quality.stdlib_text import read_texts, stdlib_files
+    from patchkit.measure.perplexity import TextError, encode
+    from patchkit.measure.stdlib_text import read_texts, stdlib_files
 
     length = max(64, tokens // 8, min(tokens // 4, reach + reach // 2))
     found: list[list[int]] = []
@@ -240,7 +240,7 @@ def _passkeys(tokenizer: PreTrainedTokenizerBase) -> Callable[[int, int], tuple[
 
 
 def _write(proof: Proof, out: Path, model: str) -> None:
-    from patchkit.quality import report
+    from patchkit.prove import report
 
     try:
         report.write(proof, out, model, shlex.join(["patchkit", *sys.argv[1:]]))

@@ -55,7 +55,8 @@ def sweep(
     sizes, counts = number_list(windows, "--windows", smallest=1), number_list(sinks, "--sinks", smallest=0)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or write elsewhere")
-    from patchkit.quality import sweep as quality
+    from patchkit.search import sweep as quality
+    from patchkit.search import sweep_result
 
     patches = quality.grid(sizes, counts, [quality.parse_refresh(each) for each in refresh or ["none"]])
     loaded, tokenizer = load(model, dtype, device)
@@ -79,11 +80,11 @@ def sweep(
         return
     console = Console()
     console.width = max(console.width, 150)
-    console.print(quality.table(result))
+    console.print(sweep_result.table(result))
     refused: dict[str, list[str]] = {}
     for row in result.rows:
         if row.refused:
             refused.setdefault(row.refused, []).append(row.name)
     for reason, names in refused.items():
         console.print(f"refused: {', '.join(names)}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{', '.join(quality.FILES)} in {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{', '.join(sweep_result.FILES)} in {out}", markup=False, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ from patchkit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from patchkit.quality.tune import Tuning
+    from patchkit.search.tune import Tuning
 
 
 class Objective(str, Enum):
@@ -64,7 +64,7 @@ def tune(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or write elsewhere")
     extra = [patch for spec in also or [] for patch in parse(spec)]
-    from patchkit.quality import tune as quality
+    from patchkit.search import tune as quality
 
     loaded, tokenizer = load(model, dtype, device)
     # What patches remark while they are tried ends in the table.
@@ -106,7 +106,7 @@ def _share(text: str) -> float:
 
 def _show(found: Tuning, out: Path) -> None:
     """The table of what was timed, then the ledger of what was not, and the choice."""
-    from patchkit.quality.search import percent
+    from patchkit.search.rows import percent
 
     console = Console()
     console.width = max(console.width, 150)

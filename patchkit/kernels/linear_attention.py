@@ -1,4 +1,4 @@
-"""linear_attention and linear_attention_step: causal attention through a state of constant size, for many tokens and for one.
+"""linear_attention: causal attention through a state of constant size.
 
 Shapes: B batch, H heads, G kv heads (query head h reads kv head h // (H / G)), T tokens, K head dimension, V value dimension,
 F = K features.
@@ -66,7 +66,7 @@ def linear_attention(
         outs.append((fq[:, :, :, t, None] @ state[:, :, None]).squeeze(-2))
         denominators.append((fq[:, :, :, t] * normalizer[:, :, None]).sum(-1))
     out, denominator = torch.stack(outs, 3), torch.stack(denominators, 3)
-    return (*_finished(out, denominator, q, normalize), state, normalizer)
+    return (*finished(out, denominator, q, normalize), state, normalizer)
 
 
 def _prepared(
@@ -80,7 +80,7 @@ def _prepared(
     chunk: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features of the queries [B, G, h, T, F] and of the keys, values, state and normalizer, in the dtype that is computed in."""
-    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
+    check_arguments(q, k, v, mask, feature_map, chunk, state, normalizer)
     dtype = torch.promote_types(q.dtype, torch.float32)
     fq, fk = features(q.to(dtype), feature_map).unflatten(1, (k.shape[1], -1)), features(k.to(dtype), feature_map)
     if mask is not None:
@@ -92,7 +92,7 @@ def _prepared(
     return fq, fk, v.to(dtype), state.to(dtype), normalizer.to(dtype)
 
 
-def _check(
+def check_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -144,7 +144,7 @@ def _slope(x: torch.Tensor, feature_map: str) -> torch.Tensor | float:
     return (x > 0).to(x.dtype) if feature_map == "relu" else 1.0
 
 
-def _finished(out: torch.Tensor, denominator: torch.Tensor, q: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def finished(out: torch.Tensor, denominator: torch.Tensor, q: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, G, h, T, V] and denominator [B, G, h, T] as they are returned."""
     if normalize:
         out = torch.where(denominator[..., None] == 0, 0, out / denominator[..., None]).to(q.dtype)
@@ -283,7 +283,7 @@ linear_attention.autograd(_backward, _setup_context)
 # -- CPU -------------------------------------------------------------------------------------------------------------------------
 
 
-def _not_on_cpu(q: torch.Tensor, *rest: Any) -> str | None:
+def not_on_cpu(q: torch.Tensor, *rest: Any) -> str | None:
     return None if q.device.type == "cpu" else f"{q.device.type} tensors: it is for a CPU"
 
 
@@ -295,7 +295,7 @@ def _kernel() -> tuple[Any, str | None]:
 
 def _native_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
     if q.device.type != "cpu":
-        return _not_on_cpu(q)
+        return not_on_cpu(q)
     if torch.float64 in (q.dtype, k.dtype, v.dtype):
         return "float64: it sums in fp32"
     if q.shape[-1] > _MOST_FEATURES:
@@ -318,7 +318,7 @@ def _(
     chunk: int = 64,
 ) -> Four:
     """`native/linear_attention.cpp`: everything in one pass, in chunks of 64 whatever ``chunk`` is."""
-    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
+    check_arguments(q, k, v, mask, feature_map, chunk, state, normalizer)
     (batch, heads, tokens, width), groups, value_width = q.shape, k.shape[1], v.shape[-1]
     # Named, so that they live until the call is over.
     q32, k32, v32 = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k, v))
@@ -338,7 +338,7 @@ def _(
     return out.to(q.dtype) if normalize else out, denominator, after, sums
 
 
-@linear_attention.backend("cpu", refuses=_not_on_cpu)
+@linear_attention.backend("cpu", refuses=not_on_cpu)
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -362,90 +362,13 @@ def _(
         denominator[:, :, :, part] = weights.sum(-1) + (queries @ normalizer[:, :, None, :, None]).squeeze(-1)
         state += keys.mT @ chunk_values
         normalizer += keys.sum(2)
-    return (*_finished(out, denominator, q, normalize), state, normalizer)
-
-
-# -- One token -------------------------------------------------------------------------------------------------------------------
-
-
-@op(mutates=("state", "normalizer"))
-def linear_attention_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    state: torch.Tensor,
-    normalizer: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    feature_map: str = "elu1",
-    normalize: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_attention` of one token, T = 1, whose state and normalizer are brought up to date in place; there is no gradient.
-
-    Returns:
-        out [B, H, 1, V] and denominator [B, H, 1], as `linear_attention` does.
-    """
-    out, denominator, after, sums = linear_attention.reference(q, k, v, state, normalizer, mask, feature_map, normalize, 1)
-    state.copy_(after)
-    normalizer.copy_(sums)
-    return out, denominator
-
-
-@linear_attention_step.fake
-def _(q: Any, k: Any, v: Any, state: Any, normalizer: Any, mask: Any = None, feature_map: str = "elu1", normalize: bool = True) -> Any:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    shape = *q.shape[:3], v.shape[-1]
-    return q.new_empty(shape, dtype=q.dtype if normalize else dtype), q.new_empty(q.shape[:3], dtype=dtype)
-
-
-@linear_attention_step.samples
-def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def make(b: int, h: int, g: int, k: int, v: int, *rest: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-        def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        new = (draw(b, heads, 1, width).to(dtype) for heads, width in ((h, k), (g, k), (g, v)))
-        return *new, draw(b, g, k, v), draw(b, g, k).abs() * 5, *rest
-
-    yield "typical", make(1, 8, 8, 64, 64)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for b, h, g, k, v in ((1, 1, 1, 8, 8), (2, 6, 2, 60, 44), (1, 4, 4, 256, 256), (3, 8, 1, 96, 128)):
-            yield f"{b} x {h}/{g} x {k}/{v}, {dtype}", make(b, h, g, k, v, dtype=dtype)
-    for kind, normalize in (("elu1", False), ("relu", True), ("relu", False), ("identity", False)):
-        yield f"{kind}, normalize {normalize}", make(2, 4, 2, 24, 40, None, kind, normalize)
-    mask = torch.tensor([[True], [False]], device=device)
-    yield "a row of padding", make(2, 4, 2, 24, 40, mask, "elu1", True)
-
-
-@linear_attention_step.backend("cpu", refuses=_not_on_cpu)
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    state: torch.Tensor,
-    normalizer: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    feature_map: str = "elu1",
-    normalize: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state is updated where it lies and then read once, for all heads that share it."""
-    _check(q, k, v, mask, feature_map, 1, state, normalizer)
-    dtype = state.dtype
-    fq, fk = features(q.to(dtype), feature_map), features(k.to(dtype), feature_map)
-    if mask is not None:
-        fk = fk.masked_fill(~mask[:, None, :, None], 0)
-    state.addcmul_(fk.mT, v.to(dtype))
-    normalizer.add_(fk[:, :, 0])
-    grouped = fq.unflatten(1, (k.shape[1], -1)).squeeze(3)
-    out, denominator = grouped @ state, grouped @ normalizer[..., None]
-    return _finished(out[:, :, :, None], denominator, q, normalize)
+    return (*finished(out, denominator, q, normalize), state, normalizer)
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------------------
 
 
-def _triton_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
+def triton_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
     if q.numel() == 0 or v.numel() == 0:
         return "q or v is empty"
     if q.shape[-1] > _MOST_FEATURES:
@@ -454,7 +377,7 @@ def _triton_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 
 
 # Products on tensor cores: features, weights and state are rounded to bf16 for bf16 inputs, to TF32 for others.
-@linear_attention.backend("triton", refuses=_triton_refuses, rounding=3e-3)
+@linear_attention.backend("triton", refuses=triton_refuses, rounding=3e-3)
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -469,27 +392,5 @@ def _(
     """`patchkit.kernels.triton.linear_attention`: three launches, in tiles of its own whatever ``chunk`` is."""
     from patchkit.kernels.triton.linear_attention import run
 
-    _check(q, k, v, mask, feature_map, chunk, state, normalizer)
+    check_arguments(q, k, v, mask, feature_map, chunk, state, normalizer)
     return run(q, k, v, state, normalizer, mask, feature_map, normalize)
-
-
-def _triton_step_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, *rest: Any) -> str | None:
-    return _triton_refuses(q, k, v) or (None if state.is_contiguous() and rest[0].is_contiguous() else "the state is not contiguous")
-
-
-@linear_attention_step.backend("triton", refuses=_triton_step_refuses)
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    state: torch.Tensor,
-    normalizer: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    feature_map: str = "elu1",
-    normalize: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`patchkit.kernels.triton.linear_attention`: one launch."""
-    from patchkit.kernels.triton.linear_attention import run_step
-
-    _check(q, k, v, mask, feature_map, 1, state, normalizer)
-    return run_step(q, k, v, state, normalizer, mask, feature_map, normalize)

@@ -202,10 +202,10 @@ def op(reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] 
 
 
 def available_ops() -> dict[str, Op]:
-    """All ops by name, sorted. Imports every module of `patchkit/kernels/`; there is no list to edit."""
-    package = importlib.import_module("patchkit.kernels")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    """All ops by name, sorted. Imports every module of `patchkit/kernels/` and its folder `research`; there is no list to edit."""
+    for name in ("patchkit.kernels", "patchkit.kernels.research"):
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
+            importlib.import_module(f"{name}.{module.name}")
     return dict(sorted(_ops.items()))
 
 

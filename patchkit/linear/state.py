@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.hybrid import HybridAttention
-from patchkit.target import Target
 from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
 
 _FORMAT = "patchkit linear 1"

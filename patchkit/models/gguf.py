@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit import _compat
-from patchkit.models import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable
+from patchkit.models.names import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, first_line
 
 _logger = logging.getLogger("patchkit")
 
@@ -74,8 +74,6 @@ def read(file: Path, name: str) -> Facts:
             _scaled_positions(reader, _value(reader, "general.architecture")),
         )
     except Exception as error:  # foreign bytes: the reader raises nearly anything
-        from patchkit.models.loading import first_line
-
         raise ModelUnavailable(f"{file} cannot be read as a GGUF file ({first_line(error)}): download it again") from error
 
 

@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import patchkit.models.converted as converted
+import patchkit.models.gguf as gguf
 from patchkit import _compat
-from patchkit.models import ModelUnavailable, Source, converted, find, gguf
+from patchkit.models.names import ModelUnavailable, Source, find, first_line
 
 _HUB_TIMEOUT_S = 5.0
 
@@ -191,9 +193,3 @@ def _tokenizer(place: str, name: str, **where: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(place, **where)
     except Exception as error:
         raise ModelUnavailable(f"{name} has no usable tokenizer ({first_line(error)}): save one beside the weights") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says, short enough for one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

@@ -24,35 +24,37 @@ from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from patchkit import _compat
+from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
-from patchkit.generation.acceptance import Acceptance, acceptance
-from patchkit.generation.cached_model import takes_any_mask
-from patchkit.generation.controllers import Controller, controller, parse_call
-from patchkit.generation.drafter import Drafter
-from patchkit.generation.drafters.chain import Chain
-from patchkit.generation.drafters.draft_model import DraftModel
-from patchkit.generation.drafters.prompt_lookup import PromptLookup
-from patchkit.generation.loop import Speculation, Unserved, speculate
-from patchkit.handle import Handle, Notices
+from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.target import Target
+from patchkit.record import Notices
+from patchkit.speculation.acceptance import Acceptance, acceptance
+from patchkit.speculation.cached_model import find_obstacle, takes_any_mask
+from patchkit.speculation.controllers import controller, parse_call
+from patchkit.speculation.draft_lengths import Controller
+from patchkit.speculation.drafter import Drafter
+from patchkit.speculation.drafters.chain import Chain
+from patchkit.speculation.drafters.draft_model import DraftModel
+from patchkit.speculation.drafters.prompt_lookup import PromptLookup
+from patchkit.speculation.loop import speculate
+from patchkit.speculation.refusals import Unserved
+from patchkit.speculation.shared import Speculation
 
 
 @register_patch("speculative")
 @dataclass(frozen=True)
 class Speculative(Patch):
-    """Draft, verify, keep what the model would have said itself. `patchkit.generation.statistics_of(model)` says what came of it.
+    """Draft, verify, keep what the model would have said itself. `patchkit.speculation.statistics_of(model)` says what came of it.
 
     Args:
         draft: a `Drafter`; a loaded model (`DraftModel`); the name or path of one; "prompt_lookup", "medusa" or "eagle", with options as
             'eagle("FILE")' of a file that `patchkit train-heads` wrote; or several of these, of which the first that has a proposal
             drafts (`Chain`).
-        k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.generation.controllers`.
-        acceptance: "exact", or by name a policy that changes the text (`patchkit.generation.acceptance`): "longest_prefix",
+        k: tokens to draft per round: a number, or "fixed(k)", "adaptive(...)" or "cost_model(...)" of `patchkit.speculation.controllers`.
+        acceptance: "exact", or by name a policy that changes the text (`patchkit.speculation.acceptance`): "longest_prefix",
             "conf_threshold(tau)", "topk_agree(k)", "typical(p)".
-        trace: on a CPU, verify with a small model through a TorchScript trace of itself, where nothing in the model looks into a tensor
-            (`patchkit.generation.traced`): the same kernels without the Python between them.
 
     Raises:
         ValueError, TypeError: an option that names nothing, or out of range.
@@ -66,7 +68,6 @@ class Speculative(Patch):
     draft: Any = "prompt_lookup"
     k: Any = "cost_model"
     acceptance: Any = "exact"
-    trace: bool = True
 
     def __post_init__(self) -> None:
         self._controller()
@@ -83,7 +84,7 @@ class Speculative(Patch):
     @classmethod
     def candidates(cls, target: Target) -> list[Speculative]:
         """Prompt lookup, and for the bundled model what was trained to draft for it."""
-        from patchkit.generation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.eagle import Eagle
 
         try:
             Eagle(heads="bundled").check(target)
@@ -93,7 +94,7 @@ class Speculative(Patch):
 
     def check(self, target: Target) -> None:
         name = type(target.model).__name__
-        obstacle, _ = target.rollback
+        obstacle, ragged = find_obstacle(target.model)
         if obstacle is not None:
             raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}")
         if getattr(target.model.generate, "__func__", None) is not type(target.model).generate:
@@ -104,18 +105,15 @@ class Speculative(Patch):
         drafter = _drafter(self.draft, target)
         assert drafter is not None
         drafter.check(target)
-        target.views[id(self)] = drafter
+        target.views[id(self)] = drafter, ragged
 
     def apply(self, target: Target, handle: Handle) -> None:
-        drafter = target.views.pop(id(self))
-        _, ragged = target.rollback
+        drafter, ragged = target.views.pop(id(self))
         prepared, control = drafter.prepared(target), self._controller().begin()
         configs = _compat.attention_configs(target.model)
         # Masks for each row come through the alias. It stays, because to put it there for a forward would disturb other threads.
         aliased = sorted({original_name(config) for config in configs}) if ragged and takes_any_mask(configs) else []
-        speculation = Speculation(
-            prepared, str(drafter), self._acceptance(), control, ragged, self.trace, handle.hits, handle.notices, tuple(aliased)
-        )
+        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, handle.hits, handle.notices, tuple(aliased))
         for config in configs if aliased else []:
             if not has_own_mask(config):  # that of an attention patch must stay
                 set_alias(handle, config, alias_of(original_name(config)))
@@ -155,19 +153,19 @@ def _drafter(draft: Any, target: Target | None) -> Drafter | None:
 
 def _named_drafter(name: str, target: Target | None) -> Drafter | None:
     if name.rstrip().endswith(")"):
-        from patchkit.generation.drafters.eagle import Eagle
-        from patchkit.generation.drafters.medusa import Medusa
+        from patchkit.speculation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.medusa import Medusa
 
         drafter: Drafter = parse_call(name, {"prompt_lookup": PromptLookup, "medusa": Medusa, "eagle": Eagle}, "draft")
         return drafter
     if name == "prompt_lookup":
         return PromptLookup()
     if name == "medusa":
-        from patchkit.generation.drafters.medusa import Medusa
+        from patchkit.speculation.drafters.medusa import Medusa
 
         return Medusa(heads="bundled")
     if name == "eagle":
-        from patchkit.generation.drafters.eagle import Eagle
+        from patchkit.speculation.drafters.eagle import Eagle
 
         return Eagle(heads="bundled")
     if target is None:

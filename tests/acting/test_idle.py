@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from patchkit import patch, patch_model, report, unpatch_model
 from patchkit._compat import CACHE
-from patchkit.attention import attention_patch
+from patchkit.attention_function import attention_patch
 from patchkit.errors import StreamError
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 
@@ -95,8 +95,8 @@ def test_a_few_eager_forwards_are_nothing_to_speak_of() -> None:
 
 def test_speculative_without_anything_to_propose(caplog: pytest.LogCaptureFixture) -> None:
     """Every token of the text is new, so that there is no earlier place to copy from."""
-    from patchkit.generation.drafters.prompt_lookup import PromptLookup
     from patchkit.patches.speculative import Speculative
+    from patchkit.speculation.drafters.prompt_lookup import PromptLookup
 
     model = patch_model(tiny_model("llama"), Speculative(draft=PromptLookup(max_ngram=64, min_ngram=64), k=4))
     generated(model, new=40)

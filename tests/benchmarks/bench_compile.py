@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patchkit import patch_model, report
+from patchkit.measure.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.models import load_model
-from patchkit.quality.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
+from patchkit.views import twin
 
 SINKS = 4
 

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patchkit import StreamingLLM, patch_model
-from patchkit.quality.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
+from patchkit.measure.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.views import twin
 
 SINKS, WINDOW = 4, 1020
 

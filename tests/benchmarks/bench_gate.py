@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchkit.gates.gate import time_in_turns
+from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, violations
+from patchkit.measure.latency import Stream, filled_cache
+from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
 from patchkit.pytest_plugin import PatchGate
-from patchkit.quality.gate import PATCHED, UNPATCHED, Bounds, time_in_turns, violations
-from patchkit.quality.latency import Stream, filled_cache, twin
-from patchkit.quality.paired import median_ratio
+from patchkit.views import twin
 
 RUNS, SLOWER, BAR = 20, 1.2, 0.9
 

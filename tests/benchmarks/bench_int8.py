@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from patchkit import MLPInt8, patch_model, patched, report
-from patchkit.int8_weight import Int8Weight
+from patchkit.int8.weight import Int8Weight
 from patchkit.kernels.int8_linear import int8_linear
+from patchkit.measure.demo import heldout_ids
+from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.perplexity import block_nll
 from patchkit.models import load_model
-from patchkit.quality.demo import heldout_ids
-from patchkit.quality.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache, twin
-from patchkit.quality.perplexity import block_nll
+from patchkit.views import twin
 
 K, N = 2560, 10240
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from patchkit import StreamingLLM, patched
+from patchkit.measure.demo import heldout_ids
+from patchkit.measure.perplexity import block_nll, by_position, stream_nll
 from patchkit.models import load_model
-from patchkit.quality.demo import heldout_ids
-from patchkit.quality.perplexity import block_nll, by_position, stream_nll
 
 TOKENS = 16384
 

@@ -13,14 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit import patch_model
-from patchkit.generation import reset_statistics, statistics_of
-from patchkit.generation.drafter import Drafter, Proposal, Session, State
-from patchkit.generation.drafters.prompt_lookup import PromptLookup
-from patchkit.generation.drafters.self_draft import SelfDraft
+from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.models import load_model
 from patchkit.patches.speculative import Speculative
-from patchkit.quality.latency import twin
-from patchkit.quality.stdlib_text import read_texts, stdlib_files
+from patchkit.speculation import reset_statistics, statistics_of
+from patchkit.speculation.drafter import Drafter, Proposal, Session, State
+from patchkit.speculation.drafters.prompt_lookup import PromptLookup
+from patchkit.speculation.drafters.self_draft import SelfDraft
+from patchkit.views import twin
 
 NEW, PROMPT = 128, 128
 Way = Callable[[torch.Tensor], torch.Tensor]

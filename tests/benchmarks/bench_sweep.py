@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from patchkit.cache.refresh import Reencode
 from patchkit.models import load_model
-from patchkit.quality.sweep import documents, grid, run_sweep
+from patchkit.search.sweep import documents, grid, run_sweep
+from patchkit.streaming.reencode import Reencode
 
 
 def test_overhead_beyond_the_models_own_time(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from patchkit.measure.latency import decode_latency, median_ms
+from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
-from patchkit.patch import parse_spec
-from patchkit.quality.latency import decode_latency, median_ms
-from patchkit.quality.paired import median_ratio
-from patchkit.quality.tune import ModelMeasurer, Objective, documents, tune
+from patchkit.search.tune import ModelMeasurer, Objective, documents, tune
+from patchkit.spec import parse_spec
 
 MINUTES, BOUND = 5.0, 0.01
 # Those of the README, at the window that fits the 512 positions of the model.

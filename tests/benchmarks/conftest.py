@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from patchkit.quality.environment import environment
+from patchkit.measure.environment import environment
 
 RESULTS = Path(__file__).resolve().parents[2] / "evals" / "results"
 

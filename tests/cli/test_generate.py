@@ -15,10 +15,10 @@ from smollm2 import needs_smollm2
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from patchkit import SpecError, available_patches, patch, system_tokens
+from patchkit import SpecError, available_patches, patch, spec, spelled, system_tokens
 from patchkit.cli import app
-from patchkit.generation.stop_texts import Printer, StopsAt, before_stop
 from patchkit.models import load_model
+from patchkit.speculation.stop_texts import Printer, StopsAt, before_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def read(path):\n    with open(path) as file:\n        return"
@@ -291,20 +291,20 @@ def test_names_in_the_source_of_patches_are_those_of_the_patches(monkeypatch: py
     known = available_patches()
     monkeypatch.setattr(patch, "_discovered", False)
     monkeypatch.setattr(patch, "_registry", {})
-    declared = patch._declared()
+    declared = patch.declared()
     shipped = {name: cls for name, cls in known.items() if cls.__module__.startswith("patchkit.patches.")}
-    assert declared == {name: tuple(patch._options(cls)) for name, cls in shipped.items()}
+    assert declared == {name: tuple(spelled.options_of(cls)) for name, cls in shipped.items()}
     with pytest.raises(SpecError, match="unknown patch"):
-        patch.check_spelling("streaming + none_of_these")
+        spec.check_spelling("streaming + none_of_these")
 
 
 def test_patches_of_users_are_known_to_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     streaming = available_patches()["streaming"]
     monkeypatch.setattr(patch, "_discovered", False)
     monkeypatch.setattr(patch, "_registry", {"of_a_user": streaming})
-    patch.check_spelling("of_a_user(window=8) + mlp_int8(mode=auto)")
+    spec.check_spelling("of_a_user(window=8) + mlp_int8(mode=auto)")
     with pytest.raises(SpecError, match="option of of_a_user"):
-        patch.check_spelling("of_a_user(widow=8)")
+        spec.check_spelling("of_a_user(widow=8)")
 
 
 # -- a real model --------------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from transformers import AutoConfig, Gemma3ForConditionalGeneration
 
 from patchkit import available_patches, patch_model, report, unpatch_model
 from patchkit import patch as patch_module
-from patchkit.attention import attention_patch, swap_mask_builder
+from patchkit.attention import swap_mask_builder
+from patchkit.attention_function import attention_patch
 from patchkit.errors import PatchError, StreamError
-from patchkit.generation.heads import MedusaHeads
+from patchkit.speculation.heads import MedusaHeads
 from patchkit.testing import tiny_model
 from patchkit.trained_for import TrainedFor
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import linear_attention, linear_attention_step
+from patchkit.kernels.linear_attention import linear_attention
 from patchkit.kernels.op import VARIABLE
+from patchkit.kernels.research.linear_attention_step import linear_attention_step
 from patchkit.testing import TOLERANCES
 
 TOLERANCE = TOLERANCES[torch.float32].ratio

@@ -7,8 +7,8 @@ import torch
 
 from patchkit.errors import KernelError
 from patchkit.kernels.linear_attention import linear_attention
-from patchkit.kernels.log_linear_attention import log_linear_attention
 from patchkit.kernels.op import VARIABLE
+from patchkit.kernels.research.log_linear_attention import log_linear_attention
 from patchkit.testing import TOLERANCES
 
 TOLERANCE = TOLERANCES[torch.float32].ratio

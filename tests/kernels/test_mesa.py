@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.mesa import mesa
 from patchkit.kernels.op import VARIABLE
+from patchkit.kernels.research.mesa import mesa
 from patchkit.testing import TOLERANCES
 
 TOLERANCE = TOLERANCES[torch.float32].ratio

@@ -86,7 +86,8 @@ def test_rows_groups_ties_and_overflow_under_the_interpreter():
 
 LINEAR = """
 import torch
-from patchkit.kernels.linear_attention import linear_attention, linear_attention_step
+from patchkit.kernels.linear_attention import linear_attention
+from patchkit.kernels.research.linear_attention_step import linear_attention_step
 from patchkit.testing import TOLERANCES
 tolerance = TOLERANCES[torch.float32].ratio
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.state import LinearState, head_sizes, load_state
-from patchkit.target import Target
 from patchkit.testing import tiny_model
 
 

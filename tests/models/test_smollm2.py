@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchkit import Target, UnsupportedModel, patch_model, patched, report
 from patchkit.export import export
+from patchkit.measure.perplexity import encode, perplexity_of, stream_nll
 from patchkit.models import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, bundled_path, find, load_model, smollm2_gguf
-from patchkit.quality.perplexity import encode, perplexity_of, stream_nll
 from patchkit.testing import TOLERANCES
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from patchkit import Compile, _compat, patch_model, patched, report, unpatch_model
-from patchkit.cache.step import LEAST_ROOM, FixedCache
 from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.patches import compile as compile_module
+from patchkit.static_step import LEAST_ROOM, FixedCache
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
 
 # Inductor imports old code of torch's own.

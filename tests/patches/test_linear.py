@@ -15,14 +15,15 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from patchkit import Compile, LinearAttention, patch_model, patched, report, unpatch_model
-from patchkit.cache.streaming import ROLLBACK, StreamingCache
+from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchConflict, PatchError, SpecError, StreamError, UnsupportedModel
-from patchkit.generation.drafters.self_draft import SelfDraft
 from patchkit.linear.state import LinearState
 from patchkit.patches.speculative import Speculative
-from patchkit.quality.latency import cache_bytes
-from patchkit.target import Target
+from patchkit.speculation.drafters.self_draft import SelfDraft
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.layer import ROLLBACK
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
+from patchkit.views import cache_bytes
 
 WINDOW, TOKENS = 6, 30
 LOGITS, DIFFERS = TOLERANCES[torch.float32].logits, TOLERANCES[torch.float32].differs

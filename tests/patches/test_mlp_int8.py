@@ -28,10 +28,11 @@ from patchkit import (
     report,
     unpatch_model,
 )
-from patchkit.int8_weight import Int8Weight
+from patchkit.int8 import timing
+from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
-from patchkit.target import twin
 from patchkit.testing import assert_restored, snapshot, tiny_model
+from patchkit.views import twin
 
 IDS = torch.randint(4, 100, (2, 30), generator=torch.Generator().manual_seed(3))
 MODES = ("weight_only", "dynamic")
@@ -224,9 +225,8 @@ def test_what_torchao_cannot_hold_is_saved_in_floating_point(family, tmp_path):
 
 
 def test_saving_without_torchao_is_refused_with_the_remedy(monkeypatch, tmp_path):
-    from patchkit import _compat
 
-    monkeypatch.setattr(_compat, "has_torchao", lambda: False)
+    monkeypatch.setattr("patchkit._compat.torchao.has_torchao", lambda: False)
     model = patch_model(tiny_model("llama"), "mlp_int8")
     with pytest.raises(PatchError, match="pip install torchao"):
         model.save_pretrained(tmp_path)
@@ -370,10 +370,16 @@ def test_an_error_in_a_later_patch_keeps_the_originals(monkeypatch):
 # -- refusals and warnings -------------------------------------------------------------------------------------------------------
 
 
+def all_take(monkeypatch, milliseconds):
+    """From now on layers take so long, whoever asks."""
+    for module in (timing, mlp_int8):
+        monkeypatch.setattr(module, "milliseconds", milliseconds)
+
+
 def test_slower_is_said_or_refused(monkeypatch, caplog):
     model = tiny_model("llama")
     before = snapshot(model)
-    monkeypatch.setattr(mlp_int8, "_milliseconds", lambda blocks, rows: (1.0, 2.0))
+    all_take(monkeypatch, lambda blocks, rows: (1.0, 2.0))
     with pytest.raises(SlowerPatch, match="2 ms in these layers, 1 ms unpatched"):
         patch_model(model, MLPInt8(strict=True))
     assert_restored(before, model)
@@ -382,7 +388,7 @@ def test_slower_is_said_or_refused(monkeypatch, caplog):
     assert "slower" in caplog.text and "2 ms" in caplog.text and "1 ms" in caplog.text
     unpatch_model(model)
     caplog.clear()
-    monkeypatch.setattr(mlp_int8, "_milliseconds", lambda blocks, rows: (2.0, 1.0))
+    all_take(monkeypatch, lambda blocks, rows: (2.0, 1.0))
     with caplog.at_level(logging.WARNING, "patchkit"):
         patch_model(model, MLPInt8(strict=True))
     assert "slower" not in caplog.text and "2 -> 1 ms" in str(report(model))
@@ -393,7 +399,7 @@ def test_auto_takes_what_is_faster_and_prefers_weight_only(float_cost, mode, mon
     def cost(blocks, rows):
         return 9.0, float_cost if blocks[0].activation == "float" else 1.0
 
-    monkeypatch.setattr(mlp_int8, "_milliseconds", cost)
+    all_take(monkeypatch, cost)
     model = patch_model(tiny_model("llama"), "mlp_int8")
     assert {facts["mode"] for facts in report(model).patches[0].modules.values()} == {mode}
 
@@ -407,7 +413,7 @@ def test_views_of_one_model_choose_alike_and_other_models_for_themselves(monkeyp
         unpatch_model(model)
         return found
 
-    monkeypatch.setattr(mlp_int8, "_milliseconds", lambda blocks, rows: (9.0, next(costs)))
+    all_take(monkeypatch, lambda blocks, rows: (9.0, next(costs)))
     monkeypatch.setattr(mlp_int8.MLPInt8, "_report_speed", lambda *args: None)
     first, second = tiny_model("llama"), tiny_model("llama")
     view = twin(first)

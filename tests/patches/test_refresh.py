@@ -11,10 +11,11 @@ from oracle import oracle_logits
 from support import cache_of, cached, fast_first, feed
 
 from patchkit import StreamingLLM, parse_spec, patch_model, report, unpatch_model
-from patchkit.cache.refresh import DynamicSinks, Reencode
+from patchkit.anatomy.target import Target
 from patchkit.errors import PatchConflict, SpecError, StreamError, UnsupportedModel
-from patchkit.quality.sweep import TailInsert
-from patchkit.target import Target
+from patchkit.search.sweep import TailInsert
+from patchkit.streaming.heavy_hitters import DynamicSinks
+from patchkit.streaming.reencode import Reencode
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 
 SINKS, WINDOW, EVERY, KEPT, TOKENS = 2, 6, 4, 3, 28

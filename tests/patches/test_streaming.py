@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from patchkit import StreamingLLM, patch_model, report, unpatch_model
-from patchkit.cache.streaming import ROLLBACK, StreamingCache
 from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.layer import ROLLBACK
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 
 SINKS, WINDOW, TOKENS = 2, 6, 30

@@ -18,9 +18,9 @@ from transformers import TextStreamer, pipeline
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from patchkit import StreamingLLM, patch_model, report, unpatch_model
-from patchkit.cache.streaming import StreamingCache
 from patchkit.errors import StreamError
 from patchkit.models import load_model
+from patchkit.streaming.cache import StreamingCache
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 SINKS, WINDOW = 2, 6

@@ -1,0 +1,62 @@
+"""Weights of torchao."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from patchkit.errors import PatchError
+
+
+def has_torchao() -> bool:
+    """Whether torchao is installed."""
+    return importlib.util.find_spec("torchao") is not None
+
+
+def torchao_int8(weight: Any) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+    """What a torchao `Int8Tensor` with one symmetric scale per row holds: values int8 [N, K], scale fp32 [N], and the activation
+    mode of `int8_linear`. None for any other tensor, and for what that op cannot express."""
+    if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    plain = weight.ndim == 2 and list(weight.block_size) == [1, weight.shape[1]]
+    shifted = weight.zero_point is not None and bool(weight.zero_point.any())
+    static = weight.act_quant_scale is not None or weight.act_pre_scale is not None
+    dynamic = weight.act_quant_kwargs
+    if not plain or shifted or static or (dynamic is not None and type(dynamic.granularity).__name__ != "PerRow"):
+        return None
+    return weight.qdata, weight.scale.reshape(-1).float(), "float" if dynamic is None else "int8"
+
+
+def to_torchao(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, dynamic: bool) -> Any:
+    """The torchao `Int8Tensor` of int8 values [N, K] and fp32 scales [N].
+
+    Raises:
+        PatchError: torchao is not installed.
+    """
+    if not has_torchao():
+        raise PatchError("saving int8 weights needs torchao: pip install torchao, or unpatch_model(model) and save the original")
+    from torchao.quantization import Int8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    column = scale.reshape(-1, 1)
+    return Int8Tensor(
+        values.contiguous(),
+        column,
+        [1, values.shape[1]],
+        dtype,
+        zero_point=torch.zeros_like(column, dtype=torch.int8),
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None,
+    )
+
+
+def torchao_quantizer(dynamic: dict[str, bool]) -> tuple[Any, Any]:
+    """transformers' quantization config and quantizer for the linear layers named; their values say which quantise activations."""
+    from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    of_mode = {False: Int8WeightOnlyConfig(version=2), True: Int8DynamicActivationInt8WeightConfig(version=2)}
+    config = TorchAoConfig(FqnToConfig({name: of_mode[mode] for name, mode in dynamic.items()}))
+    return config, AutoHfQuantizer.from_config(config, pre_quantized=True)

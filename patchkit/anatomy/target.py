@@ -1,0 +1,138 @@
+"""A model and its anatomy, as patches see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit.anatomy.feed_forward import find_feed_forward
+from patchkit.anatomy.layers import AttentionLayer, FeedForward
+from patchkit.anatomy.probe import Probe, run_probe
+from patchkit.anatomy.read_probe import read_probe
+from patchkit.attention import original_name
+from patchkit.errors import NothingMatched, UnsupportedModel
+from patchkit.record import Named
+from patchkit.views import evaluating
+
+
+@dataclass(eq=False)
+class Target:
+    """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward.
+
+    Attributes:
+        patches: all that are being applied, in that order.
+        patch: patches another model as this one would be, without a line in the log: for `Patch.check`, which may draft with such a view.
+        views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
+        attention_implementation: what ``config._attn_implementation`` says unpatched: "sdpa", "eager", "flash_attention_2", ...
+    """
+
+    model: Any
+    patches: tuple[Named, ...] = ()
+    patch: Callable[[Any, list[Any]], Any] | None = field(default=None, repr=False)
+    views: dict[int, Any] = field(default_factory=dict, repr=False)
+    attention_implementation: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, because a patch that is applied puts an alias there; so may one of another model with this config.
+        self.attention_implementation = original_name(self.config)
+
+    @cached_property
+    def config(self) -> Any:
+        """The text decoder's configuration."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The module whose forward takes the 2-D ``attention_mask``, ``position_ids`` and the cache."""
+        return self._probe.decoder
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return run_probe(self)
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """Positions (exclusive) up to which the rotary frequencies are those of a short text; None without a limit."""
+        config = self.config
+        limits = [getattr(config, "max_position_embeddings", None)]
+        rope = getattr(config, "rope_parameters", None) or {}
+        for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+            # These two types change all frequencies once a position passes the original length.
+            if parameters.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(parameters.get("original_max_position_embeddings"))
+                limits.append(getattr(config, "original_max_position_embeddings", None))
+        known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+        return min(known) if known else None
+
+    @cached_property
+    def attention_layers(self) -> list[AttentionLayer]:
+        """Every layer that stores keys and values, in cache order.
+
+        Raises:
+            UnsupportedModel: the model keeps its own cache class, or cannot be probed.
+            NothingMatched: the model has no attention.
+        """
+        layers = read_probe(self, self._probe)
+        if not layers:
+            raise NothingMatched(
+                f"{type(self.model).__name__} has no attention layers with a key-value cache, so an attention patch has nothing to act on"
+            )
+        return layers
+
+    @cached_property
+    def feed_forward(self) -> FeedForward:
+        """The feed-forward blocks of the decoder's layers.
+
+        Raises:
+            UnsupportedModel: the model cannot be probed.
+        """
+        return find_feed_forward(self)
+
+    def forward(self, ids: torch.Tensor) -> None:
+        """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
+
+        Raises:
+            UnsupportedModel: it fails.
+        """
+        try:
+            with evaluating(self.model), torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} failed on {tuple(ids.shape)} token ids ({type(error).__name__}: {error}). "
+                "Does model(input_ids) run unpatched?"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """The anatomy as plain data, for ``patchkit inspect``."""
+        rows = []
+        for layer in self.attention_layers:
+            rotary = layer.rotary
+            rows.append(
+                {
+                    "layer": layer.index,
+                    "module": layer.name,
+                    "kind": layer.kind,
+                    "window": layer.window,
+                    "positions": "alibi" if layer.alibi else "none" if rotary is None else f"rotary, {rotary.style}",
+                    "rotated_dims": None if rotary is None else rotary.width,
+                    "frequencies": None if rotary is None else rotary.buffer,
+                    "obstacle": layer.obstacle,
+                }
+            )
+        return {
+            "class": type(self.model).__name__,
+            "model_type": self.config.model_type,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "attention": self.attention_implementation,
+            "position_limit": self.position_limit,
+            "decoder": type(self.decoder).__name__,
+            "attention_layers": rows,
+            "feed_forward_linears": len(self.feed_forward.linears),
+            "fused_experts": len(self.feed_forward.experts),
+        }

@@ -1,0 +1,1 @@
+"""Benchmark of text generation, here or on a server."""

@@ -1,1 +1,0 @@
-"""Cache layers: all state that a patch keeps while decoding."""

@@ -1,0 +1,1 @@
+"""Compiled decoding: steps whose shapes and addresses never change, and the caches that hand them out."""

@@ -1,0 +1,39 @@
+"""The cache that `generate` makes for compiled steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patchkit import _compat
+from patchkit.compiled.steps import Steps
+from patchkit.static_step import FixedCache
+
+# The room that `generate` is given at first, in tokens, however many it may make.
+_MOST_ROOM = 4096
+
+
+def prepare_cache(
+    model: Any,
+    steps: Steps,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    if generation_config.use_cache is False:
+        steps.notices.say("steps of this model run uncompiled: generate was called with use_cache=False")
+    given, kind = model_kwargs.get(_compat.CACHE), generation_config.cache_implementation
+    prepare = type(model)._prepare_cache_for_generation
+    if given is not None or kind not in (None, "dynamic", "static"):
+        return prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    generation_config.cache_implementation = None
+    result = prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    generation_config.cache_implementation = kind
+    if model_kwargs.get(_compat.CACHE) is not None:
+        # A limit far beyond what will be generated must not cost memory, nor make every step read it.
+        model_kwargs[_compat.CACHE] = FixedCache(steps.cache_layers, min(max_cache_length, _MOST_ROOM))
+    return result

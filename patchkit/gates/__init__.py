@@ -1,0 +1,1 @@
+"""Gates: tests that fail when a patch loses quality or speed."""

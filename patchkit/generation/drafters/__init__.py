@@ -1,1 +1,0 @@
-"""Drafters, one per file. `Drafter` and `Session` are in `patchkit.generation.drafter`."""

@@ -1,0 +1,1 @@
+"""int8 weights: the tensor that stands for a quantised weight."""

@@ -1,0 +1,40 @@
+"""The inputs that the modules of a model get on a short text, by which the noise of quantisation is measured."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit.anatomy.target import Target
+
+_CALIBRATION_TOKENS = 64
+
+
+def calibrated_inputs(target: Target, modules: dict[str, Any], calibration: Any) -> dict[str, tuple[Any, ...]]:
+    """What every module receives in one forward over the calibration text; a module that is not called is missing."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def notice(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.setdefault(name, args)
+
+    if calibration is None:
+        vocabulary = getattr(target.config, "vocab_size", 100)
+        longest = min(_CALIBRATION_TOKENS, target.position_limit or _CALIBRATION_TOKENS)
+        calibration = torch.randint(vocabulary, (longest,), generator=torch.Generator().manual_seed(0))
+    ids = torch.as_tensor(calibration).reshape(-1, torch.as_tensor(calibration).shape[-1]).to(target.model.device)
+    hooks = [module.register_forward_pre_hook(functools.partial(notice, name)) for name, module in modules.items()]
+    try:
+        target.forward(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: args for name, args in seen.items() if args}
+
+
+def decibels(signal: torch.Tensor, approximation: torch.Tensor) -> float:
+    """Signal-to-noise ratio, 20 log10(|signal| / |signal - approximation|)."""
+    noise = (signal.float() - approximation.float()).norm().clamp(min=1e-30)
+    return float(20 * torch.log10(signal.float().norm().clamp(min=1e-30) / noise))

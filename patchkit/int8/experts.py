@@ -1,0 +1,165 @@
+"""Fused experts whose weights are quantised."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.handle import Handle
+from patchkit.int8.calibration import decibels
+from patchkit.int8.saving import save_plain
+from patchkit.int8.weight import FreedWeight, Int8Weight
+from patchkit.kernels.int8_experts_linear import int8_experts_linear
+
+
+class Int8Experts:
+    """The fused experts of one layer: every 3-D weight [E, out, in] (or transposed) as E int8 weights."""
+
+    fixed = None
+    transposed = False
+
+    def __init__(self, name: str, module: Any, weights: dict[str, ExpertWeights]) -> None:
+        self.name, self.module, self.weights = name, module, weights
+
+    @classmethod
+    def quantized(cls, name: str, module: Any) -> Int8Experts:
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        return cls(name, module, {key: ExpertWeights.quantize(getattr(module, key), module.is_transposed) for key in (first, "down_proj")})
+
+    @property
+    def activation(self) -> str:
+        return next(iter(self.weights.values())).activation
+
+    @activation.setter
+    def activation(self, value: str) -> None:
+        for weights in self.weights.values():
+            weights.activation = value
+
+    @property
+    def held(self) -> nn.Parameter:
+        parameter: nn.Parameter = self.module.down_proj
+        return parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(next(iter(self.weights.values())).shape)
+
+    @property
+    def signature(self) -> Any:
+        parameter = self.module.down_proj
+        return self.shape, parameter.dtype, parameter.device, "experts"
+
+    def sample(self, rows: int) -> tuple[torch.Tensor, ...]:
+        parameter = self.module.down_proj
+        hidden = parameter.shape[-1] if self.module.is_transposed else parameter.shape[-2]
+        active = min(len(parameter), getattr(self.module.config, "num_experts_per_tok", None) or 2)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, hidden, generator=generator).to(parameter.device, parameter.dtype)
+        chosen = torch.stack([torch.randperm(len(parameter), generator=generator)[:active] for _ in range(rows)]).to(parameter.device)
+        return x, chosen, torch.full((rows, active), 1 / active, device=parameter.device, dtype=parameter.dtype)
+
+    def run_original(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return _compat.experts_forward(self.module, self.module.config._experts_implementation or "eager")(self.module, *inputs)
+
+    def run(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return _run_experts(self.module, self.weights, *inputs)
+
+    def signal_to_noise(self, inputs: tuple[Any, ...] | None) -> float | None:
+        return None if inputs is None else decibels(self.run_original(*inputs), self.run(*inputs))
+
+    def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
+        handle.set_attribute(self.module, "_patchkit_experts", self.weights)
+        config = self.module.config
+        implementation = config._experts_implementation or "eager"
+        implementation = implementation.removeprefix(_EXPERTS)
+        # Once for every module, which does no harm: undo waits for the last.
+        handle.set_shared(config, "_experts_implementation_internal", register_experts_for(implementation))
+        for key, weights in self.weights.items():
+            original = getattr(self.module, key)
+            weights.implementation = implementation
+            handle.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
+            originals.append((self.module, key, original))
+            freed = FreedWeight(original.shape, original.dtype, original.device)
+            self.module._parameters[key] = nn.Parameter(freed, requires_grad=False)
+            handle.state_dict_hook(self.module, functools.partial(save_plain, key, original if keep_original else None, weights))
+
+
+class ExpertWeights:
+    """One 3-D weight as E int8 weights: ``values`` E tensors [N, K], ``scale`` [E, N], ``shape`` that of the original."""
+
+    def __init__(self, experts: list[Int8Weight], shape: torch.Size, activation: str = "float", implementation: str | None = None) -> None:
+        self.shape, self.activation = shape, activation
+        self.implementation = implementation  # that of the unpatched model, once installed
+        self._hold(experts)
+        if implementation is not None:  # loaded by a process in which nothing was patched yet
+            register_experts_for(implementation)
+
+    def _hold(self, experts: list[Int8Weight]) -> None:
+        self.experts = experts
+        self.values = [expert.qdata for expert in experts]
+        self.scale = torch.stack([expert.scale for expert in experts])
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, transposed: bool) -> ExpertWeights:
+        return cls([Int8Weight.quantize(one, transposed=transposed) for one in weight.detach()], weight.shape)
+
+    def __reduce__(self) -> Any:
+        return ExpertWeights, (self.experts, self.shape, self.activation, self.implementation)
+
+    def follow(self, device: torch.device) -> None:
+        """Move to the device of the model, which moves its parameters only."""
+        if self.scale.device != device:
+            self._hold([expert.to(device) for expert in self.experts])  # type: ignore[misc]
+
+    def dequantize(self) -> torch.Tensor:
+        """The 3-D weight again."""
+        return torch.stack([expert.dequantize() for expert in self.experts])
+
+    def stored_bytes(self) -> int:
+        """Bytes of the int8 values and the scales."""
+        return sum(expert.stored_bytes() for expert in self.experts)
+
+
+_EXPERTS = "patchkit_int8_"
+
+
+@functools.lru_cache
+def register_experts_for(implementation: str) -> str:
+    """The experts implementation that runs int8 experts where a module has them, and else ``implementation``."""
+    name = _EXPERTS + implementation
+    _compat.register_experts(name, functools.partial(_experts_forward, implementation))
+    return name
+
+
+def _experts_forward(implementation: str, module: Any, *inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    weights = module.__dict__.get("_patchkit_experts")
+    if weights is None:
+        forward: Callable[..., torch.Tensor] = _compat.experts_forward(module, implementation)
+        return forward(module, *inputs, **kwargs)
+    return _run_experts(module, weights, *inputs, **kwargs)
+
+
+def _run_experts(
+    module: Any, weights: dict[str, ExpertWeights], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]: the sum of each token's k experts."""
+    tokens, k = top_k_index.shape
+    experts = top_k_index.reshape(-1)
+    y = hidden_states.repeat_interleave(k, 0)
+    for key, weight in weights.items():
+        weight.follow(y.device)
+        bias = getattr(module, f"{key}_bias") if module.has_bias else None
+        y = int8_experts_linear(y, experts, weight.values, weight.scale, bias, weight.activation)
+        if key == "gate_up_proj":
+            y = module._apply_gate(y)
+        elif key == "up_proj":
+            y = module.act_fn(y)
+    if getattr(module, "has_post_expert_norm", False):  # not in every supported transformers
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1, 1)
+    return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)

@@ -1,0 +1,69 @@
+"""Which linear layers and experts are quantised, and which cannot be."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.errors import NothingMatched, UnsupportedModel
+
+
+def selected(patterns: tuple[str, ...] | None, names: list[str], model: str) -> set[str]:
+    """The names that ``patterns`` mean: all without any.
+
+    Raises:
+        NothingMatched: a pattern matches none.
+    """
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.endswith(f".{pattern}")]
+        if not matched:
+            raise NothingMatched(
+                f"modules={list(patterns)}: {pattern!r} matches no feed-forward linear of {model}. "
+                f"There are {len(names)}, such as {', '.join(names[:4])}"
+            )
+        chosen.update(matched)
+    return chosen
+
+
+def obstacle_of(module: Any) -> str | None:
+    if getattr(module, "quantization_scheme", None) is not None:
+        return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
+    weight = module.weight
+    if module._parameters.get("weight") is not weight:
+        return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
+    if _compat.torchao_int8(weight) is not None:
+        return None
+    if type(weight) is not nn.Parameter and not _is_sharded(weight):
+        return f"its weight is already a {type(weight).__name__}"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is already quantised ({weight.dtype})"
+    return None
+
+
+def left_experts(path: str, module: Any, left: dict[str, str]) -> bool:
+    parameter = module.down_proj
+    if getattr(module, "_is_expert_parallel", False):
+        left[path] = "its experts are spread over several processes"
+    elif not torch.is_tensor(parameter) or not parameter.is_floating_point() or parameter.ndim != 3:
+        left[path] = "its experts are already quantised"
+    return path in left
+
+
+def _is_sharded(weight: torch.Tensor) -> bool:
+    return type(weight).__name__ == "DTensor" or type(getattr(weight, "data", None)).__name__ == "DTensor"
+
+
+def refuse_weight(name: str, weight: torch.Tensor) -> None:
+    if _is_sharded(weight):
+        raise UnsupportedModel(
+            f"{name} is sharded over several processes (tensor parallel): load the model without tp_plan for int8 weights"
+        )
+    if weight.device.type == "meta":
+        raise UnsupportedModel(f"{name} is offloaded or not loaded: load the model so that its weights are in memory, then patch it")

@@ -1,0 +1,1 @@
+"""Measurements: perplexity, latency, recall, profiles, and the machine they were taken on."""

@@ -1,0 +1,1 @@
+"""Proof: checks of what a patch promises, on the model that it is applied to."""

@@ -1,0 +1,138 @@
+"""Whether patches keep what they promise, on this model and these texts: `patchkit prove`.
+
+A patch says what it promises (`patchkit.patch.Promises`); nothing here knows which patches there are. Every promise is checked beside
+the same model without that one patch, in the same process and over the same weights. What every patched model has to keep is checked
+for all patches together: no token sees a later one, rows and texts do not mix, what is taken back leaves no trace, nothing is left
+when the patches are removed.
+
+Two sets of patches are checked: the given ones, and where these only act on long texts, the same with options under which all happens
+in a short one (`Patch.exercised`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from patchkit.anatomy.target import Target
+from patchkit.measure.perplexity import TextError
+from patchkit.patch import Patch
+from patchkit.prove.checks.case import Advance, Case, spec_of
+from patchkit.prove.checks.feeding import cache_after, fed
+from patchkit.prove.checks.plan import STEPS, UnknownPromise, wanted
+from patchkit.prove.checks.quality import Quality
+from patchkit.prove.checks.speed import timed, timing_work
+from patchkit.prove.checks.traces import runs
+from patchkit.prove.checks.work import Work
+from patchkit.prove.proof import Proof
+
+# Tokens of the forward that is timed for the estimate.
+_TIMED_TOKENS = 256
+
+
+def prove(
+    proof: Proof,
+    model: PreTrainedModel,
+    patches: Sequence[Patch],
+    documents: Sequence[Sequence[int] | torch.Tensor],
+    passkeys: Callable[[int, int], tuple[list[int], int]] | None = None,
+    fast: bool = False,
+    advance: Advance = lambda what: None,
+    only: Sequence[str] | None = None,
+) -> None:
+    """Check everything and fill ``proof``, which holds what was found so far if this is interrupted, and what was not checked.
+
+    Args:
+        model: unpatched, in evaluation mode; it is left as it is. Patched are other views of the same weights.
+        patches: none compares the model with itself.
+        documents: token ids of texts that belong together, each scored through one cache.
+        passkeys: of a distance in tokens and the number of a trial, the ids of a text that ends in a passkey given that far before, and
+            the number of ids that are the passkey.
+        fast: check patches only with options for short texts, feed long texts in fewer pieces, and measure less.
+        advance: called with what is being done; ``proof`` holds all that was found before.
+        only: names of promises, as the report has them; nothing else is checked, and nothing is timed.
+
+    Raises:
+        PatchError: the model cannot be patched with these patches.
+        TextError: no document has two tokens.
+        UnknownPromise: ``only`` names what is not checked, or nothing that these patches promise.
+    """
+    names = wanted(only)
+    proof.only = None if only is None else list(names)
+    texts = [torch.as_tensor(ids, dtype=torch.long).flatten().cpu() for ids in documents]
+    texts = [ids for ids in texts if len(ids) > 1]
+    if not texts:
+        raise TextError("no document has two tokens: give a longer text")
+    started = time.perf_counter()
+    with torch.no_grad():
+        given = Case(proof, model, list(patches), texts, advance, thorough=not fast)
+        exercised = [patch.exercised() for patch in patches]
+        cases = [given]
+        if spec_of(exercised) != spec_of(patches):
+            if fast:
+                given.before, cases = None, []  # it is only measured, and a snapshot is as large as the model
+            cases.append(Case(proof, model, exercised, texts, advance, thorough=not fast))
+        try:
+            _run(given, cases, names, Quality(given, texts, passkeys))
+        finally:
+            proof.seconds = round(time.perf_counter() - started, 1)
+    proof.complete = True
+
+
+def reach_of(model: PreTrainedModel, patches: Sequence[Patch]) -> int:
+    """Tokens beyond which every patch acts on this model.
+
+    Raises:
+        PatchError: the model cannot be patched with these patches.
+    """
+    target = Target(model, tuple(patches))
+    for patch in patches:
+        patch.check(target)
+    return max((patch.promises(target).same_up_to for patch in patches), default=0)
+
+
+def _run(given: Case, cases: list[Case], names: Sequence[str], quality: Quality) -> None:
+    proof = given.proof
+    planned = [(case, step) for case in cases for step in STEPS if step.promise in names and step.applies(case)]
+    measured = [name for name in quality.promises if name in names]
+    if not planned and not measured:
+        raise UnknownPromise(f"{given.spec} promises nothing of what was asked for ({'; '.join(names)}): leave `only` out, or ask for more")
+    proof.not_checked = [_named(case, step.promise) for case, step in planned] + [_named(given, name) for name in measured]
+    work = sum((step.work(case) for case, step in planned), quality.work if measured else Work(0))
+    if proof.only is None:
+        work += timing_work(given) + (Work(0) if quality.passkeys is None else quality.passkey_work)
+    given.advance("estimating how long this takes")
+    proof.estimated_seconds = _seconds(given, work)
+    for case in cases:
+        runs(case)
+    for case, step in planned:
+        step.run(case)
+        proof.not_checked.remove(_named(case, step.promise))
+    if measured:
+        given.check("all", "quality is measured", lambda: quality.run(measured))
+        proof.not_checked = []
+    if proof.only is None:
+        if quality.passkeys is not None:
+            given.check("all", "passkeys are measured", quality.measure_passkeys)
+        given.check("all", "speed is measured", lambda: timed(given))
+
+
+def _named(case: Case, promise: str) -> str:
+    return f"{promise} [{case.spec}]"
+
+
+def _seconds(case: Case, work: Work) -> float:
+    """An estimate from the time of a forward of one token, and of one of many."""
+    one, many = (_forward_seconds(case, length) for length in (1, _TIMED_TOKENS))
+    return round(work.steps * one + work.tokens * many / _TIMED_TOKENS, 1)
+
+
+def _forward_seconds(case: Case, length: int) -> float:
+    ids = case.text(length)
+    list(fed(case.plain, ids[:, :1], []))  # the first one is slower
+    started = time.perf_counter()
+    cache_after(case.plain, ids)
+    return time.perf_counter() - started

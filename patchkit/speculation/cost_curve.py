@@ -1,0 +1,132 @@
+"""Estimates that forget: acceptance by position, and the cost of a round by the number of its drafts."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from patchkit.speculation.statistics import StepRecord
+
+# Between two K that were measured, times are taken to rise by so much of a straight line: optimism makes a promising K be tried.
+_PESSIMISM = 0.5
+
+_NEIGHBOUR_WEIGHT = 6.0
+
+# Each outcome counts this much less per later outcome at the same position: some 50 are remembered; fewer where something new begins.
+_DECAY = 0.98
+
+# Rounds per K from which its cost is taken.
+_WINDOW = 15
+
+# A K that was measured once and took more than so many times what was expected may have met a warm-up (a compilation, say): until it is
+# measured again, it counts as expected.
+_SURPRISE = 1.3
+
+# Changes of a typical time below this share are not followed, which saves most of the controller's own time.
+_NO_CHANGE = 0.01
+
+
+class Rate:
+    """A running share that forgets."""
+
+    def __init__(self, hits: float = 0.0, total: float = 0.0) -> None:
+        self.hits, self.total = hits, total
+
+    def add(self, hit: bool) -> None:
+        self.hits = _DECAY * self.hits + hit
+        self.total = _DECAY * self.total + 1
+
+    @property
+    def share(self) -> float:
+        return self.hits / self.total
+
+    def share_given(self, prior: float) -> float:
+        return (self.hits + _NEIGHBOUR_WEIGHT * prior) / (self.total + _NEIGHBOUR_WEIGHT)
+
+    def forget(self, remembered: float) -> None:
+        """Let what was seen weigh no more than so many outcomes."""
+        if self.total > remembered:
+            self.hits, self.total = self.hits * remembered / self.total, remembered
+
+
+class Curve:
+    """Milliseconds as a function of K that never falls, from running measurements at some K.
+
+    Because it never falls, a larger K's time bounds a smaller one's, which also keeps one slow round from spoiling others.
+    """
+
+    def __init__(self, grows: bool, largest: int) -> None:
+        self.grows = grows  # from 0, and in a straight line beyond the largest K known; otherwise no more than is shown there
+        self.times: dict[int, deque[float]] = {}
+        self.typical: dict[int, float] = {}
+        self.at = [0.0] * (largest + 1)  # by K
+
+    def add(self, k: int, ms: float) -> None:
+        self.times.setdefault(k, deque(maxlen=_WINDOW)).append(ms)
+        typical = _typical(self.times[k])
+        if len(self.times[k]) > 2 and abs(typical - self.typical[k]) < _NO_CHANGE * typical:
+            return
+        self.typical[k] = typical
+        points = self._points()
+        self.at = [self._between(points, k) for k in range(len(self.at))]
+
+    def _points(self) -> list[tuple[int, float]]:
+        points = [(0, 0.0)] if self.grows else []
+        for k in sorted(self.typical):
+            ms = self.typical[k]
+            if len(self.times[k]) == 1 and len(points) > self.grows and ms > _SURPRISE * self._beyond(points, k):
+                ms = self._beyond(points, k)
+            while points and points[-1][1] > ms:
+                points.pop()
+            points.append((k, ms))
+        return points
+
+    def _between(self, points: list[tuple[int, float]], k: int) -> float:
+        index = bisect.bisect_right(points, (k, math.inf))
+        if index == 0:
+            return points[0][1]
+        if index == len(points):
+            return self._beyond(points, k)
+        (left, low), (right, high) = points[index - 1], points[index]
+        return low + _PESSIMISM * (high - low) * (k - left) / (right - left)
+
+    def _beyond(self, points: list[tuple[int, float]], k: int) -> float:
+        last, ms = points[-1]
+        if not self.grows or len(points) == 1:
+            return ms
+        before, less = points[-2]
+        return ms + (ms - less) * (k - last) / (last - before)
+
+
+class Costs:
+    """Milliseconds by K for one number of rows."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+        self.target = Curve(grows=False, largest=largest)
+        self.draft = Curve(grows=True, largest=largest)
+        self.draft_after_gap = Curve(grows=True, largest=largest)
+
+    def add(self, record: StepRecord, gap: bool) -> None:
+        self.target.add(record.k if record.longest else 0, record.target_ms)
+        if record.k:
+            (self.draft_after_gap if gap else self.draft).add(record.k, record.draft_ms)
+
+    def once(self) -> Costs:
+        """The same figures, each as if measured once."""
+        result = Costs(self.largest)
+        for name in ("target", "draft", "draft_after_gap"):
+            for k, ms in getattr(self, name).typical.items():
+                getattr(result, name).add(k, ms)
+        return result
+
+
+def _typical(times: Iterable[float]) -> float:
+    """The mean, but what is far above the upper quartile counts as that; of two the smaller."""
+    ordered = sorted(times)
+    if len(ordered) < 3:
+        return ordered[0]
+    most = 1.5 * ordered[3 * (len(ordered) - 1) // 4]
+    return sum(min(ms, most) for ms in ordered) / len(ordered)

@@ -1,0 +1,205 @@
+"""The controller that measures what drafts cost and bring, and drafts where that pays."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from patchkit.speculation.cost_curve import Costs, Rate
+from patchkit.speculation.draft_lengths import Bounds, Controller, ControllerSession, checked_bounds
+from patchkit.speculation.statistics import StepRecord
+
+
+@dataclass(frozen=True)
+class CostModel(Controller):
+    """The K with the best expected tokens per millisecond, as measured; 0 where drafting does not pay.
+
+    The first rounds draft twice and take a plain step or two. Afterwards what is not in use is looked at now and then: while drafting,
+    plain steps and the K next to the chosen one; while not drafting, a trial of two drafted rounds, ever more rarely, until trials lose
+    no more than `budget`. A trial goes on while drafts are accepted.
+
+    Attributes:
+        bounds: smallest and largest K; 0 lets it stop drafting.
+        look_every: rounds of drafting between two looks at another K.
+        budget: share of the time that trials may lose while drafting does not pay.
+    """
+
+    bounds: Bounds = (0, 8)
+    look_every: int = 16
+    budget: float = 0.01
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", checked_bounds(self.bounds, smallest=0))
+        if self.look_every < 2:
+            raise ValueError(f"look_every is {self.look_every}: give at least 2 rounds")
+        if not 0 < self.budget < 1:
+            raise ValueError(f"budget is {self.budget}: give a share of the time between 0 and 1, such as 0.01")
+
+    def begin(self) -> ControllerSession:
+        return _CostModelSession(self)
+
+
+# K of the first rounds; a second plain step is left out where drafting is so many times faster.
+_FIRST_K = 2
+
+_FAR_AHEAD = 1.5
+
+# What is assumed before anything is seen, with the weight of so many outcomes.
+_PRIOR, _PRIOR_WEIGHT = 0.7, 2.0
+
+_REMEMBERED_AT_NEW_TEXT, _REMEMBERED_AT_TRIAL = 16.0, 4.0
+
+_TRIAL_ROUNDS, _LONGEST_TRIAL = 2, 8
+
+# Trials start this much more often than the budget allows, and become half as frequent with each failure.
+_EAGERNESS = 8
+
+_FEWEST_BETWEEN_TRIALS = 16
+
+# A K measured n times is tried if it comes within 1 / n of this share of the best.
+_BONUS = 0.1
+
+# After so many plain steps the drafter has a text to catch up on, and its next call says little about its usual cost.
+_GAP = 3
+
+
+class _CostModelSession(ControllerSession):
+    def __init__(self, options: CostModel) -> None:
+        self.options = options
+        self.smallest, self.largest = options.bounds
+        self.costs: dict[int, Costs] = {}  # by rows
+        self.costs_by_length: dict[int, dict[int, Costs]] = {}  # of prompts within a factor of four
+        self.rows = 1
+        self.has_proposal, self.row_has_proposal, first = (Rate(_PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for _ in range(3))
+        # By position, of the rows that have a proposal. What is not known of a position is taken from the one before.
+        self.accepted = [first, *(Rate() for _ in range(1, self.largest))][: self.largest]
+        self.first = deque(self._first_rounds())
+        self.plain_in_a_row = _GAP  # at the start of a text the drafter has all of it to read
+        self.since_look = self.looks = 0
+        self.trial_rounds = self.trial_end = self.failed_trials = 0
+        self.trial_loss = 0.0  # of the last one, in plain steps
+        self.tokens = [1.0] * (self.largest + 1)  # expected of a round of K, per row
+        self.speeds = [1.0] * (self.largest + 1)  # tokens per millisecond
+        self.promises = [1.0] * (self.largest + 1)  # the same, with a bonus for what is hardly known
+
+    def choose(self) -> int:
+        if self.first:
+            return self.first[0]
+        if self.trial_end:
+            return self._best(at_least=1)
+        best = self._best()
+        if best and self.since_look >= self.options.look_every:
+            return self._look_beside(best)
+        return best
+
+    def observe(self, record: StepRecord) -> None:
+        if record.rows < self.rows:  # those whose drafts were accepted less go on
+            self._forget(_REMEMBERED_AT_NEW_TEXT)
+        self.rows = record.rows
+        if self.rows not in self.costs:
+            nearest = min(self.costs, key=lambda rows: abs(rows - self.rows), default=None)
+            self.costs[self.rows] = Costs(self.largest) if nearest is None else self.costs[nearest].once()
+        self.costs[self.rows].add(record, gap=self.plain_in_a_row >= _GAP)
+        self.plain_in_a_row = 0 if record.k else self.plain_in_a_row + 1
+        self._learn(record)
+        self._estimate()
+        if self.first:
+            self._go_on_with_first_rounds(record)
+        elif self.trial_end:
+            self._go_on_trying(record)
+        else:
+            self._count_towards_look()
+
+    def new_text(self, tokens: int) -> None:
+        self.plain_in_a_row = _GAP
+        self._forget(_REMEMBERED_AT_NEW_TEXT)
+        self.costs = self.costs_by_length.setdefault(tokens.bit_length() // 2, {})
+        if not self.costs:  # what drafting costs, and what it is worth, may be another matter at this length
+            self._forget(_REMEMBERED_AT_TRIAL)
+            self.first = deque(self._first_rounds())
+            self.trial_end = 0
+
+    def predicted_speedup(self) -> float | None:
+        if self.rows not in self.costs or 0 not in self.costs[self.rows].target.times:
+            return None
+        return self.speeds[self._best()] / self.speeds[0]
+
+    def _learn(self, record: StepRecord) -> None:
+        if record.k == 0:
+            return
+        self.has_proposal.add(record.longest > 0)
+        for proposed, accepted in zip(record.proposed, record.accepted, strict=True):
+            self.row_has_proposal.add(proposed > 0)
+            # Fewer drafts than were asked for are as good as rejected ones.
+            for position in range(min(accepted + 1, record.k, self.largest) if proposed else 0):
+                self.accepted[position].add(accepted > position)
+
+    def _forget(self, remembered: float) -> None:
+        for rate in (self.has_proposal, self.row_has_proposal, *self.accepted):
+            rate.forget(remembered)
+
+    def _estimate(self) -> None:
+        costs = self.costs[self.rows]
+        plain, share = costs.target.at[0], self.has_proposal.share
+        draft = (costs.draft if costs.draft.times else costs.draft_after_gap).at
+        self.speeds[0] = self.promises[0] = 1 / plain
+        accepted, survives, chance = 0.0, 1.0, _PRIOR
+        for k, rate in enumerate(self.accepted, start=1):
+            chance = rate.share if k == 1 else rate.share_given(prior=chance)
+            survives *= chance
+            accepted += survives
+            self.tokens[k] = 1 + self.row_has_proposal.share * accepted
+            self.speeds[k] = self.tokens[k] / (draft[k] + share * costs.target.at[k] + (1 - share) * plain)
+            measured = sum(len(each.target.times.get(k, ())) for each in self.costs.values())
+            self.promises[k] = self.speeds[k] * (1 + _BONUS / max(measured, 1))
+
+    def _first_rounds(self) -> list[int]:
+        if self.smallest > 0 or self.largest == 0:
+            return []
+        return [min(_FIRST_K, self.largest), 0, min(_FIRST_K, self.largest)]
+
+    def _go_on_with_first_rounds(self, record: StepRecord) -> None:
+        self.first.popleft()
+        # A plain step that met a warm-up would make drafting look good: a second one, unless drafting is far ahead.
+        if not self.first and self.speeds[self._best()] < _FAR_AHEAD * self.speeds[0] and len(self._plain_times()) < 2:
+            self.first.append(0)
+
+    def _plain_times(self) -> Collection[float]:
+        return self.costs[self.rows].target.times.get(0, ())
+
+    def _count_towards_look(self) -> None:
+        self.since_look += 1
+        if self._best():
+            self.failed_trials = 0
+            if self.since_look > self.options.look_every:
+                self.since_look, self.looks = 0, self.looks + 1
+        elif self.largest and self.since_look >= self._rounds_between_trials():
+            self.trial_rounds, self.trial_end, self.trial_loss = 0, _TRIAL_ROUNDS, 0.0
+            self._forget(_REMEMBERED_AT_TRIAL)
+
+    def _go_on_trying(self, record: StepRecord) -> None:
+        self.trial_rounds += 1
+        self.trial_loss += record.total_ms * self.speeds[0] - record.emitted / record.rows
+        if any(record.accepted):
+            self.trial_end = min(self.trial_rounds + _TRIAL_ROUNDS, _LONGEST_TRIAL)
+        if self.trial_rounds >= self.trial_end:
+            self.failed_trials += 1
+            self.trial_end = self.since_look = 0
+
+    def _rounds_between_trials(self) -> float:
+        k = self._best(at_least=1)
+        expected_loss = _TRIAL_ROUNDS * self.tokens[k] * (self.speeds[0] / self.speeds[k] - 1)
+        return max(
+            _FEWEST_BETWEEN_TRIALS, max(expected_loss, self.trial_loss) / self.options.budget * min(1, 2**self.failed_trials / _EAGERNESS)
+        )
+
+    def _look_beside(self, best: int) -> int:
+        """In turns a few more drafts, one less, and a plain step; of what the bounds leave."""
+        k = (best + 1, best - 1, best + 2, 0)[self.looks % 4]
+        return k if self.smallest <= k <= self.largest else best
+
+    def _best(self, at_least: int = 0) -> int:
+        if at_least == 0 == self.smallest and self.speeds[0] >= max(self.speeds):
+            return 0  # a bonus must not make drafting look worth it
+        return max(range(max(self.smallest, at_least), self.largest + 1), key=self.promises.__getitem__)

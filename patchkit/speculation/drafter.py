@@ -1,0 +1,142 @@
+"""What a drafter is: options (`Drafter`), one `Session` per call of generate, and the `Proposal` of one round.
+
+Shapes: R rows still generating, n proposed tokens (K at most), V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from patchkit.anatomy.target import Target
+
+
+@dataclass(eq=False)
+class State:
+    """Where a generation stands, as drafters see it.
+
+    Attributes:
+        tokens: [R, room] int64; row r's text is ``tokens[r, pads[r] : lengths[r]]``. Its last token was not fed to the target yet.
+        lengths, pads: of each row; lengths count the padding.
+        sampler: None in greedy runs; else ``sampler(drafted, logits)`` is the distribution [R, V] float32 from which the token after
+            the texts and ``drafted`` [R, n] would be drawn, given logits [R, V], with the run's temperature, top-p and so on.
+    """
+
+    tokens: torch.Tensor
+    lengths: list[int]
+    pads: list[int]
+    sampler: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, always."""
+        return self.sampler is None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return len(self.lengths)
+
+    def text(self, row: int) -> torch.Tensor:
+        """[length] int64, the row's tokens without padding."""
+        return self.tokens[row, self.pads[row] : self.lengths[row]]
+
+
+@dataclass(eq=False)
+class Proposal:
+    """Tokens that a drafter expects next.
+
+    Attributes:
+        tokens: [R, n] int64, n >= 1.
+        counts: of each row, how many of its n tokens are proposed; the rest is filler.
+        probabilities: [R, n, V] float32, the distribution each token was drawn from; None if the tokens are a deterministic choice.
+        parents: None for a chain. For a tree, node i follows node ``parents[i] < i``, or the last known token if that is -1; trees are
+            deterministic choices, and have all n nodes in every row.
+    """
+
+    tokens: torch.Tensor
+    counts: list[int]
+    probabilities: torch.Tensor | None = None
+    parents: tuple[int, ...] | None = None
+
+
+class Draws:
+    """The chain of one round as it grows: the likeliest tokens in greedy runs, drawn ones in sampled runs.
+
+    Args:
+        greedy: choose in sampled runs too.
+
+    Attributes:
+        last: [R] int64, the token drafted last.
+    """
+
+    last: torch.Tensor
+
+    def __init__(self, state: State, greedy: bool = False) -> None:
+        self.sampler = None if greedy else state.sampler
+        self.state = state
+        self._tokens: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[R, n] int64."""
+        return torch.stack(self._tokens, 1)
+
+    @property
+    def probabilities(self) -> torch.Tensor | None:
+        """[R, n, V] float32, the distribution of each draw; None in greedy runs."""
+        return torch.stack(self._probabilities, 1) if self._probabilities else None
+
+    def draw(self, logits: torch.Tensor) -> None:
+        """Choose the next token of every row by its logits [R, V]."""
+        state = self.state
+        if self.sampler is None:
+            self.last = logits.argmax(-1)
+        else:
+            drafted = self.tokens if self._tokens else state.tokens[:, :0]
+            self._probabilities.append(self.sampler(drafted, logits))
+            self.last = torch.multinomial(self._probabilities[-1], 1)[:, 0]
+        self._tokens.append(self.last)
+
+
+class Session(ABC):
+    """A drafter at work on one call of generate."""
+
+    # Whether `observe` is wanted, which has the target's last hidden states kept.
+    wants_hidden: bool = False
+    # Whether the rows of a batch have to advance by the same number of tokens.
+    aligned: bool = False
+
+    @abstractmethod
+    def propose(self, state: State, k: int) -> Proposal | None:
+        """At most ``k >= 1`` tokens for every row; None, or rows of count 0, where there is nothing to propose."""
+
+    def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:  # noqa: B027 (most drafters want no hidden states)
+        """After a target forward: the last hidden states [R, T, D] of the T tokens fed, of which the first ``counts[r]`` stand.
+
+        The first call is the prompt, padding included.
+        """
+
+    def select_rows(self, rows: list[int]) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)
+        """Go on with these rows only: the others have finished."""
+
+
+class Drafter(ABC):
+    """Options of a way to draft: a frozen dataclass, validated in `__post_init__`, without run-time state."""
+
+    def check(self, target: Target) -> None:  # noqa: B027 (some serve every model)
+        """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""
+
+    def prepared(self, target: Target) -> Drafter:
+        """What drafts for this model, made once, when the patch is applied, if that is not the options themselves."""
+        return self
+
+    @abstractmethod
+    def begin(self, model: Any, state: State) -> Session:
+        """A session for one call of generate of ``model``."""

@@ -1,0 +1,1 @@
+"""Drafters, one per file. `Drafter` and `Session` are in `patchkit.speculation.drafter`."""

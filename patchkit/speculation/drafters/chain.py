@@ -1,0 +1,73 @@
+"""The first drafter that has something to propose: prompt lookup where the text repeats itself, a model elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchkit.anatomy.target import Target
+from patchkit.speculation.drafter import Drafter, Proposal, Session, State
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Drafter):
+    """Ask one drafter after the other.
+
+    Args:
+        drafters: in the order in which they are asked; the first that proposes anything for any row drafts the round.
+
+    Raises:
+        ValueError: none is given.
+        TypeError: one is no drafter.
+    """
+
+    drafters: tuple[Drafter, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drafters", tuple(self.drafters))
+        if not self.drafters:
+            raise ValueError("Chain(()) has no drafter: give at least one, such as Chain((PromptLookup(), DraftModel(draft)))")
+        for drafter in self.drafters:
+            if not isinstance(drafter, Drafter):
+                raise TypeError(f"{drafter!r} is not a drafter: give objects such as PromptLookup() or DraftModel(draft)")
+
+    def check(self, target: Target) -> None:
+        for drafter in self.drafters:
+            drafter.check(target)
+
+    def prepared(self, target: Target) -> Drafter:
+        return dataclasses.replace(self, drafters=tuple(drafter.prepared(target) for drafter in self.drafters))
+
+    def begin(self, model: Any, state: State) -> Session:
+        return ChainSession([drafter.begin(model, state) for drafter in self.drafters])
+
+    def __str__(self) -> str:
+        return f"chain({', '.join(map(str, self.drafters))})"
+
+
+class ChainSession(Session):
+    """The sessions of a chain."""
+
+    def __init__(self, sessions: list[Session]) -> None:
+        self.sessions = sessions
+        self.wants_hidden = any(session.wants_hidden for session in sessions)
+        self.aligned = any(session.aligned for session in sessions)
+
+    def propose(self, state: State, k: int) -> Proposal | None:
+        for session in self.sessions:
+            proposal = session.propose(state, k)
+            if proposal is not None and any(proposal.counts):
+                return proposal
+        return None
+
+    def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:
+        for session in self.sessions:
+            if session.wants_hidden:
+                session.observe(hidden, counts)
+
+    def select_rows(self, rows: list[int]) -> None:
+        for session in self.sessions:
+            session.select_rows(rows)

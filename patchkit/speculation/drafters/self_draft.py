@@ -1,0 +1,118 @@
+"""A patched view of the target drafts for the target itself: the same weights, another way to run them.
+
+Sun et al. 2024, "TriForce" (https://arxiv.org/abs/2404.11912) and Chen et al. 2024, "MagicDec" (https://arxiv.org/abs/2408.11049)
+draft with a window of the cache; Zhang et al. 2024, "Draft & Verify" (https://arxiv.org/abs/2309.08168) by leaving out layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit.anatomy.target import Target
+from patchkit.errors import NothingMatched
+from patchkit.patch import Patch
+from patchkit.spec import resolve
+from patchkit.speculation.drafter import Drafter, Session, State
+from patchkit.speculation.drafters.draft_model import DraftModel
+from patchkit.views import twin
+
+
+@dataclass(frozen=True, eq=False)
+class SelfDraft(Drafter):
+    """The target, patched, drafts for the target as it is. Weights are shared; what patches add (int8 copies, a window) is not.
+
+    Args:
+        patches: patches or spec strings, such as "streaming(window=252) + mlp_int8".
+        skip_layers: indices of decoder layers that the draft leaves out.
+        sample: see `DraftModel`.
+
+    Raises:
+        ValueError: neither patches nor layers are given.
+    """
+
+    patches: tuple[Patch | str, ...] | Patch | str = ()
+    skip_layers: tuple[int, ...] = ()
+    sample: bool = True
+
+    def __post_init__(self) -> None:
+        given = self.patches if isinstance(self.patches, tuple | list) else (self.patches,)
+        object.__setattr__(self, "patches", tuple(given))
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        if not self.patches and not self.skip_layers:
+            raise ValueError("SelfDraft() would draft with the target itself: give patches='streaming(window=252)' or skip_layers=(...)")
+
+    def check(self, target: Target) -> None:
+        view = twin(target.model)
+        if self.skip_layers:
+            for layers, index in _layers(view, self.skip_layers):
+                layers[index] = _Skipped(_extra_outputs(view, layers[index]))
+        if self.patches:
+            assert target.patch is not None  # `patch_model` gives it
+            target.patch(view, self._resolved())
+        DraftModel(view).check(target)
+        target.views[id(self)] = view
+
+    def prepared(self, target: Target) -> Drafter:
+        # What a window would drop need not be fed.
+        context = next((patch.window for patch in self._resolved() if patch.name == "streaming"), None)  # type: ignore[attr-defined]
+        return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
+
+    def begin(self, model: Any, state: State) -> Session:
+        raise NotImplementedError("SelfDraft drafts through what prepared(target) returns")
+
+    def __str__(self) -> str:
+        parts = [patch.spec for patch in self._resolved()]
+        parts += [f"without layers {list(self.skip_layers)}"] if self.skip_layers else []
+        return f"self_draft({' + '.join(parts)})"
+
+    def _resolved(self) -> list[Patch]:
+        return resolve([self.patches]) if self.patches else []
+
+
+class _Skipped(nn.Module):
+    """In the place of a decoder layer: hidden states pass through, in a tuple with ``extra`` Nones where the layer gave a tuple."""
+
+    def __init__(self, extra: int | None) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if self.extra is None else (hidden_states, *[None] * self.extra)
+
+
+def _extra_outputs(model: Any, layer: nn.Module) -> int | None:
+    """How many values a layer returns beside hidden states; None if it returns those alone, not in a tuple."""
+    outputs: list[Any] = []
+    hook = layer.register_forward_hook(functools.partial(_note, outputs))
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return len(outputs[0]) - 1 if isinstance(outputs[0], tuple) else None
+
+
+def _note(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+    outputs.append(output)
+
+
+def _layers(model: Any, indices: tuple[int, ...]) -> Iterator[tuple[nn.ModuleList, int]]:
+    """The list of decoder layers, with each of the indices.
+
+    Raises:
+        NothingMatched: there is no such list, or no such layer; or it is the first, by which transformers counts tokens.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not lists:
+        raise NothingMatched(f"{type(model).__name__} has no list of {depth} decoder layers to skip layers of")
+    for index in indices:
+        if not 0 < index < depth:
+            raise NothingMatched(f"skip_layers={list(indices)}: give indices from 1 to {depth - 1}")
+        yield lists[0], index

@@ -1,0 +1,76 @@
+"""When a text ends, and the logits processors of each row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Processors that look at one row at a time; others may hold something for each row of the batch.
+BY_ROW = {
+    f"{name}LogitsProcessor"
+    for name in (
+        *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords", "InfNanRemove"),
+        *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty", "SuppressTokens", "SuppressTokensAtBegin"),
+    )
+} | {
+    "ExponentialDecayLengthPenalty",
+    "LogitNormalization",
+    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
+}
+
+# Of these, those that do not look at the text.
+BY_SCORES = {
+    *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
+    *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
+}
+
+KNOWN_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
+
+
+class Stops:
+    """The stopping criteria of one call, asked after every token; the usual ones without a call of theirs."""
+
+    def __init__(self, criteria: Any, device: torch.device) -> None:
+        self.max_length: int | None = None
+        self.ends: set[int] = set()
+        self.others: list[Callable[..., Any]] = []
+        for each in criteria:
+            kind = type(each).__name__
+            if kind == "MaxLengthCriteria":
+                self.max_length = each.max_length if self.max_length is None else min(self.max_length, each.max_length)
+            elif kind == "EosTokenCriteria":
+                self.ends |= set(each.eos_token_id.tolist())
+            else:
+                self.others.append(each)
+
+    def room(self, length: int) -> int:
+        """Tokens that a text of ``length`` may still get."""
+        return self.max_length - length if self.max_length is not None else 1 << 30
+
+    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
+        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here.
+
+        Args:
+            scores: [V] of every new token of the row, where the call of generate keeps them: other criteria see them as [1, V].
+        """
+        if token in self.ends or (self.max_length is not None and length >= self.max_length):
+            return True
+        if not self.others:
+            return False
+        seen = None if scores is None else tuple(each[None] for each in scores)
+        return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
+
+
+def processors_of(row: int, processors: Any) -> Any:
+    """The processors for one row: a repetition penalty knows the padding of each."""
+    own = type(processors)()
+    for each in processors:
+        ignored = getattr(each, "prompt_ignore_length", None)
+        if torch.is_tensor(ignored):
+            each = copy.copy(each)
+            each.prompt_ignore_length = ignored[row : row + 1]
+        own.append(each)
+    return own

@@ -1,0 +1,44 @@
+"""The cache that `generate` makes for a stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patchkit import _compat
+from patchkit.errors import StreamError
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.runtime import Runtime
+
+
+def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    if _compat.decoder_of(model).training:  # it runs unpatched, and says so
+        return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    given = model_kwargs.get(_compat.CACHE)
+    if given is not None and not isinstance(given, StreamingCache):
+        raise StreamError(
+            f"this model streams with a cache of its own: leave {_compat.CACHE} out instead of passing a {type(given).__name__}"
+        )
+    kind = generation_config.cache_implementation
+    if kind is not None and kind not in ("dynamic", "static"):
+        raise StreamError(
+            f"cache_implementation={kind!r} would replace the streaming cache: leave it out, a window of keys is small already"
+        )
+    generation_config.cache_implementation = None
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    generation_config.cache_implementation = kind
+    if generation_config.use_cache is False:
+        runtime.notices.say("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")
+    made = model_kwargs.get(_compat.CACHE)
+    if given is None and made is not None:
+        cache = runtime.plan.new_cache()
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs[_compat.CACHE] = cache
+    return result
+
+
+def refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    raise StreamError(
+        f"{name} keeps keys in pages of its own, and would bypass the window of streaming or linear: unpatch_model first, or call generate"
+    )

@@ -1,0 +1,124 @@
+"""Which layers of a model stream, and by which rules."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from patchkit import _compat
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.target import Target
+from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.rule import Lane, Plan
+
+# Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
+FRAME_POSITIONS = 1024
+
+
+def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The option ``layers``, as a tuple.
+
+    Raises:
+        ValueError: it is neither None nor layer indices.
+    """
+    if layers is None:
+        return None
+    if not isinstance(layers, tuple | list) or not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise ValueError(f"layers={layers!r}: give layer indices such as [0, 1], or None for all")
+    return tuple(layers)
+
+
+def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> list[AttentionLayer]:
+    """The layers with these indices, in order.
+
+    Raises:
+        NothingMatched: one does not exist, or has no full attention.
+    """
+    by_index = {layer.index: layer for layer in layers}
+    for index in indices:
+        if index not in by_index or by_index[index].kind != "full":
+            known = [layer.index for layer in layers if layer.kind == "full"]
+            raise NothingMatched(f"layers={list(indices)}: layer {index} has no full attention. Layers that do: {listed(known)}")
+    return [by_index[index] for index in sorted(set(indices))]
+
+
+def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool = True) -> tuple[Plan, list[AttentionLayer]]:
+    """The plan of one patch, and the layers in it: the chosen ones and, where all others slide, those too.
+
+    Args:
+        chosen: a lane for each chosen layer; layers with equal lanes will share one.
+        movable: positions can be bounded, because no layer has them baked in.
+
+    Raises:
+        UnsupportedModel: the model does not stream in this way.
+    """
+    layers, name = target.attention_layers, type(target.model).__name__
+    capacity, limit = next(iter(chosen.values())).capacity, target.position_limit
+    if not movable or any(layer.rotary is not None for layer in layers):
+        if "position_ids" not in _compat.argument_names(target.decoder):
+            raise UnsupportedModel(f"{type(target.decoder).__name__}.forward takes no position_ids, so positions cannot be kept bounded")
+        if limit is not None and capacity > limit:
+            first = next(iter(chosen.values()))
+            raise UnsupportedModel(
+                f"sinks + window = {capacity} is more than the {limit} positions that {name} was made for: "
+                f"use window={max(1, limit - first.sinks)} or less"
+            )
+    owns_all = all(layer.index in chosen or layer.kind == "sliding" for layer in layers)
+    owned = [layer for layer in layers if layer.index in chosen or (owns_all and layer.kind == "sliding")]
+    made: list[Lane] = []
+    lanes: dict[int, Lane] = {}
+    for layer in owned:
+        wanted = chosen.get(layer.index) or Lane(0, layer.window or 1, layer.rotary, sliding=True)
+        lane = next((lane for lane in made if lane.same_rule(wanted)), None)
+        if lane is None:
+            lane = wanted
+            lane.number = len(made)
+            made.append(lane)
+        lanes[layer.index] = lane
+    for layer in owned:
+        if any(other.module is layer.module and lanes[other.index] is not lanes[layer.index] for other in owned):
+            raise UnsupportedModel(f"{patch} would not be exact on {name}: layers with different rules share the module {layer.name}")
+    frame_limit = None
+    if owns_all and movable:
+        frame_limit = max(capacity, min(limit or FRAME_POSITIONS, max(2 * capacity, FRAME_POSITIONS)))
+    plan = Plan(
+        lanes,
+        main=lanes[next(iter(chosen))],
+        limit=frame_limit,
+        stock_layers=functools.partial(stock_layers_of, target.config),
+        make_cache=StreamingCache,
+        owns_all=owns_all,
+        has_alibi=any(layer.alibi is not None for layer in owned),
+    )
+    return plan, owned
+
+
+def joined(target: Target, first: Plan, second: Plan) -> Plan:
+    both = sorted(first.lanes.keys() & second.lanes.keys())
+    if both:
+        raise PatchConflict(f"two patches have rules for attention layers {listed(both)}: give each layers of its own with layers=")
+    lanes = dict(sorted({**first.lanes, **second.lanes}.items()))
+    for number, lane in enumerate(dict.fromkeys(lanes.values())):
+        lane.number = number
+    return Plan(
+        lanes,
+        main=first.main if first.main.in_cache else second.main,  # in-cache positions are counted by it
+        limit=None,
+        stock_layers=first.stock_layers,
+        make_cache=StreamingCache,
+        owns_all=all(layer.index in lanes for layer in target.attention_layers),
+        has_alibi=first.has_alibi or second.has_alibi,
+    )
+
+
+def stock_layers_of(config: Any) -> list[Any]:
+    return _compat.DynamicCache(config=config).layers
+
+
+def windows_of(layers: list[AttentionLayer]) -> list[int]:
+    return sorted({layer.window for layer in layers if layer.window is not None})
+
+
+def listed(values: list[int]) -> str:
+    return ", ".join(map(str, values)) if values else "none"

@@ -1,0 +1,92 @@
+"""What the hooks of one patched model share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
+from patchkit.attention import Masks, alias_of
+from patchkit.exclusive import Exclusive
+from patchkit.record import Notices
+from patchkit.static_step import StepCache
+from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.rule import Frame, Lane, Plan
+
+
+@dataclass(eq=False)
+class Frequencies:
+    """The buffer ``module.name`` that holds the frequencies of ``rotary``, and how to recognise the one that was read last."""
+
+    rotary: Rotary
+    module: nn.Module
+    name: str
+    read: tuple[Any, ...] = ()
+
+    def follow(self) -> None:
+        """Read the buffer again if it is another one, or was written to."""
+        buffer: Any = self.module._buffers[self.name]
+        version = 0 if buffer.is_inference() else buffer._version  # such tensors have none
+        now = id(buffer), buffer.data_ptr(), buffer.dtype, version
+        if now != self.read:
+            self.read = now
+            self.rotary.follow(buffer)
+
+
+def frequencies_of(target: Target, plan: Plan) -> list[Frequencies]:
+    if {"dynamic", "longrope"} & set(_compat.rope_types(target.config)):
+        return []  # the model writes to the buffer in its own forward; the frequencies are those of a short text
+    modules = dict(target.model.named_modules())
+    # Lanes share the rotation of one of their layers; a layer turns its queries by its own.
+    lanes, layers = plan.lanes.values(), [layer for layer in target.attention_layers if layer.index in plan.lanes]
+    rotaries: dict[int, Rotary] = {}
+    for each in [lane.rotary for lane in lanes] + [layer.rotary for layer in layers]:
+        if each is not None:
+            rotaries[id(each)] = each
+    found = []
+    for rotary in rotaries.values():
+        path, _, name = rotary.buffer.removeprefix("-").rpartition(".")
+        found.append(Frequencies(rotary, modules[path], name))
+    return found
+
+
+@dataclass(eq=False)
+class Runtime:
+    """What the hooks of one patched model share. ``frame`` is set while its decoder runs.
+
+    Attributes:
+        counters: the lane that each patch has brought, and the patch's hits.
+        implementations: of attention, that the configs named before.
+        notices: of the first patch.
+        configs: those in which the alias of our attention must stand.
+        frequencies: where those of the lanes' rotations come from.
+        mask_configs: those by which the model's masks are made.
+    """
+
+    plan: Plan
+    counters: list[tuple[Lane, Counter[str]]]
+    implementations: tuple[str, ...]
+    notices: Notices
+    configs: list[Any] = dataclasses.field(default_factory=list)
+    frequencies: list[Frequencies] = dataclasses.field(default_factory=list)
+    exclusive: Exclusive = dataclasses.field(default_factory=Exclusive)
+    frame: Frame | None = None
+    cache: StreamingCache | None = None
+    own_masks: Masks | None = None  # while a forward is under way, what its masks come from,
+    outer_masks: Masks | None = None  # and what they came from before
+    mask_configs: tuple[Any, ...] = ()
+    masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
+    step: StepCache | None = None  # that step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
+        vars(self).update(state)
+        for implementation in self.implementations:
+            alias_of(implementation)

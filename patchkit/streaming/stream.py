@@ -1,0 +1,205 @@
+"""Where a batch of sequences stands: what all layers of one cache share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from patchkit.errors import StreamError
+from patchkit.static_step import StepCache, StepLayer
+from patchkit.streaming.rule import Frame, Lane, Plan
+
+
+class KeptLayer(Protocol):
+    """A cache layer, as far as its stream knows it."""
+
+    lane: Lane
+    keys: Any
+    is_initialized: bool
+
+    def turn_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None: ...
+    def before_fixed_step(self, frame: Frame) -> None: ...
+    def fixed(self) -> StepLayer: ...
+
+
+class Stream:
+    """Where a batch of sequences stands: what all layers of one cache share."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.seen = 0
+        self.highest = 0  # the most tokens ever seen, before rollbacks
+        self.recorded_since = 0
+        self.pads: torch.Tensor | None = None
+        self.most_pads = 0
+        self.base = torch.zeros(1, dtype=torch.int64)
+        self.rebase_at = self.plan.limit
+        self.frame: Frame | None = None
+        self.broken = False
+        self.in_inference = False  # a forward ran in inference mode, whose tensors can be written to there only
+        self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
+        self._steady: dict[int, list[Any]] = {}
+        self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
+
+    def set_pads(self, pads: torch.Tensor) -> None:
+        """Take note of the left padding [B] of every row."""
+        self.pads, self.most_pads = pads, int(pads.max())
+        self._schedule_rebase()
+
+    def begin(self, tokens: int, layers: Sequence[KeptLayer], device: torch.device, in_place: bool, batch: int = 1) -> Frame:
+        """Open the frame of a forward of ``tokens`` new tokens in each row of ``batch``; ``in_place`` when no gradient is wanted.
+
+        Raises:
+            StreamError: an earlier forward did not reach its end.
+        """
+        if self.broken:
+            raise StreamError("an earlier forward with this cache failed half-way, so its contents are not defined. Start a new cache.")
+        self.broken = True  # until this forward commits
+        self.in_inference = self.in_inference or torch.is_inference_mode_enabled()
+        self.base = self.base.to(device)
+        many = tokens > 1 or not in_place
+        if not many and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
+            rows, base = self._rows_and_base()
+            due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
+            self.rebase(torch.where(due, rows, base), layers)
+        lanes = self.lanes
+        filled = self.pads is None or self.seen >= self.most_pads + max(lane.capacity for lane in lanes)
+        steady = not many and filled and all(lane.sees_all for lane in lanes)
+        self.frame = Frame(
+            self.plan,
+            self.seen,
+            tokens,
+            self.pads,
+            self.base,
+            device,
+            many=many,
+            steady=steady,
+            rows=batch,
+            most_pads=self.most_pads,
+            highest=max(self.highest, self.seen),
+        )
+        if not many and self.seen >= min(lane.steps_from for lane in lanes):
+            self._prepare_step(self.frame)
+        return self.frame
+
+    def commit(self) -> None:
+        """The forward has gone through every layer."""
+        assert self.frame is not None
+        self.seen = self.frame.end
+        self.highest = max(self.highest, self.seen)
+        self.frame = None
+        self.broken = False
+
+    def rebase(self, base: torch.Tensor, layers: Sequence[KeptLayer]) -> None:
+        """Move the frame origin to ``base`` [B or 1] and turn every window key by the difference."""
+        offsets = (self.base - base)[:, None, None]
+        for lane in self.lanes:
+            if lane.rotary is not None:
+                cos, sin = lane.rotary.angles(offsets)
+                for layer in layers:
+                    if layer.lane is lane:
+                        layer.turn_window(cos, sin)
+        self.base = base
+        self._schedule_rebase()
+
+    def place(self, rows: torch.Tensor, base: torch.Tensor) -> None:
+        """Say that what is kept of the batch rows [n] stands in frames with these origins [n]."""
+        if self.pads is None:
+            self.base = base[:1].to(self.base.device)
+        else:
+            moved = self.base.expand(len(self.pads)).clone()
+            moved[rows] = base.to(moved.device)
+            self.base = moved
+        self._schedule_rebase()
+
+    def take_back(self, count: int, layers: Sequence[KeptLayer]) -> None:
+        """Count ``count`` tokens as not seen; no row is left before its frame, and those no longer full are in that of a fresh stream."""
+        self.seen -= count
+        rows, base = self._rows_and_base()
+        back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
+        if bool((back != base).any()):
+            self.rebase(back, layers)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The distinct lanes of the plan."""
+        return list({id(lane): lane for lane in self.plan.lanes.values()}.values())
+
+    def _rows_and_base(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B or 1] the row position of the next token, and the frame origin."""
+        rows = torch.full_like(self.base, self.seen) if self.pads is None else self.seen - self.pads
+        return rows, self.base.expand(len(rows))
+
+    def _schedule_rebase(self) -> None:
+        """Work out, as a plain number, the first token at which a row leaves its frame: steps must not look into tensors."""
+        if self.plan.limit is not None:
+            origin = self.base if self.pads is None else self.base + self.pads.to(self.base.device)
+            self.rebase_at = int(origin.min()) + self.plan.limit
+
+    def _prepare_step(self, frame: Frame) -> None:
+        """Put what this step needs of each lane into tensors whose addresses never change."""
+        for lane in self.lanes:
+            fresh, held = lane.step_tensors(frame), self._steady.get(id(lane))
+            if held is None or any(_layout(kept) != _layout(new) for kept, new in zip(held, fresh, strict=True)):
+                self._steady[id(lane)] = fresh
+                self.step = None
+                continue
+            for kept, new in zip(held, fresh, strict=True):
+                if kept is not None and new is not None:
+                    kept.copy_(new)
+
+    def steady(self, lane: Lane) -> list[Any]:
+        """What `Lane.step_tensors` says of this step."""
+        return self._steady[id(lane)]
+
+    def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a selection of batch rows."""
+        if self.pads is not None:
+            self.pads = index(self.pads)
+        if len(self.base) > 1:
+            self.base = index(self.base)
+        self._steady = {}
+        self.step = None
+
+    def fixed_step(self, layers: Sequence[KeptLayer]) -> StepCache | None:
+        """This step as compiled code sees it; None where it has to run eagerly."""
+        frame, lanes = self.frame, self.lanes
+        if frame is None or frame.many or not all(layer.is_initialized for layer in layers):
+            return None
+        if any(frame.start < lane.sinks for lane in lanes):  # a step writes all sinks anew, so there must be all
+            return None
+        if frame.start < min(lane.steps_from for lane in lanes):
+            self._prepare_step(frame)
+        for layer in layers:
+            layer.before_fixed_step(frame)
+        if self.step is None:
+            first = [next(layer for layer in layers if layer.lane is lane) for lane in lanes]
+            rows = 1 if self.pads is None else len(self.pads)
+            masks = [layer.keys.new_zeros(rows, 1, 1, layer.lane.capacity) for layer in first]
+            self.step = StepCache([layer.fixed() for layer in layers], torch.zeros((), dtype=torch.int64, device=frame.device), masks)
+        self.step.seen.fill_(frame.start)
+        self._write_masks(frame, lanes, self.step)
+        return self.step
+
+    def _write_masks(self, frame: Frame, lanes: list[Lane], step: StepCache) -> None:
+        """0 where a slot is visible, and the lowest number elsewhere."""
+        assert step.masks is not None
+        full = frame.steady and frame.end >= max(lane.capacity for lane in lanes)
+        if full and step.masks_open:
+            return
+        query = torch.tensor([frame.start], device=frame.device)
+        for lane, mask in zip(lanes, step.masks, strict=True):
+            keys = frame.key_tokens(lane) if frame.start >= lane.capacity else torch.arange(lane.capacity, device=frame.device)[None]
+            mask.zero_().masked_fill_(~frame.visible(lane, query, keys), torch.finfo(mask.dtype).min)
+        step.masks_open = full
+
+
+def _layout(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.device)

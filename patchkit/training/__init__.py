@@ -1,0 +1,1 @@
+"""Training: conversion of softmax attention to linear attention, and heads that draft."""

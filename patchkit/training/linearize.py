@@ -1,0 +1,175 @@
+"""Conversion of a softmax model to hybrid attention in one call: `linearize`.
+
+Three stages, each optional: a closed-form readout per head and a gradient fit of the feature maps (`patchkit.training.transfer`), and
+low-rank recovery on the language-modelling loss (`patchkit.training.recovery`). After each, the model is scored as a user will run it:
+patched, streamed through one cache. Stages can be interrupted and taken up again, with the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from patchkit import _compat
+from patchkit.anatomy.layers import BAKED_IN
+from patchkit.anatomy.target import Target
+from patchkit.api import _ATTRIBUTE, _causal_lm
+from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
+from patchkit.linear.state import LinearState
+from patchkit.measure.perplexity import encode
+from patchkit.training.conversion import Conversion, Rates
+from patchkit.training.run import Run, weights_frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_EVALUATED = 16384  # tokens
+
+# Where a model says nothing of its context.
+_CONTEXT = 2048
+
+
+def linearize(
+    model: Any,
+    texts: Sequence[str] | torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    feature_map: str = "hedgehog",
+    window: int = 64,
+    sinks: int = 0,
+    layers: Sequence[int] | None = None,
+    horizon: int | None = None,
+    closed_form: bool = True,
+    transfer_steps: int = 40,
+    lora_steps: int = 200,
+    rank: int = 8,
+    distill: float = 0.5,
+    keep_softmax: int = 0,
+    batch: int = 4,
+    length: int = 1024,
+    rates: Rates | None = None,
+    seed: int = 0,
+    heldout: torch.Tensor | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Conversion:
+    """Convert the softmax attention of a model to a softmax window over a linear memory. The model is left as it is.
+
+    Args:
+        model: a causal language model of transformers, unpatched.
+        texts: texts to learn on, or token ids [n].
+        tokenizer: of the model; needed for texts that are not token ids.
+        feature_map: see `patchkit.linear.feature_maps`.
+        window: W, last tokens that keep softmax attention.
+        sinks: S, first tokens of every text that keep it, too.
+        layers: indices of the attention layers to convert; None for all with full attention.
+        horizon: number of old tokens beyond which their weight grows no more; None for the model's trained context, or ``length`` if
+            that is shorter.
+        closed_form: whether to fit a readout per head in closed form, on 32 texts.
+        transfer_steps, lora_steps: of the gradient fit of the feature maps and of the recovery; 0 leaves a stage out.
+        rank: of the adapters.
+        distill: share of the softmax model's own distribution in the recovery's loss, within its context; 0 for the text alone.
+        keep_softmax: so many layers, those with the largest error after the transfer, stay as they are.
+        batch, length: texts per step; tokens of each in the recovery, best more than the model's context. The other stages take
+            no more than the context.
+        heldout: token ids [n] to score on; None keeps back the last 20th of the texts, at most 16384 tokens.
+        checkpoint: a file that is written every 25 steps and after each stage, and from which training goes on if it exists.
+        progress: whether to show bars.
+
+    Raises:
+        UnsupportedModel: its attention cannot be converted.
+        PatchConflict: it is patched.
+        PatchError: options or texts that cannot be used, peft is missing, or a checkpoint of another run.
+    """
+    rates = rates or Rates()
+    _check(batch, length, window, sinks, rank, transfer_steps, lora_steps, keep_softmax, distill)
+    model = _causal_lm(model)
+    if _ATTRIBUTE in vars(model):
+        raise PatchConflict("this model is patched: unpatch_model first, the conversion learns from its own softmax attention")
+    _compat.self_check()
+    target = Target(model)
+    chosen = _layers(target, feature_map, window, sinks, layers)
+    if keep_softmax >= len(chosen):
+        raise PatchError(f"keep_softmax={keep_softmax} of {len(chosen)} layers leaves none to convert: keep fewer")
+    limit = target.position_limit or _CONTEXT
+    _check_length(target, length)
+    tokens, heldout = _tokens(texts, tokenizer, heldout)
+    context = min(limit, max(length, window + sinks + 1))
+    if len(tokens) < max(length, context) + 1:
+        raise PatchError(
+            f"{len(tokens)} tokens of text are fewer than one piece of {max(length, context) + 1}: give more, or smaller pieces"
+        )
+
+    state = LinearState.start(target, feature_map, window, sinks, horizon or context, chosen)
+    run = Run(model, target, state, tokens, heldout, context, limit, batch, length, rates, seed, progress)
+    facts = dict(
+        model=state.trained_for.fingerprint, tokens=len(tokens), feature_map=feature_map, window=window, sinks=sinks, horizon=state.horizon,
+        layers=chosen, closed_form=closed_form, transfer_steps=transfer_steps, lora_steps=lora_steps, rank=rank, distill=distill,
+        keep_softmax=keep_softmax, batch=batch, length=length, rates=list(dataclasses.astuple(rates)), seed=seed,
+    )  # fmt: skip
+    run.open(None if checkpoint is None else Path(checkpoint), facts)
+    with weights_frozen(model):
+        if run.report.stages == [] and run.partial is None:
+            run.begin()
+        if closed_form:
+            run.closed_form()
+        if transfer_steps:
+            run.transfer(transfer_steps)
+        run.keep_worst(keep_softmax)
+        if lora_steps:
+            run.recovery(lora_steps, rank, distill)
+    return run.finish()
+
+
+def _layers(target: Target, feature_map: str, window: int, sinks: int, layers: Sequence[int] | None) -> list[int]:
+    """The layers to convert, after everything that the patch would refuse is refused."""
+    from patchkit.patches.linear import LinearAttention
+
+    LinearAttention(feature_map=feature_map, window=window, sinks=sinks, layers=None if layers is None else tuple(layers)).check(target)
+    full = [layer.index for layer in target.attention_layers if layer.kind == "full"]
+    return full if layers is None else sorted(set(layers))
+
+
+def _check_length(target: Target, length: int) -> None:
+    """Texts may be longer than the context, since only differences of positions within the window count; but for two kinds of model."""
+    name, switch = type(target.model).__name__, _compat.rope_switch(target.config)
+    if switch is not None and length > switch:
+        raise UnsupportedModel(f"length={length}: {name} turns to other rotary frequencies beyond {switch} tokens, so use at most that")
+    learned = any(layer.obstacle == BAKED_IN for layer in target.attention_layers)
+    if learned and target.position_limit is not None and length > target.position_limit:
+        raise UnsupportedModel(f"length={length}: the learned positions end at {target.position_limit} tokens, so use at most that")
+
+
+def _tokens(
+    texts: Sequence[str] | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, heldout: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids to learn on and to score on, [n] each."""
+    if isinstance(texts, str):
+        raise PatchError("texts is one string: give a list of texts")
+    if isinstance(texts, torch.Tensor):
+        tokens = texts.flatten()
+    elif tokenizer is None:
+        raise PatchError("texts need the model's tokenizer: linearize(model, texts, tokenizer), or give token ids")
+    else:
+        tokens = torch.tensor([token for text in texts for token in encode(tokenizer, text)], dtype=torch.long)
+    if heldout is not None:
+        return tokens, heldout.flatten()
+    kept = min(_EVALUATED + 1, len(tokens) // 20)
+    return tokens[: len(tokens) - kept], tokens[len(tokens) - kept :].long()
+
+
+def _check(
+    batch: int, length: int, window: int, sinks: int, rank: int, transfer_steps: int, lora_steps: int, keep_softmax: int, distill: float
+) -> None:
+    least = {"batch": (batch, 1), "window": (window, 1), "sinks": (sinks, 0), "rank": (rank, 1), "length": (length, 2)}
+    least |= {"transfer_steps": (transfer_steps, 0), "lora_steps": (lora_steps, 0), "keep_softmax": (keep_softmax, 0)}
+    if not 0 <= distill <= 1:
+        raise PatchError(f"distill={distill}: give a share between 0 and 1")
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise PatchError(f"{name}={value}: give at least {smallest}")

@@ -1,0 +1,78 @@
+"""Recovery: low-rank updates of the attention projections, trained on the language-modelling loss while the model runs as hybrid.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) through peft, as LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254),
+section 3.2. Differs from it in that the feature maps and factors train on; in that the softmax model's own distribution is a target
+beside the text, from which far fewer tokens teach as much; and in the length of the texts, beyond the model's trained context, which is
+what teaches the linear part to weigh the many tokens of a long text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from patchkit.errors import PatchError
+from patchkit.training.student import Student
+
+
+class Lora:
+    """Adapters on a student's projections, inserted by peft.
+
+    Attributes:
+        layers: peft's modules by the name of the projection that each stands for.
+    """
+
+    def __init__(self, student: Student, projections: list[str], rank: int, seed: int) -> None:
+        """Adapters that change nothing yet.
+
+        Raises:
+            PatchError: peft is not installed, or cannot adapt a projection.
+        """
+        try:
+            import peft
+        except ImportError as error:
+            raise PatchError("recovery needs peft: pip install peft, or leave the stage out with lora_steps=0 (--lora-steps 0)") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections), student.model)
+            except ValueError as error:
+                raise PatchError(f"peft cannot adapt the attention projections ({error}): leave the stage out with lora_steps=0") from error
+        modules = dict(student.model.named_modules())
+        self.layers: dict[str, Any] = {name: modules[name] for name in projections}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of every adapter, in a fixed order."""
+        return [layer.get_parameter(f"lora_{letter}.default.weight") for layer in self.layers.values() for letter in "AB"]
+
+    def weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(A [r, in], B [out, r]) float32 of every projection, scaled: W' = W + B A."""
+        return {
+            name: (
+                layer.lora_A["default"].weight.detach().float().cpu().clone(),
+                (layer.lora_B["default"].weight.detach().float() * layer.scaling["default"]).cpu(),
+            )
+            for name, layer in self.layers.items()
+        }
+
+
+def lm_loss(student: Student, texts: torch.Tensor, teacher: Any = None, context: int = 0, share: float = 0.0) -> torch.Tensor:
+    """Mean next-token cross-entropy of texts [N, T], with every converted layer as hybrid attention.
+
+    Args:
+        teacher: the softmax model, if its distribution counts too, by a ``share`` of the loss.
+        context: at how many positions; beyond the context that it was trained on, it has nothing to teach.
+    """
+    texts = texts.to(student.model.device)
+    with student.hybrid() as model:
+        logits = model(input_ids=texts[:, :-1], use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), texts[:, 1:].flatten())
+    if share == 0:
+        return loss
+    with torch.no_grad():
+        wanted = teacher(input_ids=texts[:, :-1][:, :context], use_cache=False).logits.float().softmax(-1)
+    given = logits[:, : wanted.shape[1]].float()
+    return (1 - share) * loss + share * F.cross_entropy(given.flatten(0, 1), wanted.flatten(0, 1))

@@ -1,0 +1,352 @@
+"""A conversion under way: its stages, its scores, its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from patchkit import _compat
+from patchkit.anatomy.target import Target
+from patchkit.api import patch_model
+from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.linear.state import LinearState, load_state
+from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
+from patchkit.measure.perplexity import block_nll, by_position, stream_nll
+from patchkit.training.conversion import Conversion, Rates, Score, Stage, StageName, plain, score_of
+from patchkit.training.recovery import Lora, lm_loss
+from patchkit.training.student import Student
+from patchkit.training.transfer import errors, fit_readouts, transfer_loss
+from patchkit.views import evaluating, twin
+
+_SAVE_EVERY = 25
+
+_PROBES = 16  # texts on which errors are taken before and after a stage
+
+_READOUT_TEXTS = 32
+
+_TIMED_CONTEXT = 1024
+
+
+class Run:
+    """A conversion under way.
+
+    Attributes:
+        report: what is done so far.
+        partial: the stage that a checkpoint stopped in: its name, steps done, seconds, error before, parameters and optimizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        target: Target,
+        state: LinearState,
+        tokens: torch.Tensor,
+        heldout: torch.Tensor,
+        context: int,
+        limit: int,
+        batch: int,
+        length: int,
+        rates: Rates,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.model, self.target, self.tokens, self.heldout, self.context = model, target, tokens, heldout, context
+        self.batch, self.length, self.rates, self.seed, self.progress = batch, length, rates, seed, progress
+        self.report = Conversion(state, context, limit, None, None, None, {}, [], [], {})
+        self.partial: dict[str, Any] | None = None
+        self.path: Path | None = None
+        self.facts: dict[str, Any] = {}
+        self.student = Student(twin(model).eval(), target, state)
+        self._to_device()
+
+    # -- the file -------------------------------------------------------------------------------------------------------------
+
+    def open(self, path: Path | None, facts: dict[str, Any]) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            PatchError: it belongs to another run.
+        """
+        self.path, self.facts = path, facts
+        if path is None or not path.exists():
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["run"] != facts:
+            other = {name: value for name, value in saved["run"].items() if facts.get(name) != value}
+            raise PatchError(f"{path} belongs to another run ({other}): delete it, or name another checkpoint")
+        report = saved["report"]
+        self.report = Conversion(
+            load_state(saved["state"], self.target),
+            self.context,
+            self.report.limit,
+            score_of(report["unpatched"]),
+            score_of(report["window_alone"]),
+            score_of(report["start"]),
+            report["start_errors"],
+            [Stage(**{**stage, "score": score_of(stage["score"])}) for stage in report["stages"]],
+            report["kept_softmax"],
+            {},
+        )
+        self.partial = saved["partial"]
+        self.student.state = self.report.state
+        self._to_device()
+
+    def save(self, partial: dict[str, Any] | None = None) -> None:
+        """Write the checkpoint."""
+        if self.path is None:
+            return
+        report = {
+            "unpatched": plain(self.report.unpatched),
+            "window_alone": plain(self.report.window_alone),
+            "start": plain(self.report.start),
+            "start_errors": self.report.start_errors,
+            "stages": [dataclasses.asdict(stage) for stage in self.report.stages],
+            "kept_softmax": self.report.kept_softmax,
+        }
+        new = self.path.with_suffix(".new")
+        torch.save({"run": self.facts, "report": report, "state": self.report.state.state_dict(), "partial": partial}, new)
+        new.replace(self.path)
+
+    # -- the stages -----------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Score the model as it is, with the window alone, and with untrained hybrid attention."""
+        self.report.start_errors = self._errors()
+        self.report.unpatched = self.score(self.model)
+        alone = self.window_alone()
+        self.report.window_alone = None if alone is None else self.score(alone)
+        self.report.start = self.score(self.patched(self.report.state))
+        self.save()
+
+    def closed_form(self) -> None:
+        """Readouts."""
+        if self._has("closed form"):
+            return
+        started, before = time.perf_counter(), self.report.start_errors
+        fit_readouts(self.student, self._texts(_READOUT_TEXTS, self.context, -2))
+        self._close(Stage("closed form", 1, time.perf_counter() - started, _mean(before), 0.0), self._errors())
+
+    def transfer(self, steps: int) -> None:
+        """Feature maps, factors and, where there are any, readouts."""
+        if self._has("transfer"):
+            return
+        texts = max(1, self.batch * self.length // self.context)
+        before = _mean(self._errors()) if self.partial is None else self.partial["before"]
+
+        def loss(step: int) -> float:
+            return transfer_loss(self.student, self._texts(texts, self.context, step))
+
+        seconds = self._fit("transfer", steps, self._groups(), loss, before)
+        self._close(Stage("transfer", steps, seconds, before, 0.0), self._errors())
+
+    def keep_worst(self, count: int) -> None:
+        """Give the worst layers back their softmax."""
+        if count == 0 or self.report.kept_softmax or self._has("recovery"):
+            return
+        last = self.report.stages[-1].errors if self.report.stages else self.report.start_errors
+        self.report.kept_softmax = sorted(sorted(last, key=last.__getitem__, reverse=True)[:count])
+        for index in self.report.kept_softmax:
+            del self.report.state.parts[index]
+        self.save()
+
+    def recovery(self, steps: int, rank: int, distill: float) -> None:
+        """Adapters; feature maps, factors and readouts train on."""
+        if self._has("recovery"):
+            return
+        lora = Lora(self.student, projections(self.target, self.report.state.layers), rank, self.seed)
+        teacher, probe = twin(self.model).eval(), self._texts(_PROBES, self.length + 1, -1)
+
+        def probed() -> float:
+            with torch.no_grad():
+                return sum(lm_loss(self.student, text[None]).item() for text in probe) / len(probe)
+
+        def loss(step: int) -> float:
+            found = lm_loss(self.student, self._texts(self.batch, self.length + 1, step), teacher, self.context, distill)
+            found.backward()
+            return found.item()
+
+        before = probed() if self.partial is None else self.partial["before"]
+        groups = [*self._groups(self.rates.recovery), {"params": lora.parameters(), "lr": self.rates.lora}]
+        seconds = self._fit("recovery", steps, groups, loss, before)
+        self.report.state.lora = lora.weights()
+        self._close(Stage("recovery", steps, seconds, before, probed()), {})
+
+    def finish(self) -> Conversion:
+        """The report, with the times of a decoded token; the state is frozen and on the CPU."""
+        for part in self.report.state.parts.values():
+            part.requires_grad_(False).cpu()
+        unpatched, linear = twin(self.model).eval(), self.patched(self.report.state)
+        streams = {
+            name: Stream(model, prefilled_cache(model, _TIMED_CONTEXT)) for name, model in (("unpatched", unpatched), ("linear", linear))
+        }
+        timings = decode_latency(streams)
+        self.report.ms_per_token = {name: median_ms(timings, name) for name in streams}
+        return self.report
+
+    # -- parts of a stage -----------------------------------------------------------------------------------------------------
+
+    def _fit(self, name: StageName, steps: int, groups: list[dict[str, Any]], loss_of: Callable[[int], float], before: float) -> float:
+        """Train; ``loss_of(step)`` leaves gradients and returns the loss. Returns the seconds that it took."""
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        done, seconds = 0, 0.0
+        if self.partial is not None:
+            done, seconds = self.partial["done"], self.partial["seconds"]
+            optimizer.load_state_dict(self.partial["optimizer"])
+            with torch.no_grad():
+                for parameter, saved in zip(parameters, self.partial["parameters"], strict=True):
+                    parameter.copy_(saved)
+            self.partial = None
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        bar = tqdm(total=steps, initial=done, desc=name, unit="step", disable=not self.progress)
+        for step in range(done, steps):
+            started = time.perf_counter()
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+            loss = loss_of(step)
+            if not math.isfinite(loss):
+                raise PatchError(f"the loss of {name} is {loss} in step {step}: use lower rates (rates=Rates(...)), or other texts")
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - started
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            if (step + 1) % _SAVE_EVERY == 0:
+                self.save({
+                    "done": step + 1, "seconds": seconds, "before": before, "optimizer": optimizer.state_dict(),
+                    "parameters": [parameter.detach() for parameter in parameters],
+                })  # fmt: skip
+        bar.close()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        return seconds
+
+    def _close(self, stage: Stage, errors: dict[int, float]) -> None:
+        if errors:
+            stage.errors, stage.after = errors, _mean(errors)
+        stage.score = self.score(self.patched(self.report.state))
+        self.report.stages.append(stage)
+        self.save()
+
+    def _groups(self, scale: float = 1.0) -> list[dict[str, Any]]:
+        named = [item for part in self.report.state.parts.values() for item in part.named_parameters()]
+        own = {"factor": self.rates.factors, "readout": self.rates.readouts}
+        groups = []
+        for kind, rate in {"map": self.rates.maps, **own}.items():
+            chosen = [parameter for name, parameter in named if (name if name in own else "map") == kind]
+            if chosen:
+                groups.append({"params": chosen, "lr": scale * rate})
+        return groups
+
+    def _errors(self) -> dict[int, float]:
+        return errors(self.student, self._texts(_PROBES, self.context, -1))
+
+    def _texts(self, count: int, length: int, step: int) -> torch.Tensor:
+        """[count, length] pieces of the text, drawn from the seed and the step."""
+        random = torch.Generator().manual_seed(1_000_003 * self.seed + step + 2)
+        starts = torch.randint(len(self.tokens) - length + 1, (count,), generator=random)
+        return torch.stack([self.tokens[start : start + length] for start in starts.tolist()]).long()
+
+    def _has(self, name: StageName) -> bool:
+        return any(stage.name == name for stage in self.report.stages)
+
+    def _to_device(self) -> None:
+        for part in self.report.state.parts.values():
+            part.requires_grad_(False).to(self.model.device)
+
+    # -- what it is worth -----------------------------------------------------------------------------------------------------
+
+    def patched(self, state: LinearState) -> Any:
+        """A twin of the model, patched with a copy of ``state``."""
+        from patchkit.patches.linear import LinearAttention
+
+        frozen = load_state(state.state_dict(), self.target)
+        return patch_model(twin(self.model).eval(), LinearAttention(state_dict=frozen), verbose=False)
+
+    def window_alone(self) -> Any:
+        """A twin of the model in which the layers to convert see sinks and window, and nothing else; None where streaming is refused."""
+        from patchkit.patches.streaming import StreamingLLM
+
+        state = self.report.state
+        alone = StreamingLLM(sinks=state.sinks, window=state.window, layers=tuple(state.layers))
+        try:
+            return patch_model(twin(self.model).eval(), alone, verbose=False)
+        except UnsupportedModel:  # learned positions cannot stream; a linear layer has none
+            return None
+
+    def score(self, model: Any) -> Score | None:
+        """Perplexity of a model on the text kept back; None without such text."""
+        if len(self.heldout) <= self.context:
+            return None
+        edges = [0, self.context, 8 * self.context, 32 * self.context]
+        fresh_reference, streamed_reference = self.references
+        with evaluating(model):
+            fresh, streamed = block_nll(model, self.heldout, self.context), stream_nll(model, self.heldout)
+        buckets = by_position(streamed, edges)
+        ratios = by_position(streamed - streamed_reference, edges)
+        spans = [f"{bucket.start}-{bucket.stop}" for bucket in buckets]
+        return Score(
+            by_position(fresh, [0, len(fresh)])[0].perplexity,
+            {span: bucket.perplexity for span, bucket in zip(spans, buckets, strict=True)},
+            by_position(fresh - fresh_reference, [0, len(fresh)])[0].perplexity,
+            {span: bucket.perplexity for span, bucket in zip(spans, ratios, strict=True)},
+        )
+
+    @functools.cached_property
+    def references(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats per token of the unpatched model, [n - 1] each: given C tokens at a time, and as many as it was made for."""
+        with evaluating(self.model):
+            pieces = [
+                stream_nll(self.model, self.heldout[start : start + self.report.limit + 1])
+                for start in range(0, len(self.heldout) - 1, self.report.limit)
+            ]
+            return block_nll(self.model, self.heldout, self.context), torch.cat(pieces)
+
+
+@contextlib.contextmanager
+def weights_frozen(model: Any) -> Iterator[None]:
+    """No parameter of the model takes a gradient; afterwards, those do that did."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def projections(target: Target, layers: list[int]) -> list[str]:
+    """The linear layers inside the attention modules of these layers, by name.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    found = [
+        f"{layer.name}.{name}"
+        for layer in target.attention_layers
+        if layer.index in layers
+        for name, module in layer.module.named_modules()
+        if isinstance(module, nn.Linear | _compat.Conv1D)
+    ]
+    if not found:
+        raise UnsupportedModel(
+            f"{type(target.model).__name__} has no linear layers in its attention: leave the recovery out (lora_steps=0)"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _mean(errors: dict[int, float]) -> float:
+    return sum(errors.values()) / len(errors)

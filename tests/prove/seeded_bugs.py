@@ -1,0 +1,247 @@
+"""Bugs to seed into patchkit, each with a patch that runs into it and the promise that is broken by it.
+
+A bug is a function of pytest's monkeypatch. They change the code that the patches run; what `patchkit prove` compares with must not
+notice them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import patchkit.int8.weight
+import patchkit.linear.attention
+import patchkit.streaming.hooks
+import patchkit.streaming.refreshing
+from patchkit.linear.cache import LinearLayer
+from patchkit.speculation import judge, loop
+from patchkit.speculation.cached_model import CachedModel
+from patchkit.streaming.layer import StreamLayer
+from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.stream import Stream
+
+STREAMING = "streaming(sinks=2, window=10)"
+LINEAR = "linear(sinks=2, window=10)"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`seed` puts it in; ``spec`` runs into it; ``promise`` is what has to be found broken."""
+
+    seed: Callable[[Any], None]
+    spec: str
+    promise: str
+
+
+def position_off_by_one(monkeypatch: Any) -> None:
+    def excess(self: Frame, tokens: torch.Tensor) -> torch.Tensor:
+        return (self.row_positions(tokens) - self.plan.main.capacity).clamp(min=0)
+
+    monkeypatch.setattr(Frame, "excess", excess)
+
+
+def sink_dropped(monkeypatch: Any) -> None:
+    right = Frame.visible
+
+    def visible(self: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        pads = 0 if self.pads is None else self.pads[:, None]
+        forgotten = (keys - pads == 0)[:, None, None] & (queries[None, None, :, None] >= lane.capacity)
+        return right(self, lane, queries, keys) & ~forgotten
+
+    monkeypatch.setattr(Frame, "visible", visible)
+
+
+def window_not_rolled_back(monkeypatch: Any) -> None:
+    monkeypatch.setattr(StreamLayer, "roll_back", lambda self, count: None)
+
+
+def drafts_not_rolled_back(monkeypatch: Any) -> None:
+    class KeepsAll(CachedModel):
+        def keep(self, counts: list[int]) -> None:
+            super().keep([self.pending] * len(counts))
+
+    monkeypatch.setattr(loop, "CachedModel", KeepsAll)
+
+
+def scale_after_matmul(monkeypatch: Any) -> None:
+    """In the activations' dtype, so that float16 overflows."""
+
+    def int8_linear(
+        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float"
+    ) -> torch.Tensor:
+        y = (x @ weight.to(x.dtype).T) * scale.to(x.dtype)
+        return y if bias is None else y + bias
+
+    monkeypatch.setattr(patchkit.int8.weight, "int8_linear", int8_linear)
+
+
+def scale_of_another_channel(monkeypatch: Any) -> None:
+    right = patchkit.int8.weight.int8_linear
+    monkeypatch.setattr(patchkit.int8.weight, "int8_linear", lambda x, w, scale, *rest: right(x, w, scale.roll(1), *rest))
+
+
+def scale_a_little_large(monkeypatch: Any) -> None:
+    """By a thousandth: a tenth of what rounding itself does to these logits."""
+    right = patchkit.int8.weight.int8_linear
+    monkeypatch.setattr(patchkit.int8.weight, "int8_linear", lambda x, w, scale, *rest: right(x, w, 1.001 * scale, *rest))
+
+
+def inputs_rounded_together(monkeypatch: Any) -> None:
+    """One step for all tokens of a forward, so that a token's result depends on its neighbours."""
+    right = patchkit.int8.weight.int8_linear
+
+    def int8_linear(
+        x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float"
+    ) -> torch.Tensor:
+        if activation == "float":
+            return right(x, weight, scale, bias, activation)
+        step = x.float().abs().max().clamp(min=1e-30) / 127
+        y = ((x.float() / step).round() @ weight.float().T) * scale * step
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    monkeypatch.setattr(patchkit.int8.weight, "int8_linear", int8_linear)
+
+
+def mask_lost(monkeypatch: Any) -> None:
+    right = Frame.visible
+    monkeypatch.setattr(Frame, "visible", lambda self, *args: torch.ones_like(right(self, *args)))
+
+
+def window_off_by_one(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Lane, "within", lambda self, query, key, row: key >= query - self.window)
+
+
+def linear_window_off_by_one(monkeypatch: Any) -> None:
+    right = patchkit.linear.attention.banded_softmax_part
+    monkeypatch.setattr(patchkit.linear.attention, "banded_softmax_part", lambda q, k, v, window, *rest: right(q, k, v, window - 1, *rest))
+
+
+def ring_too_short(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Lane, "slot", lambda self, token: self.sinks + (token - self.sinks) % max(1, self.window - 1))
+
+
+def wrong_rotary_half(monkeypatch: Any) -> None:
+    """Sinks are turned in pairs of neighbours where the model turns pairs of halves."""
+    right = StreamLayer._capture_sinks
+
+    def capture(self: StreamLayer) -> None:
+        right(self)
+        assert self.raw is not None
+        self.raw_quarter = torch.stack([-self.raw[..., 1::2], self.raw[..., 0::2]], -1).flatten(-2)
+
+    monkeypatch.setattr(StreamLayer, "_capture_sinks", capture)
+
+
+def state_not_reset(monkeypatch: Any) -> None:
+    right = LinearLayer._forget
+
+    def forget(self: LinearLayer) -> None:
+        kept = getattr(self, "state", None), getattr(self, "normalizer", None)
+        right(self)
+        self.state, self.normalizer = kept
+
+    monkeypatch.setattr(LinearLayer, "_forget", forget)
+
+
+def cache_of_the_last_text(monkeypatch: Any) -> None:
+    right = Plan.new_cache
+    caches: dict[int, Any] = {}
+
+    def new_cache(self: Plan) -> Any:
+        if id(self) not in caches:
+            caches[id(self)] = right(self)
+        return caches[id(self)]
+
+    monkeypatch.setattr(Plan, "new_cache", new_cache)
+
+
+def padding_counted(monkeypatch: Any) -> None:
+    for module in (patchkit.streaming.hooks, patchkit.streaming.refreshing):
+        monkeypatch.setattr(module, "notice_padding", lambda *args: None)
+
+
+def eos_ignored(monkeypatch: Any) -> None:
+    right = loop.Stops.after
+
+    def after(self: Any, *args: Any) -> bool:
+        self.ends = set()
+        return right(self, *args)
+
+    monkeypatch.setattr(loop.Stops, "after", after)
+
+
+def every_draft_accepted(monkeypatch: Any) -> None:
+    right = judge.verify_prefix
+
+    def verify_prefix(logits: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        choice, _ = right(logits, drafts, counts)
+        return torch.cat([drafts, choice[:, -1:]], 1), counts
+
+    monkeypatch.setattr(judge, "verify_prefix", verify_prefix)
+
+
+def window_not_turned_when_positions_begin_anew(monkeypatch: Any) -> None:
+    monkeypatch.setattr(StreamLayer, "turn_window", lambda *args: None)
+
+
+def log_does_not_wrap(monkeypatch: Any) -> None:
+    right = StreamLayer._write_log
+    monkeypatch.setattr(StreamLayer, "_write_log", lambda self, tokens, k, v: right(self, tokens + (tokens >= self.log_length), k, v))
+
+
+def padding_not_reset(monkeypatch: Any) -> None:
+    right = Stream.reset
+
+    def reset(self: Stream) -> None:
+        kept = getattr(self, "pads", None), getattr(self, "most_pads", 0)
+        right(self)
+        self.pads, self.most_pads = kept
+
+    monkeypatch.setattr(Stream, "reset", reset)
+
+
+def eos_ignored_one_by_one(monkeypatch: Any) -> None:
+    right = loop._Run._judge_row
+
+    def judge_row(self: Any, *args: Any) -> Any:
+        ends, self.stops.ends = self.stops.ends, set()
+        try:
+            return right(self, *args)
+        finally:
+            self.stops.ends = ends
+
+    monkeypatch.setattr(loop._Run, "_judge_row", judge_row)
+
+
+BUGS = {
+    "position off by one": Bug(position_off_by_one, STREAMING, "logits are those of the definition"),
+    "sink dropped": Bug(sink_dropped, STREAMING, "logits are those of the definition"),
+    "window not rolled back": Bug(window_not_rolled_back, STREAMING, "tokens taken back leave no trace"),
+    "drafts not rolled back": Bug(drafts_not_rolled_back, "speculative", "greedy text stays the same"),
+    "scale after matmul": Bug(scale_after_matmul, "mlp_int8(mode=weight_only)", "no overflow in 16 bits"),
+    "scale of another channel": Bug(scale_of_another_channel, "mlp_int8", "logits are those of the definition"),
+    "scale a little large": Bug(scale_a_little_large, "mlp_int8(mode=weight_only)", "logits are those of the definition"),
+    "scale a little large, inputs rounded": Bug(scale_a_little_large, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
+    "inputs rounded together": Bug(inputs_rounded_together, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
+    "mask lost": Bug(mask_lost, STREAMING, "no token sees a later one"),
+    "window off by one": Bug(window_off_by_one, STREAMING, "logits are those of the definition"),
+    "linear window off by one": Bug(linear_window_off_by_one, LINEAR, "logits are those of the definition"),
+    "ring too short": Bug(ring_too_short, STREAMING, "logits are those of the definition"),
+    "wrong rotary half": Bug(wrong_rotary_half, STREAMING, "logits are those of the definition"),
+    "state not reset": Bug(state_not_reset, LINEAR, "a text after others is as in a fresh model"),
+    "cache of the last text": Bug(cache_of_the_last_text, STREAMING, "a text after others is as in a fresh model"),
+    "padding counted": Bug(padding_counted, STREAMING, "a padded row is the row alone"),
+    "EOS ignored": Bug(eos_ignored, "speculative", "greedy text stays the same"),
+    "every draft accepted": Bug(every_draft_accepted, "speculative", "greedy text stays the same"),
+    "window not turned when positions begin anew": Bug(
+        window_not_turned_when_positions_begin_anew, STREAMING, "any way of feeding is the same"
+    ),
+    "log does not wrap": Bug(log_does_not_wrap, STREAMING, "tokens taken back leave no trace"),
+    "padding not reset": Bug(padding_not_reset, STREAMING, "a text after others is as in a fresh model"),
+    "EOS ignored with a lossy acceptance": Bug(
+        eos_ignored_one_by_one, "speculative(acceptance='topk_agree(2)')", "a text ends where it has to"
+    ),
+}
