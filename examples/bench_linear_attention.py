@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patchkit.kernels.linear_attention import linear_attention, linear_attention_step
+from patchkit.kernels.linear_attention import linear_attention
+from patchkit.kernels.research.linear_attention_step import linear_attention_step
 
 
 def naive(q, k, v):

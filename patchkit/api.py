@@ -56,15 +56,27 @@ def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = Fa
     return _patch(model, _drafting(chosen) if lossless and chosen else chosen, verbose)
 
 
-def unpatch_model(model: M) -> M:
+def unpatch_model(model: M, *names: str) -> M:
     """Undo `patch_model`: no hook, attribute, weight or compiled code stays behind. Returns the same object.
 
+    Args:
+        names: the patches to take off, such as "compile"; the others are applied again, so they begin anew: caches that were made
+            before are of no use, and counters start at 0. None names all.
+
     Raises:
-        PatchConflict: patchkit has not patched this model, or it is a shallow copy of a patched one.
+        PatchConflict: patchkit has not patched this model, not with a patch of that name, or it is a shallow copy of a patched one.
         IrreversiblePatch: a patch has discarded what undoing needs, and the model stays patched; or an undo step failed, and all
             others ran.
     """
-    _handle_of(model).undo()
+    handle = _handle_of(model)
+    present = {patch.name: patch for patch, _ in handle.views}
+    for name in names:
+        if name not in present:
+            raise PatchConflict(f"this model is not patched with {name!r}: name one of {', '.join(present) or 'none'}")
+    handle.undo()
+    kept: list[Any] = [patch for name, patch in present.items() if name not in names]
+    if names and kept:
+        _patch(model, kept, verbose=False)
     return model
 
 

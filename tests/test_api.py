@@ -480,3 +480,18 @@ def test_a_patch_is_public_under_its_class_name() -> None:
 def test_an_unknown_public_name_is_an_attribute_error(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"'patchkit' has no attribute '{name}', available: .*patch_model"):
         getattr(patchkit, name)
+
+
+def test_one_patch_is_taken_off_and_the_others_stay() -> None:
+    model, ids = tiny_model("llama"), torch.arange(40)[None] * 3 % 100 + 5
+    before = snapshot(model)
+    alone = patchkit.patch_model(tiny_model("llama"), "streaming(sinks=2, window=12)", verbose=False)(input_ids=ids).logits
+    patchkit.patch_model(model, "streaming(sinks=2, window=12)", "mlp_int8(mode=weight_only)", verbose=False)
+    assert not torch.equal(model(input_ids=ids).logits, alone)
+    with pytest.raises(PatchConflict, match="streaming, mlp_int8"):
+        patchkit.unpatch_model(model, "compile")
+    assert patchkit.unpatch_model(model, "mlp_int8") is model
+    assert [entry.name for entry in patchkit.report(model).patches] == ["streaming"]
+    assert torch.equal(model(input_ids=ids).logits, alone)
+    patchkit.unpatch_model(model, "streaming")
+    assert_restored(before, model)

@@ -1,4 +1,25 @@
-"""Speculative generation: a drafter proposes, the model verifies several tokens in one forward, the text stays the model's own."""
+"""Speculative generation: a drafter proposes, the model verifies several tokens in one forward, the text stays the model's own.
 
+What a user of `Speculative` needs is here: drafters, policies of acceptance, controllers of the number of drafts, and statistics.
+"""
+
+from patchkit.speculation.acceptance import Acceptance as Acceptance
+from patchkit.speculation.acceptance import ConfThreshold as ConfThreshold
+from patchkit.speculation.acceptance import Exact as Exact
+from patchkit.speculation.acceptance import LongestPrefix as LongestPrefix
+from patchkit.speculation.acceptance import TopKAgree as TopKAgree
+from patchkit.speculation.acceptance import Typical as Typical
+from patchkit.speculation.cost_model import CostModel as CostModel
+from patchkit.speculation.draft_lengths import Adaptive as Adaptive
+from patchkit.speculation.draft_lengths import Controller as Controller
+from patchkit.speculation.draft_lengths import Fixed as Fixed
+from patchkit.speculation.drafter import Drafter as Drafter
+from patchkit.speculation.drafters.chain import Chain as Chain
+from patchkit.speculation.drafters.draft_model import DraftModel as DraftModel
+from patchkit.speculation.drafters.eagle import Eagle as Eagle
+from patchkit.speculation.drafters.medusa import Medusa as Medusa
+from patchkit.speculation.drafters.prompt_lookup import PromptLookup as PromptLookup
+from patchkit.speculation.drafters.self_draft import SelfDraft as SelfDraft
+from patchkit.speculation.heads import load_heads as load_heads
 from patchkit.speculation.shared import reset_statistics as reset_statistics
 from patchkit.speculation.shared import statistics_of as statistics_of

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from patchkit import _compat, available_patches, patch_model, unpatch_model
 from patchkit.cli import app
+from patchkit.errors import PatchError
 from patchkit.export import ExportError, export
 from patchkit.models import ModelUnavailable, find, load_model, loading
 from patchkit.testing import TOLERANCES
@@ -278,7 +279,7 @@ def packed(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_packed_weights_are_refused_by_name(packed: Any, tmp_path: Path) -> None:
     before = state(packed)
     for refused in (lambda: patch_model(packed, "mlp_int8", verbose=False), lambda: export(packed, None, "streaming", tmp_path / "out")):
-        with pytest.raises((ExportError, _compat.PatchError), match=r"GgufConfig\(dequantize=True\)"):
+        with pytest.raises((ExportError, PatchError), match=r"GgufConfig\(dequantize=True\)"):
             refused()
     assert all(before[key] is value for key, value in state(packed).items() if not isinstance(value, int | dict))
 
