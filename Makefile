@@ -12,7 +12,7 @@ PEERS := llama_cpp transformers economize kvpress
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage clean help
+.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage docs clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -68,11 +68,15 @@ peers: $(VENV)/.installed $(PEERS:%=.venv-peers/%/.installed)  ## smollm2 decode
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
 	$(PYTHON) evals/gpu.py $(ARGS)
 
+docs: $(VENV)/.installed  ## the site, strictly: a broken link or an unknown name fails; writes site/
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tiny: writes docs/coverage.md
 	$(BIN)/python evals/coverage.py $(ARGS)
 
 clean:  ## remove environments, caches and build products
-	rm -rf $(VENV) $(FLOOR) $(NEWEST) .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) .venv-peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt

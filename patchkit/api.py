@@ -65,6 +65,7 @@ def unpatch_model(model: M, *names: str) -> M:
 
     Raises:
         PatchConflict: patchkit has not patched this model, not with a patch of that name, or it is a shallow copy of a patched one.
+        PatchError: one of the others cannot be applied again; the model is then unpatched.
         IrreversiblePatch: a patch has discarded what undoing needs, and the model stays patched; or an undo step failed, and all
             others ran.
     """

@@ -28,6 +28,7 @@ NO_PATCH = "none"
 
 
 if TYPE_CHECKING:
+    # (model without the patch, token ids [1, T], what the patch reports) -> logits [1, T, V]
     Definition = Callable[[Any, torch.Tensor, PatchReport], torch.Tensor]
 
 

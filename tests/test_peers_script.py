@@ -28,7 +28,7 @@ def ways(made):
     def cannot():
         raise ImportError("no such instruction")
     return {
-        "good": lambda: Way(good, 500, 10, "float32", 6, lambda prompt: 10 * len(prompt)),
+        "good": lambda: Way(good, 500, 10, "float32", 6, None, lambda prompt: 10 * len(prompt)),
         "cannot": cannot,
         "dies": lambda: Way(dies, 500, 10, "float32"),
         "refuses": lambda: Way(refuses, 500, 10, "float32"),

@@ -86,6 +86,7 @@ def way_of(
     *,
     counted: bool = True,
     window: int | None = None,
+    slots: int | None = None,
     dtype: str | None = None,
     cache: bool = False,
 ) -> Way:
@@ -110,7 +111,7 @@ def way_of(
         return held.cache
 
     dtype = dtype or str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    return Way(answer, bytes_per_pass(model), kv_bytes_per_token(model), dtype, window, cache_bytes if cache else None)
+    return Way(answer, bytes_per_pass(model), kv_bytes_per_token(model), dtype, window, slots, cache_bytes if cache else None)
 
 
 def bytes_per_pass(model: Any) -> int:
@@ -140,6 +141,7 @@ def kv_bytes_per_token(model: Any) -> int:
 def bytes_of_keys_and_values() -> int:
     """Bytes that floating-point tensors of four dimensions hold, whoever holds them: in a decoder that waits for its next token, those are
     keys and values, and masks that are small beside them."""
+    gc.collect()  # what earlier calls have left must not be counted, nor be freed between two counts
     storages = {}
     for found in gc.get_objects():
         if type(found) is torch.Tensor and found.ndim == 4 and found.is_floating_point():

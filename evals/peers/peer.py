@@ -57,6 +57,7 @@ class Way:
         kv_bytes: of keys and values per token of context.
         dtype: of the weights.
         window: tokens that the cache is bounded to, if it is.
+        slots: of the cache that a pass reads in the short prompts, filled or not; None: those that are filled.
         cache_bytes: from a prompt's token ids to the bytes of the cache after it, as allocated; None where the library does not show them.
     """
 
@@ -65,6 +66,7 @@ class Way:
     kv_bytes: int
     dtype: str
     window: int | None = None
+    slots: int | None = None
     cache_bytes: Callable[[list[int]], int] | None = None
 
 

@@ -186,29 +186,39 @@ def prompts_of(tokenizer: Any) -> list[Prompt]:
     return [*short, Prompt("long", english_ids(tokenizer, LONG)[0].tolist(), AFTER_LONG)]
 
 
-def rows_of(families: Sequence[Family], warm_up: Sequence[list[int]], tell: Callable[[str], object]) -> Iterator[tuple[Family, Row]]:
-    """Every way, made, and warm where it can be: a short prompt and a long one are answered first, of which each may be compiled for."""
+def rows_of(
+    families: Sequence[Family], warm_up: Sequence[list[int]], tell: Callable[[str], object], only: str = ""
+) -> Iterator[tuple[Family, Row]]:
+    """Every way, made, and warm where it can be: a short prompt and a long one are answered first, of which each may be compiled for.
+
+    All ways of a family are made before the first of them is warmed: to patch a model makes torch forget all code that it has compiled.
+    """
     for family in families:
-        for way in list(family.ways):
-            row = Row(family.name, way)
+        rows = [Row(family.name, way) for way in family.ways if only in f"{family.name} {way}" or (family.name, way) == REFERENCE]
+        for row in rows:
             try:
-                started = time.perf_counter()
-                row.facts = family.ask(way, make=way)
-                family.ask(way, answer=way, prompt=warm_up[0], new_tokens=16)
-                row.first_answer_seconds = time.perf_counter() - started
-                for prompt in warm_up[1:]:
-                    family.ask(way, answer=way, prompt=prompt, new_tokens=4)
-                tell(f"{family.name} {way}: made and warm after {row.first_answer_seconds:.1f} s")
+                row.facts = family.ask(row.way, make=row.way)
             except Failed as failed:
                 row.reasons.append(str(failed))
-                tell(f"{family.name} {way}: {failed}")
+        for row in rows:
+            way = row.way
+            try:
+                started = time.perf_counter()
+                if not row.reasons:
+                    family.ask(way, answer=way, prompt=warm_up[0], new_tokens=16)
+                row.first_answer_seconds = None if row.reasons else time.perf_counter() - started
+                for prompt in warm_up[1:] if not row.reasons else []:
+                    family.ask(way, answer=way, prompt=prompt, new_tokens=4)
+            except Failed as failed:
+                row.reasons.append(str(failed))
+            tell(f"{family.name} {way}: {'; '.join(row.reasons) or f'first answer after {row.first_answer_seconds:.1f} s'}")
             yield family, row
 
 
-def measure(rows: Sequence[tuple[Family, Row]], prompts: Sequence[Prompt], first: int) -> None:
+def measure(rows: Sequence[tuple[Family | None, Row]], prompts: Sequence[Prompt], first: int) -> None:
     """One round: each prompt is answered by all ways in turns, `first` says which begins."""
     for index, prompt in enumerate(prompts):
-        able = [(family, row) for family, row in rows if not row.reasons]
+        able = [(family, row) for family, row in rows if family is not None and not row.reasons]
         turn = (first + index) % max(1, len(able))
         for family, row in able[turn:] + able[:turn]:
             try:
@@ -218,10 +228,10 @@ def measure(rows: Sequence[tuple[Family, Row]], prompts: Sequence[Prompt], first
                 row.reasons.append(f"{prompt.name}: {failed}")
 
 
-def measure_caches(rows: Sequence[tuple[Family, Row]], text: list[int], tell: Callable[[str], object]) -> None:
+def measure_caches(rows: Sequence[tuple[Family | None, Row]], text: list[int], tell: Callable[[str], object]) -> None:
     for family, row in rows:
         for tokens in CACHED:
-            if row.reasons:
+            if family is None or row.reasons:
                 continue
             try:
                 row.cache_bytes[str(tokens)] = family.ask(row.way, cache=row.way, prompt=text[:tokens])
@@ -270,7 +280,7 @@ def figures(row: Row, reference: Row, prompts: Sequence[Prompt], bandwidth: floa
 def bytes_read(facts: dict[str, Any], prompt: Prompt, answer: Answer) -> float:
     """Bytes that an answer read after its first token: weights once per pass, and keys and values of what is in the context by then."""
     context = len(prompt.ids) + len(answer.ids) / 2
-    held = min(context, facts["window"] or context)
+    held = facts["slots"] or min(context, facts["window"] or context)
     # What the drafter read before the first token is not timed: its share is left out.
     drafting = answer.drafting_bytes * answer.decoded / len(answer.ids)
     return answer.forwards * (facts["weight_bytes"] + held * facts["kv_bytes"]) + drafting
@@ -280,6 +290,36 @@ def same(row: Row, reference: Row, name: str) -> bool:
     """Whether all answers of a way are the reference's."""
     answers, expected = row.answers.get(name, []), reference.answers.get(name, [])
     return bool(answers and expected) and all(answer.ids == expected[0].ids for answer in answers)
+
+
+def merged(result: dict[str, Any], before: Path, partial: bool) -> dict[str, Any]:
+    """A result whose rows take the place of theirs in an earlier one, if it is a part of a run on the same machine.
+
+    Each row was compared with plain decoding in its own run. The copy's speed and the command of each run are kept in "runs".
+    """
+    facts = {name: result[name] for name in ("copy_bytes_per_second", "command", "seconds", "load_before")}
+    if not partial or not before.exists():
+        return {**result, "runs": [facts]}
+    earlier = json.loads(before.read_text())
+    same = ("cpu", "cpu_flags", "cores", "threads")
+    if any(earlier["environment"][name] != result["environment"][name] for name in same):
+        return {**result, "runs": [facts]}
+    # One copy's speed for all shares: the highest.
+    fastest = max(earlier["copy_bytes_per_second"], result["copy_bytes_per_second"])
+    for run in (earlier, result):
+        for row in run["rows"]:
+            if "share_of_copy_bandwidth" in row["figures"]:
+                row["figures"]["share_of_copy_bandwidth"] *= run["copy_bytes_per_second"] / fastest
+    new = {(row["family"], row["way"]): row for row in result["rows"] if (row["family"], row["way"]) != REFERENCE}
+    rows = [new.pop((row["family"], row["way"]), row) for row in earlier["rows"]]
+    runs = [run for run in earlier.get("runs", []) if run["command"] != facts["command"]]
+    return {
+        **earlier,
+        "copy_bytes_per_second": fastest,
+        "rows": [*rows, *new.values()],
+        "runs": [*runs, facts],
+        "environment": result["environment"] | {"peers": earlier["environment"]["peers"] | result["environment"]["peers"]},
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -321,6 +361,7 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", default="", help="only ways with this in their family and name, and transformers' plain decoding")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "peers")
     parser.add_argument("--made", type=Path, default=VENVS / "made", help="where heads, the spec and requantised files are kept")
@@ -334,10 +375,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pythons = {name: VENVS / name / "bin" / "python" for name in FAMILIES} | {"patchkit": Path(sys.executable)}
     # The reference first: the ratios need it, whatever else is asked for.
     names = dict.fromkeys([REFERENCE[0], *given.families])
-    families = [Family(name, pythons[name], made) for name in sorted(names, key=list(FAMILIES).index)]
+    families: list[Family] = []
+    missing: list[tuple[Family | None, Row]] = []
+    for name in sorted(names, key=list(FAMILIES).index):
+        try:
+            families.append(Family(name, pythons[name], made))
+        except (Failed, OSError) as error:
+            missing.append((None, Row(name, "all", reasons=[f"it does not start: {error}"])))
     started = time.perf_counter()
     try:
-        rows = list(rows_of(families, [prompt_ids(tokenizer, WARM_UP)[0].tolist(), prompts[-1].ids], console.print))
+        warm_up = [prompt_ids(tokenizer, WARM_UP)[0].tolist(), prompts[-1].ids]
+        rows = [*rows_of(families, warm_up, console.print, given.only), *missing]
         reference = next(row for _, row in rows if (row.family, row.way) == REFERENCE)
         bandwidths: list[float] = []
         copying = next(family for family in families if family.name == REFERENCE[0])
@@ -350,10 +398,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "rows": [{**dataclasses.asdict(row), "figures": figures(row, reference, prompts, max(bandwidths))} for _, row in rows],
                 "seconds": time.perf_counter() - started,
                 "load_before": load_before,
-                "command": "python evals/peers/run.py",
+                "command": " ".join(["python", "evals/peers/run.py", *(arguments or sys.argv[1:])]),
                 "environment": environment() | {"peers": {family.name: family.ask(versions=FAMILIES[family.name]) for family in families}},
             }
             given.out.mkdir(parents=True, exist_ok=True)
+            result = merged(result, given.out / "peers.json", partial=bool(given.only) or set(given.families) != set(FAMILIES))
             (given.out / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
             (given.out / "table.md").write_text(table(result))
 

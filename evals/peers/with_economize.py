@@ -50,4 +50,4 @@ def way_of(made: Made, technique: Any, decoding: economize.DecodeConfig, window:
         decode(prompt, 2, lambda tokens: found.append(bytes_of_keys_and_values() - before))
         return found[-1]
 
-    return Way(answer, bytes_per_pass(base), kv_bytes_per_token(base), "float32", window, cache_bytes if window else None)
+    return Way(answer, bytes_per_pass(base), kv_bytes_per_token(base), "float32", window, None, cache_bytes if window else None)

@@ -44,4 +44,4 @@ def streaming(model: Any) -> Way:
             generate(model, prompt, 2, held)
         return held.cache
 
-    return Way(answer, plain.weight_bytes, plain.kv_bytes, plain.dtype, kept, cache_bytes)
+    return Way(answer, plain.weight_bytes, plain.kv_bytes, plain.dtype, kept, None, cache_bytes)

@@ -11,6 +11,7 @@ import llama_cpp
 from peer import Answer, Clock, Made, Way
 
 THREADS, CONTEXT = 2, 4096
+CPUINFO = Path("/proc/cpuinfo")
 # llama_ftype of each type of weights; None is the file as it is.
 TYPES = {"Q4_1": None, "Q8_0": 7, "F16": 1, "F32": 0}
 
@@ -20,7 +21,7 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
 
 
 def way(made: Made, kind: str) -> Way:
-    if "amx_int8" in Path("/proc/cpuinfo").read_text():
+    if CPUINFO.is_file() and "amx_int8" in CPUINFO.read_text():
         without_amx()
     path = made.gguf if TYPES[kind] is None else requantised(made, kind)
     model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
@@ -63,11 +64,12 @@ def requantised(made: Made, kind: str) -> Path:
 def without_amx() -> None:
     """Switch repacking off: llama.cpp repacks weights for AMX wherever the processor names it, and dies of an illegal instruction on
     virtual machines that name it and do not allow it."""
-    defaults = llama_cpp.llama_model_default_params
+    bindings = llama_cpp.llama_cpp  # the module that `Llama` reads
+    defaults = bindings.llama_model_default_params
 
     def without() -> llama_cpp.llama_model_params:
         chosen = defaults()
         chosen.use_extra_bufts = False
         return chosen
 
-    llama_cpp.llama_model_default_params = without
+    bindings.llama_model_default_params = without

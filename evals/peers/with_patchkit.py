@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from generating import Timed, bytes_per_pass, generate, load, passes_counted, way_of
+from generating import Timed, bytes_per_pass, generate, load, way_of
 from peer import Answer, Clock, Made, Way
 
 from patchkit import parse_spec, patch_model
 from patchkit.speculation import reset_statistics, statistics_of
 from patchkit.speculation.heads import load_heads
+from patchkit.static_step import LEAST_ROOM
 from patchkit.views import twin
 
 SINKS, WINDOW = 4, 508
@@ -44,7 +46,12 @@ def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
     view = patch_model(twin(loaded()), spec, verbose=False)
     window = next((patch.capacity for patch in parse_spec(spec) if patch.name == "streaming"), None)
     dtype = "MLP int8" if "mlp_int8" in spec else "float32"
-    plain = way_of(view, counted="compile" not in spec, window=window, dtype=dtype, cache=spec.startswith("streaming") and "+" not in spec)
+    compiled = "compile" in spec
+    # A compiled step reads the whole cache: the ring of a window, or the room that a text begins with.
+    slots = (window or LEAST_ROOM) if compiled else None
+    plain = way_of(
+        view, counted=not compiled, window=window, slots=slots, dtype=dtype, cache=spec.startswith("streaming") and "+" not in spec
+    )
     if "speculative" not in spec:
         return plain
     # What one draft of the heads reads: their own weights, and the model's head.
@@ -56,9 +63,10 @@ def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
     def answer(prompt: list[int], new_tokens: int) -> Answer:
         reset_statistics(view)
         clock = Clock()
-        with passes_counted(view, clock):
-            ids = generate(view, prompt, new_tokens, Timed(clock))
-        drafts = sum(max(step.proposed) for step in statistics_of(view).steps)
-        return clock.answer(ids, counted=True, drafting_bytes=drafts * per_draft)
+        ids = generate(view, prompt, new_tokens, Timed(clock))
+        # A round is a pass; a hook that counted them would make compiled steps compile again.
+        rounds = statistics_of(view).steps
+        drafts = sum(max(step.proposed) for step in rounds)
+        return dataclasses.replace(clock.answer(ids, drafting_bytes=drafts * per_draft), forwards=len(rounds))
 
-    return Way(answer, bytes_per_pass(view), plain.kv_bytes, dtype, window)
+    return Way(answer, bytes_per_pass(view), plain.kv_bytes, dtype, window, slots)

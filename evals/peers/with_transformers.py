@@ -20,7 +20,7 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
     return {
         "plain": lambda: way_of(loaded(), cache=True),
         "plain, bf16": lambda: way_of(load(made.model, torch.bfloat16)),
-        "static cache": lambda: way_of(loaded(), Static(loaded())),
+        "static cache": lambda: way_of(loaded(), Static(loaded()), slots=LENGTHS[0]),
         # A model keeps its compiled call: each of these has a model of its own.
         "static cache + compile": lambda: compiled(load(made.model), "float32"),
         "prompt lookup": lambda: way_of(loaded(), lambda prompt, new_tokens: {"prompt_lookup_num_tokens": 8}),
@@ -51,7 +51,7 @@ class Static:
 
 
 def compiled(model: Any, dtype: str) -> Way:
-    return way_of(model, Static(model, compiled=True), counted=False, dtype=dtype)
+    return way_of(model, Static(model, compiled=True), counted=False, dtype=dtype, slots=LENGTHS[0])
 
 
 def quantised(made: Made, config: str) -> Any:

@@ -47,7 +47,7 @@ def serve(family: str, made: Made, requests: Any, replies: Any) -> None:
     def reply_to(request: dict[str, Any]) -> Any:
         if "make" in request:
             way = ways[request["make"]] = makers[request["make"]]()
-            return {name: getattr(way, name) for name in ("weight_bytes", "kv_bytes", "dtype", "window")}
+            return {name: getattr(way, name) for name in ("weight_bytes", "kv_bytes", "dtype", "window", "slots")}
         if "answer" in request:
             return dataclasses.asdict(ways[request["answer"]].answer(request["prompt"], request["new_tokens"]))
         if "cache" in request:

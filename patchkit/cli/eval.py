@@ -133,6 +133,13 @@ def task_folder() -> Path:
     return checkout if checkout.is_dir() else Path(sysconfig.get_path("data")) / "share" / "patchkit" / "tasks"
 
 
+def _tokenizer_place(model: str) -> str:
+    """What transformers loads the tokenizer of a model from, so that tasks of lm-eval that want one find it, too."""
+    from patchkit.models import BUNDLED, bundled_path
+
+    return str(bundled_path(model)) if model == "bundled" or model in BUNDLED else model
+
+
 def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path | None, extra: list[str]) -> tuple[Any, Any]:
     """lm-eval's configuration and tasks, from its own parser."""
     try:
@@ -158,7 +165,9 @@ def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path
             setup_logging(config.verbosity)
         config.include_path = [task_folder(), *([config.include_path] if config.include_path else [])]
         # Tasks of patchkit's own count distances in the model's tokens.
-        config.metadata = {"tokenizer": config.model_args.get("tokenizer", model)} | (config.metadata or {})
+        given_metadata = config.metadata or {}
+        if not {"tokenizer", "pretrained"} & set(given_metadata):
+            config.metadata = {**given_metadata, "tokenizer": config.model_args.get("tokenizer", _tokenizer_place(model))}
         manager = config.process_tasks(config.metadata)
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(f"lm-eval refuses this: {error}") from error

@@ -12,7 +12,6 @@ elsewhere it is `pretrained` of the model's arguments, or `metadata={"tokenizer"
 from __future__ import annotations
 
 import functools
-import itertools
 import keyword
 import math
 import random
@@ -32,6 +31,8 @@ _NAMES = (
     "field item result error message source target parent child root level queue stack table row block token buffer stream header "
     "body prefix suffix label title"
 )
+# Characters of one piece of a file at most: a good part of the files are longer.
+_PIECE = 8000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{4,}")
 
 
@@ -137,7 +138,13 @@ def _found(document: Callable[[], dict[str, str] | None], attempts: int = 10_000
 
 
 def _piece(rng: random.Random, characters: int) -> str:
-    """Whole lines of a held-out file, at most so many characters."""
+    """Whole lines of a held-out file, at most so many characters.
+
+    Raises:
+        ValueError: no file is as long.
+    """
+    if characters >= max(map(len, _texts())):
+        raise ValueError(f"no held-out file has {characters} characters: ask for shorter documents")
     while True:
         text = rng.choice(_texts())
         start = text.find("\n", rng.randrange(len(text))) + 1
@@ -149,11 +156,14 @@ def _lines(rng: random.Random, tokens: int, tokenizer: Any) -> str:
     """Whole lines of a held-out file, at most so many tokens, line by line, and few less."""
     if tokens == 0:
         return ""
-    # No tokenizer of code needs more characters than that for a token.
-    lines = _piece(rng, 12 * tokens).splitlines(keepends=True)
-    lengths = [len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines]
-    kept = sum(1 for total in itertools.accumulate(lengths) if total <= tokens)
-    return "".join(lines[:kept])
+    lines: list[str] = []
+    total = 0
+    while True:  # several pieces, where the files are shorter than what is asked for
+        for line in _piece(rng, min(8 * tokens, _PIECE)).splitlines(keepends=True):
+            total += len(tokenizer(line, add_special_tokens=False)["input_ids"])
+            if total > tokens:
+                return "".join(lines)
+            lines.append(line)
 
 
 def _tokenizer_of(arguments: Mapping[str, Any]) -> Any:
@@ -165,7 +175,11 @@ def _tokenizer_of(arguments: Mapping[str, Any]) -> Any:
     name = arguments.get("tokenizer") or arguments.get("pretrained")
     if name is None:
         raise ValueError('distances are in tokens, and no tokenizer is named: give metadata={"tokenizer": "DIRECTORY"}')
-    return _loaded_tokenizer(name) if isinstance(name, str) else name
+    if isinstance(name, str):
+        return _loaded_tokenizer(name)
+    if not callable(name) or not hasattr(name, "chat_template"):
+        raise ValueError(f'a {type(name).__name__} is no tokenizer: give metadata={{"tokenizer": ...}}, a name or a tokenizer')
+    return name
 
 
 @functools.cache

@@ -84,7 +84,9 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
         return _tokenizer(str(directory_of(source)), source.name, local_files_only=True)
     if source.adapter and not (Path(source.place) / "tokenizer_config.json").is_file():
         return load(source, "auto")[1]  # the base model's, which only loading finds
-    return _tokenizer(source.place, source.name, local_files_only=source.is_local or _hub_is_out_of_reach(source.place))
+    local_only = source.is_local or _hub_is_out_of_reach(source.place)
+    _refuse_unreachable(source.place, source.name, local_only)
+    return _tokenizer(source.place, source.name, local_files_only=local_only)
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,9 +154,8 @@ def _hub_is_out_of_reach(repo: str) -> bool:
     return False
 
 
-def _load(
-    place: str, name: str, dtype: torch.dtype | str, local_only: bool, gguf_file: str | None = None, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _refuse_unreachable(place: str, name: str, local_only: bool) -> None:
+    """Refuse a hub id that is not in the cache where the hub cannot be asked."""
     from huggingface_hub import try_to_load_from_cache
 
     if local_only and not Path(place).is_dir() and not isinstance(try_to_load_from_cache(place, "config.json"), str):
@@ -162,6 +163,12 @@ def _load(
             f"{name!r} is no directory here, is not in the local cache, and the hub cannot be reached: "
             "connect to the network (or unset HF_HUB_OFFLINE), or give a model directory or 'bundled'"
         )
+
+
+def _load(
+    place: str, name: str, dtype: torch.dtype | str, local_only: bool, gguf_file: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _refuse_unreachable(place, name, local_only)
     where: dict[str, Any] = {"local_files_only": local_only} | ({} if gguf_file is None else {"gguf_file": gguf_file})
     again = "save or download the model again"
     # Foreign files can make transformers raise nearly anything; to the user each of it means that this model cannot be loaded.

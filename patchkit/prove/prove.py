@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from patchkit.anatomy.target import Target
+from patchkit.api import patch_model
 from patchkit.measure.perplexity import TextError
 from patchkit.patch import Patch
 from patchkit.prove.checks.case import Advance, Case, spec_of
@@ -88,7 +89,7 @@ def reach_of(model: PreTrainedModel, patches: Sequence[Patch]) -> int:
     Raises:
         PatchError: the model cannot be patched with these patches.
     """
-    target = Target(model, tuple(patches))
+    target = Target(model, tuple(patches), lambda view, chosen: patch_model(view, *chosen, verbose=False))
     for patch in patches:
         patch.check(target)
     return max((patch.promises(target).same_up_to for patch in patches), default=0)

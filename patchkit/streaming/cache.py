@@ -13,7 +13,7 @@ keeps three kinds of key, each turned so that this difference is right:
   ``excess - base`` with ``excess = max(0, r_query - (S + W - 1))``, which leaves the distance
   ``min(r_query, S + W - 1) - j``: the distance inside the cache.
 * in forwards of several tokens every query needs another turn of the sinks, so the attention function turns the queries
-  instead (`patchkit.patches.streaming`).
+  instead (`patchkit.streaming.attention`).
 
 Slots. Token i < S + W is in slot i, later ones in ``S + (i - S) % W``. Row b's sinks are its first S real tokens
 ``g = pads[b] .. pads[b] + S - 1``; one that is not already among the first S slots moves to slot ``g % S`` when the ring

@@ -4,8 +4,8 @@ Shapes: B batch, G kv heads, H query heads, T new tokens, n rows or tokens, K ke
 S + W, or S + N + W with the N exchanged slots of `DynamicSinks`.
 
 A row is due before the token at row position ``C + k R``, k = 1, 2, ...: at places in the text, whatever the calls. Forwards of several
-tokens are cut there (`patchkit.patches.streaming`), so that logits do not depend on how a text is fed, and rows of a left-padded batch are
-refreshed at their own times.
+tokens are cut there (`patchkit.streaming.refreshing`), so that logits do not depend on how a text is fed, and rows of a left-padded
+batch are refreshed at their own times.
 """
 
 from __future__ import annotations

@@ -71,12 +71,13 @@ def linearize(
         horizon: number of old tokens beyond which their weight grows no more; None for the model's trained context, or ``length`` if
             that is shorter.
         closed_form: whether to fit a readout per head in closed form, on 32 texts.
-        transfer_steps, lora_steps: of the gradient fit of the feature maps and of the recovery; 0 leaves a stage out.
+        transfer_steps: of the gradient fit of the feature maps; 0 leaves the stage out.
+        lora_steps: of the recovery; 0 leaves the stage out.
         rank: of the adapters.
         distill: share of the softmax model's own distribution in the recovery's loss, within its context; 0 for the text alone.
         keep_softmax: so many layers, those with the largest error after the transfer, stay as they are.
-        batch, length: texts per step; tokens of each in the recovery, best more than the model's context. The other stages take
-            no more than the context.
+        batch: texts per step.
+        length: tokens of each text in the recovery, best more than the model's context. The other stages take no more than the context.
         heldout: token ids [n] to score on; None keeps back the last 20th of the texts, at most 16384 tokens.
         checkpoint: a file that is written every 25 steps and after each stage, and from which training goes on if it exists.
         progress: whether to show bars.
@@ -100,6 +101,8 @@ def linearize(
     _check_length(target, length)
     tokens, heldout = _tokens(texts, tokenizer, heldout)
     context = min(limit, max(length, window + sinks + 1))
+    if any(layer.obstacle == BAKED_IN for layer in target.attention_layers):
+        heldout = heldout[: limit + 1]  # learned positions end there
     if len(tokens) < max(length, context) + 1:
         raise PatchError(
             f"{len(tokens)} tokens of text are fewer than one piece of {max(length, context) + 1}: give more, or smaller pieces"

@@ -82,7 +82,9 @@ class Run:
             return
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["run"] != facts:
-            other = {name: value for name, value in saved["run"].items() if facts.get(name) != value}
+            other = {
+                name: saved["run"].get(name) for name in facts.keys() | saved["run"].keys() if facts.get(name) != saved["run"].get(name)
+            }
             raise PatchError(f"{path} belongs to another run ({other}): delete it, or name another checkpoint")
         report = saved["report"]
         self.report = Conversion(
@@ -157,6 +159,8 @@ class Run:
         self.report.kept_softmax = sorted(sorted(last, key=last.__getitem__, reverse=True)[:count])
         for index in self.report.kept_softmax:
             del self.report.state.parts[index]
+        alone = self.window_alone()  # these layers keep all keys there, too
+        self.report.window_alone = None if alone is None else self.score(alone)
         self.save()
 
     def recovery(self, steps: int, rank: int, distill: float) -> None:

@@ -57,8 +57,7 @@ def test_the_models_own_implementation_computes(spec: str, monkeypatch: pytest.M
         called.append(implementation)
         return original_function(implementation, module)
 
-    for module in ("streaming", "linear"):
-        monkeypatch.setattr(f"patchkit.patches.{module}.original_function", noted, raising=False)
+    monkeypatch.setattr("patchkit.streaming.attention.original_function", noted)
     monkeypatch.setattr("patchkit.attention.original_function", noted)
     model = patch_model(tiny_model("llama", attn="eager"), spec, verbose=False)
     called.clear()

@@ -226,7 +226,8 @@ def test_what_torchao_cannot_hold_is_saved_in_floating_point(family, tmp_path):
 
 def test_saving_without_torchao_is_refused_with_the_remedy(monkeypatch, tmp_path):
 
-    monkeypatch.setattr("patchkit._compat.torchao.has_torchao", lambda: False)
+    for module in ("patchkit._compat", "patchkit._compat.torchao"):
+        monkeypatch.setattr(f"{module}.has_torchao", lambda: False)
     model = patch_model(tiny_model("llama"), "mlp_int8")
     with pytest.raises(PatchError, match="pip install torchao"):
         model.save_pretrained(tmp_path)

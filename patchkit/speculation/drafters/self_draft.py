@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patchkit.anatomy.target import Target
-from patchkit.errors import NothingMatched
+from patchkit.errors import NothingMatched, PatchError
 from patchkit.patch import Patch
 from patchkit.spec import resolve
 from patchkit.speculation.drafter import Drafter, Session, State
@@ -53,7 +53,8 @@ class SelfDraft(Drafter):
             for layers, index in _layers(view, self.skip_layers):
                 layers[index] = _Skipped(_extra_outputs(view, layers[index]))
         if self.patches:
-            assert target.patch is not None  # `patch_model` gives it
+            if target.patch is None:
+                raise PatchError("SelfDraft needs to patch a view of the model: check it through patch_model, or give Target a `patch`")
             target.patch(view, self._resolved())
         DraftModel(view).check(target)
         target.views[id(self)] = view
