@@ -70,7 +70,7 @@ gpu:  ## every check and benchmark on one H100 or H200, with the machine's own t
 
 docs: $(VENV)/.installed  ## the site, strictly: a broken link or an unknown name fails; writes site/
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tiny: writes docs/coverage.md
 	$(BIN)/python evals/coverage.py $(ARGS)
