@@ -2,7 +2,7 @@
 """Does the fast layer of the tests catch what a thinner suite might miss? Writes evals/results/seeded_bugs.json.
 
     python evals/seeded_bugs.py                         # make seeded-bugs
-    python evals/seeded_bugs.py --only "window one token too long" --only "sinks turned the wrong way"
+    python evals/seeded_bugs.py --only "window one token too long" --only "sinks rotated the wrong way"
 
 Each bug is one edit of patchkit's own code, made in a copy of the tree; product code knows nothing of it. In the copy, the fast layer (no
 case of the matrix) of the test files named with the bug runs up to its first failure. Naming files keeps this affordable, and is stricter
@@ -60,13 +60,18 @@ BUGS = [
     Bug("window one token too long", "return key > query - self.window", "return key >= query - self.window", STREAMING),
     Bug("sinks one position off", "(self.plan.main.capacity - 1)).clamp(min=0)", "self.plan.main.capacity).clamp(min=0)", STREAMING),
     Bug(
-        "sinks turned the wrong way",
-        "turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))",
-        "turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, -sin.to(k.device))",
+        "sinks rotated the wrong way",
+        "rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))",
+        "rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, -sin.to(k.device))",
         STREAMING,
     ),
-    Bug("window turned the wrong way when positions begin anew", "layer.turn_window(cos, sin)", "layer.turn_window(cos, -sin)", STREAMING),
-    Bug("causal mask lost", "(row >= 0) & (key <= query) & (lane", "(row >= 0) & (lane", STREAMING),
+    Bug(
+        "window rotated the wrong way when positions begin anew",
+        "layer.rotate_window(cos, sin)",
+        "layer.rotate_window(cos, -sin)",
+        STREAMING,
+    ),
+    Bug("causal mask lost", "(row >= 0) & (key <= query) & (rule", "(row >= 0) & (rule", STREAMING),
     Bug("left padding ignored", "        stream.set_pads(pads)\n", "        pass\n", STREAMING),
     Bug(
         "ring one slot too short",
@@ -76,8 +81,8 @@ BUGS = [
     ),
     Bug(
         "rollback forgets one token",
-        "first = max(seen - count, lane.capacity)",
-        "first = max(seen - count + 1, lane.capacity)",
+        "first = max(seen - count, rule.capacity)",
+        "first = max(seen - count + 1, rule.capacity)",
         STREAMING,
     ),
     Bug(

@@ -26,8 +26,8 @@ class Sinks:
 
     Attributes:
         in_values, start: where the n rotated dimensions are: in the values or the keys, and from which dimension on.
-        raw, quarter: [B, G, S, n] float32, the sinks unturned, and a quarter turn on.
-        cos, sin: [B or 1, 1, 1, n] the turn.
+        raw, quarter: [B, G, S, n] float32, the sinks unrotated, and rotated by a right angle.
+        cos, sin: [B or 1, 1, 1, n] the rotation.
     """
 
     in_values: bool
@@ -68,10 +68,10 @@ class StepLayer(_compat.CacheLayerMixin):
         # One write by index: inductor does that in place, where it would copy the ring to write to a slice of it.
         slots = self.slots
         if sinks is not None:
-            turned = torch.addcmul(sinks.raw * sinks.cos, sinks.quarter, sinks.sin).to(new.dtype)
-            count, end = turned.shape[2], sinks.start + turned.shape[3]
+            rotated = torch.addcmul(sinks.raw * sinks.cos, sinks.quarter, sinks.sin).to(new.dtype)
+            count, end = rotated.shape[2], sinks.start + rotated.shape[3]
             held = ring[:, :, :count]
-            new = torch.cat([torch.cat([held[..., : sinks.start], turned, held[..., end:]], -1), new], 2)
+            new = torch.cat([torch.cat([held[..., : sinks.start], rotated, held[..., end:]], -1), new], 2)
             slots = torch.cat([torch.arange(count, device=slots.device), slots])
         ring.index_copy_(2, slots, new.to(ring.dtype))
 
@@ -92,7 +92,7 @@ class StepCache(_compat.Cache):
     Attributes:
         layers: a `StepLayer` for every layer of the model.
         seen: [] int64, tokens before this forward.
-        masks: what to add to the scores [B or 1, 1, T, C], for each lane of a stream; None where the model makes its own.
+        masks: what to add to the scores [B or 1, 1, T, C], for each rule of a stream; None where the model makes its own.
         masks_open: the masks hide nothing, now and in all steps to come.
     """
 

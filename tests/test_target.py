@@ -59,7 +59,7 @@ def test_obstacles_are_named(family, reason):
 
 
 def test_a_rotation_without_frequencies_to_be_found_is_an_obstacle():
-    """GPT-J turns its keys by a table of sines. It computed attention itself until transformers 5.24, which is named first."""
+    """GPT-J rotates its keys by a table of sines. It computed attention itself until transformers 5.24, which is named first."""
     for layer in Target(tiny_model("gptj")).attention_layers:
         assert layer.rotary is None and ("baked into" if layer.interface else "attention interface") in layer.obstacle
 

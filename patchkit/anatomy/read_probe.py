@@ -31,7 +31,7 @@ def read_probe(target: Subject, probe: Probe) -> list[AttentionLayer]:
     for name, buffer in target.model.named_buffers():
         if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1 and buffer.device.type != "meta":
             frequencies[name] = buffer.detach().double().cpu()
-            frequencies[f"-{name}"] = -frequencies[name]  # some models turn the other way round
+            frequencies[f"-{name}"] = -frequencies[name]  # some models rotate the other way round
     calls_of: dict[int, list[dict[str, Any]]] = {}
     for call in probe.calls:
         calls_of.setdefault(call["layer"], []).append(call)
@@ -138,7 +138,7 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
     plain, moved = x[:1].float().cpu(), x[1:].float().cpu()
     scale = plain.norm() + 1e-20
     still = float((moved - plain).norm() / scale)
-    turned, found = math.inf, None
+    rotated, found = math.inf, None
     for name, frequency in frequencies.items():
         width = 2 * frequency.numel()
         for start in {0, x.shape[-1] - width}:
@@ -147,19 +147,19 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
             for style in ("half", "interleaved"):
                 rotary = Rotary(style, frequency, start, "keys", start, name)
                 cos, sin = rotary.angles(torch.tensor([float(shift)]))
-                error = float((rotary.turn(plain, cos, sin, start) - moved).norm() / scale)
-                if error < turned:
-                    turned, found = error, (style, start, name)
+                error = float((rotary.rotate(plain, cos, sin, start) - moved).norm() / scale)
+                if error < rotated:
+                    rotated, found = error, (style, start, name)
     # Rounding of 16-bit models differs between the rows, and grows with depth.
     tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 1e-2 if first else 6e-2
     if still < tolerance:
         return ()
-    if turned < tolerance:
+    if rotated < tolerance:
         return found
     if x.dtype in (torch.float32, torch.float64) or first or found is None:
         return None
     # Pretrained models have a few large activations, by which it grows further. Then one of the two has to explain it far better.
-    better, other = min(still, turned), max(still, turned)
+    better, other = min(still, rotated), max(still, rotated)
     if better > _MOST_ROUNDING or other < _FAR_BETTER * better:
         return None
     return () if better == still else found

@@ -40,29 +40,29 @@ class Rotary:
         return 2 * self.frequencies.numel()
 
     def angles(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [..., n] (float32) that turn by ``offsets`` [...] positions; exact for any offset up to 2^53."""
+        """Cosine and sine [..., n] (float32) that rotate by ``offsets`` [...] positions; exact for any offset up to 2^53."""
         angle = offsets.to(torch.float64)[..., None] * self.frequencies.to(offsets.device)
         angle = torch.cat([angle, angle], -1) if self.style == "half" else angle.repeat_interleave(2, -1)
         return angle.cos().float(), angle.sin().float()
 
-    def quarter_turn(self, x: torch.Tensor) -> torch.Tensor:
-        """Every pair (a, b) of the last dimension n becomes (-b, a), so that a turn by t is ``x cos t + quarter_turn(x) sin t``."""
+    def quarter_rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """Every pair (a, b) of the last dimension n becomes (-b, a), so that a rotation by t is ``x cos t + quarter_rotated(x) sin t``."""
         if self.style == "half":
             a, b = x.chunk(2, -1)
             return torch.cat([-b, a], -1)
         return torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
 
-    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
-        """``x`` [..., K] with its dimensions start .. start+n turned; computed in float32, returned in x's dtype."""
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
+        """``x`` [..., K] with its dimensions start .. start+n rotated; computed in float32, returned in x's dtype."""
         part = x[..., start : start + self.width].float()
-        turned = (part * cos + self.quarter_turn(part) * sin).to(x.dtype)
+        rotated = (part * cos + self.quarter_rotated(part) * sin).to(x.dtype)
         if self.width == x.shape[-1]:
-            return turned
-        return torch.cat([x[..., :start], turned, x[..., start + self.width :]], -1)
+            return rotated
+        return torch.cat([x[..., :start], rotated, x[..., start + self.width :]], -1)
 
 
 def same_rotary(a: Rotary | None, b: Rotary | None) -> bool:
-    """Whether two layers turn their keys alike, so that angles computed for one serve the other."""
+    """Whether two layers rotate their keys alike, so that angles computed for one serve the other."""
     if a is None or b is None:
         return a is b
     mine, other = dataclasses.astuple(a), dataclasses.astuple(b)

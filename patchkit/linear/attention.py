@@ -15,10 +15,10 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.attention import AttentionOutput
 from patchkit.errors import StreamError
 from patchkit.kernels.linear_attention import linear_attention
-from patchkit.linear.cache import LinearLane, LinearLayer, LinearStep, LinearStepLayer
+from patchkit.linear.cache import LinearLayer, LinearRule, LinearStep, LinearStepLayer
 from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, softmax_part
 from patchkit.streaming.attention import visible_columns
-from patchkit.streaming.rule import Frame
+from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 
 # Arguments of attention calls that change nothing about which keys are seen and how they are weighed, or that are served here.
@@ -56,10 +56,10 @@ def obstacle_of(layer: AttentionLayer, calls: int, learned: bool) -> str | None:
 
 @dataclass(eq=False)
 class HybridLayer:
-    """What the attention function of one layer knows: its index in the cache, its lane, and its hybrid attention."""
+    """What the attention function of one layer knows: its index in the cache, its rule, and its hybrid attention."""
 
     index: int
-    lane: LinearLane
+    rule: LinearRule
     part: HybridAttention
 
 
@@ -82,29 +82,29 @@ def attend_linearly(
     Returns:
         [B, T, H, V] and no attention weights.
     """
-    lane, frame = hybrid.lane, runtime.frame
+    rule, context = hybrid.rule, runtime.context
     given = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if given is None else given
     if runtime.step is not None:
         assert runtime.masks is not None
         layer = runtime.step.layer(hybrid.index)
-        visible = runtime.masks[lane.number] == 0
+        visible = runtime.masks[rule.number] == 0
         out = _one_token(hybrid, layer, layer.linear_step().short, softmax_part(query, key, value, visible, scaling), query)
-    elif frame is None:
+    elif context is None:
         return original(module, query, key, value, attention_mask, **kwargs)
     else:
         _refuse_arguments(module, kwargs)
         if hybrid.part.factor.device != query.device:  # the model was moved since it was patched
             hybrid.part.to(query.device)
         cached: Any = None if runtime.cache is None else runtime.cache.layers[hybrid.index]
-        if frame.many:
-            out = _several_tokens(hybrid, cached, frame, query, key, value, scaling)
+        if context.many:
+            out = _several_tokens(hybrid, cached, context, query, key, value, scaling)
         else:
-            token = torch.tensor([frame.start], device=query.device)
-            hidden = not frame.steady and (frame.pads is not None or not lane.sees_all)
-            seen = frame.visible(lane, token, frame.key_tokens(lane)).to(query.device) if hidden else None
-            short = frame.row_positions(token.to(frame.device)) < lane.min_length if lane.min_length else None
-            layer = cached if frame.start >= lane.steps_from else None  # nothing is old yet
+            token = torch.tensor([context.start], device=query.device)
+            hidden = not context.sees_every_slot and (context.pads is not None or not rule.sees_all)
+            seen = context.visible(rule, token, context.key_tokens(rule)).to(query.device) if hidden else None
+            short = context.row_positions(token.to(context.device)) < rule.min_length if rule.min_length else None
+            layer = cached if context.start >= rule.steps_from else None  # nothing is old yet
             out = _one_token(hybrid, layer, short, softmax_part(query, key, value, seen, scaling), query)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
@@ -131,14 +131,14 @@ def _one_token(
     Args:
         short: [B or 1, 1] bool, the query sees everything by softmax; None if no query does.
     """
-    lane, part = hybrid.lane, hybrid.part
+    rule, part = hybrid.rule, hybrid.part
     numerator, denominator = both
     young = numerator / denominator[..., None]
     if layer is None:
         mixed = part.read(young)
     else:
         step: LinearStep = layer.linear_step()
-        features = part.query_map(step.plain_query(query, lane.rotary)).unflatten(1, (layer.state.shape[1], -1))[..., 0, :]  # [B, G, h, F]
+        features = part.query_map(step.plain_query(query, rule.rotary)).unflatten(1, (layer.state.shape[1], -1))[..., 0, :]  # [B, G, h, F]
         old_numerator = (features @ layer.state).flatten(1, 2)[:, :, None]
         old_denominator = (features @ layer.normalizer[..., None]).flatten(1, 2)
         mixed = part.combine(numerator, denominator, old_numerator, old_denominator, step.old_keys.to(query.device))
@@ -146,32 +146,38 @@ def _one_token(
 
 
 def _several_tokens(
-    hybrid: HybridLayer, layer: LinearLayer | None, frame: Frame, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    hybrid: HybridLayer,
+    layer: LinearLayer | None,
+    context: ForwardContext,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
     """[B, H, T, V] of T tokens, by one call of `linear_attention`; the layer's state, if there is one, takes in what becomes old."""
-    lane, part, rotary = hybrid.lane, hybrid.part, hybrid.lane.rotary
-    if rotary is not None and frame.turned:  # the model has put them at in-cache positions
-        cos, sin = (t.to(q.device) for t in frame.window_turn(rotary))
-        q = rotary.turn(q, cos, sin, rotary.start)
-        if not frame.cached:
-            k = rotary.turn(k, cos, sin, rotary.start)
-    numerator, denominator = _softmax(frame, lane, q, k, v, scaling)
-    queries = torch.arange(frame.start, frame.end, device=q.device)
-    rows = frame.row_positions(queries.to(frame.device)).to(q.device)
+    rule, part, rotary = hybrid.rule, hybrid.part, hybrid.rule.rotary
+    if rotary is not None and context.repositions:  # the model has put them at in-cache positions
+        cos, sin = (t.to(q.device) for t in context.window_rotation(rotary))
+        q = rotary.rotate(q, cos, sin, rotary.start)
+        if not context.cached:
+            k = rotary.rotate(k, cos, sin, rotary.start)
+    numerator, denominator = _softmax(context, rule, q, k, v, scaling)
+    queries = torch.arange(context.start, context.end, device=q.device)
+    rows = context.row_positions(queries.to(context.device)).to(q.device)
     young = numerator / denominator[..., None]
     # Keys are in order of time, token i in column i + offset; that of the first query which has an old key is S.
-    first = max(frame.start, lane.steps_from)
-    if first < frame.end:
-        late, offset = first - frame.start, k.shape[2] - frame.end
-        columns = slice(first - lane.softmax_window + offset, frame.end - lane.softmax_window + offset)
+    first = max(context.start, rule.steps_from)
+    if first < context.end:
+        late, offset = first - context.start, k.shape[2] - context.end
+        columns = slice(first - rule.softmax_window + offset, context.end - rule.softmax_window + offset)
         plain_q, plain_k, old_v = q[:, :, late:], k[:, :, columns], v[:, :, columns]
         if rotary is not None:
-            plain_q = _unturned(frame, rotary, plain_q, 0, first)
-            plain_k = _unturned(frame, rotary, plain_k, lane.softmax_window, first - lane.softmax_window)
+            plain_q = _unrotated(context, rotary, plain_q, 0, first)
+            plain_k = _unrotated(context, rotary, plain_k, rule.softmax_window, first - rule.softmax_window)
         mask = None
-        if frame.pads is not None:
-            tokens = torch.arange(first, frame.end, device=frame.device) - lane.softmax_window
-            mask = lane.is_old(frame, tokens).to(q.device)
+        if context.pads is not None:
+            tokens = torch.arange(first, context.end, device=context.device) - rule.softmax_window
+            mask = rule.is_old(context, tokens).to(q.device)
         name = part.key_map.kind if part.key_map.fused else "identity"
         fq, fk = (plain_q, plain_k) if part.key_map.fused else (part.query_map(plain_q), part.key_map(plain_k))
         before = (None, None) if layer is None else (layer.state, layer.normalizer)
@@ -181,20 +187,20 @@ def _several_tokens(
             fq.contiguous(), fk.contiguous(), old_v.contiguous(), *before, mask, name, False, CHUNK
         )
         if layer is not None:
-            layer.advance(frame, state, normalizer, functools.partial(_entering, part, plain_k, old_v, mask))
-        count = lane.old_keys(frame, queries[late:].to(frame.device)).to(q.device)
+            layer.advance(context, state, normalizer, functools.partial(_entering, part, plain_k, old_v, mask))
+        count = rule.old_keys(context, queries[late:].to(context.device)).to(q.device)
         mixed = part.combine(numerator[:, :, late:], denominator[:, :, late:], old_numerator, old_denominator, count)
         out = torch.cat([part.read(young[:, :, :late]), mixed], 2)
     else:
         out = part.read(young)
-    if lane.min_length and frame.start < lane.min_length + frame.most_pads:
-        out = torch.where((rows < lane.min_length)[:, None, :, None], young, out)
+    if rule.min_length and context.start < rule.min_length + context.most_pads:
+        out = torch.where((rows < rule.min_length)[:, None, :, None], young, out)
     return out
 
 
-def _unturned(frame: Frame, rotary: Rotary, x: torch.Tensor, delay: int, first: int) -> torch.Tensor:
-    cos, sin = frame.unturn(rotary, delay, first)
-    return rotary.turn(x, cos.to(x.device), sin.to(x.device), rotary.start)
+def _unrotated(context: ForwardContext, rotary: Rotary, x: torch.Tensor, delay: int, first: int) -> torch.Tensor:
+    cos, sin = context.inverse_rotation(rotary, delay, first)
+    return rotary.rotate(x, cos.to(x.device), sin.to(x.device), rotary.start)
 
 
 def _entering(part: HybridAttention, plain_k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -203,24 +209,24 @@ def _entering(part: HybridAttention, plain_k: torch.Tensor, v: torch.Tensor, mas
 
 
 def _softmax(
-    frame: Frame, lane: LinearLane, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    context: ForwardContext, rule: LinearRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator [B, H, T, V] and denominator [B, H, T] of what each query sees by softmax."""
     tokens, past = q.shape[2], k.shape[2] - q.shape[2]
     # Queries that need masks of their own: of padded rows, whose sinks stand elsewhere, and those that see more than a window.
-    masked = tokens if frame.pads is not None else min(max(lane.min_length - frame.start, 0), tokens)
+    masked = tokens if context.pads is not None else min(max(rule.min_length - context.start, 0), tokens)
     pieces = []
-    keys = frame.key_tokens(lane)
+    keys = context.key_tokens(rule)
     for start in range(0, masked, _MASKED_BLOCK):
         stop = min(start + _MASKED_BLOCK, masked)
-        columns = visible_columns(frame, lane, k.shape[2], slice(start, stop))
-        queries = torch.arange(frame.start + start, frame.start + stop, device=frame.device)
-        visible = frame.visible(lane, queries, keys[:, columns]).to(q.device)
+        columns = visible_columns(context, rule, k.shape[2], slice(start, stop))
+        queries = torch.arange(context.start + start, context.start + stop, device=context.device)
+        visible = context.visible(rule, queries, keys[:, columns]).to(q.device)
         pieces.append(softmax_part(q[:, :, start:stop], k[:, :, columns], v[:, :, columns], visible, scaling))
     for start in range(masked, tokens, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, tokens)
         seen = slice(past + stop)
-        pieces.append(banded_softmax_part(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], lane.softmax_window, scaling, lane.sinks))
+        pieces.append(banded_softmax_part(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], rule.softmax_window, scaling, rule.sinks))
     if len(pieces) == 1:
         return pieces[0]
     numerators, denominators = zip(*pieces, strict=True)

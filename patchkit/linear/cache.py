@@ -5,7 +5,7 @@ number of sinks, R >= W the length of the ring; it is longer where short texts s
 
 When query t arrives, key t - W becomes old: it is read from the ring, its rotation is taken back, and its features enter the state, for
 any number of tokens at once. So the state after t tokens holds the tokens up to t - 1 - W that are neither padding nor sinks, however
-they were fed, and it never holds positions: nothing in it has to be turned as the stream goes on.
+they were fed, and it never holds positions: nothing in it has to be rotated as the stream goes on.
 
 Rollback. While the past is recorded, the features and values that enter the state are logged, and the state is copied every
 ``ROLLBACK`` tokens; `LinearLayer.roll_back` takes the last copy before the wanted place and adds what the log holds from there on.
@@ -25,7 +25,7 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.linear.hybrid import HybridAttention
 from patchkit.static_step import Sinks, StepLayer
 from patchkit.streaming.layer import ROLLBACK, StreamLayer, StreamLayerWithState, make_layer
-from patchkit.streaming.rule import Frame, Lane
+from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.stream import Stream
 
 # A copy of the state is at most ROLLBACK tokens old when the next is made, and one of the two is at or before any place to go back to.
@@ -55,7 +55,7 @@ class LinearStep(NamedTuple):
 
     def plain_query(self, query: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         """The query [B, H, 1, K] without its rotation."""
-        return _turned(query, rotary, self.query_cos, self.query_sin)
+        return _rotated_by(query, rotary, self.query_cos, self.query_sin)
 
     def take_in(
         self,
@@ -76,18 +76,18 @@ class LinearStep(NamedTuple):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, G, 1, F], 0 where nothing enters, and value [B, G, 1, V], both float32, of key t - W."""
         slot = self.slot.to(keys.device)
-        key = _turned(keys.index_select(2, slot), rotary, self.key_cos, self.key_sin)
+        key = _rotated_by(keys.index_select(2, slot), rotary, self.key_cos, self.key_sin)
         return part.key_map(key) * self.old.to(keys.device), values.index_select(2, slot).float()
 
 
-def _turned(x: torch.Tensor, rotary: Rotary | None, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+def _rotated_by(x: torch.Tensor, rotary: Rotary | None, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
     if rotary is None or cos is None or sin is None:
         return x
-    return rotary.turn(x, cos.to(x.device), sin.to(x.device), rotary.start)
+    return rotary.rotate(x, cos.to(x.device), sin.to(x.device), rotary.start)
 
 
 @dataclass(eq=False)
-class LinearLane(Lane):
+class LinearRule(LayerRule):
     """Layers of hybrid attention. ``window`` is the length R of the ring.
 
     Attributes:
@@ -100,8 +100,8 @@ class LinearLane(Lane):
     min_length: int = 0
     parts: dict[int, HybridAttention] = field(default_factory=dict)
 
-    def same_rule(self, other: Lane) -> bool:
-        return isinstance(other, LinearLane) and super().same_rule(other) and self.parts is other.parts
+    def same_rule(self, other: LayerRule) -> bool:
+        return isinstance(other, LinearRule) and super().same_rule(other) and self.parts is other.parts
 
     @property
     def steps_from(self) -> int:
@@ -115,35 +115,37 @@ class LinearLane(Lane):
         near = key > query - self.softmax_window
         return near | (row < self.min_length) if self.min_length else near
 
-    def is_old(self, frame: Frame, tokens: torch.Tensor) -> torch.Tensor:
+    def is_old(self, context: ForwardContext, tokens: torch.Tensor) -> torch.Tensor:
         """[B or 1, n] which of these tokens the state takes in, once they have left the softmax window."""
-        return frame.row_positions(tokens) >= self.sinks
+        return context.row_positions(tokens) >= self.sinks
 
-    def old_keys(self, frame: Frame, queries: torch.Tensor) -> torch.Tensor:
+    def old_keys(self, context: ForwardContext, queries: torch.Tensor) -> torch.Tensor:
         """[B or 1, T] how many keys are old for each of these queries."""
-        return (frame.row_positions(queries) - (self.softmax_window + self.sinks - 1)).clamp(min=0)
+        return (context.row_positions(queries) - (self.softmax_window + self.sinks - 1)).clamp(min=0)
 
-    def step_tensors(self, frame: Frame) -> list[torch.Tensor | None]:
-        token = torch.tensor([frame.start], device=frame.device)
+    def step_tensors(self, context: ForwardContext) -> list[torch.Tensor | None]:
+        token = torch.tensor([context.start], device=context.device)
         delayed = token - self.softmax_window
         angles: list[torch.Tensor | None] = [None] * 4
         if self.rotary is not None:
-            base = frame.base[:, None]
-            angles = [turn for which in (delayed, token) for turn in self.rotary.angles((base - frame.row_positions(which))[:, None])]
-        short = frame.row_positions(token) < self.min_length if self.min_length else None
-        old = self.is_old(frame, delayed).float()[:, :, None, None]
-        old_keys = self.old_keys(frame, token).float()
-        return [*super().step_tensors(frame), self.slot(delayed).clamp(min=0), *angles, old, old_keys, short]
+            base = context.base[:, None]
+            angles = [
+                rotation for which in (delayed, token) for rotation in self.rotary.angles((base - context.row_positions(which))[:, None])
+            ]
+        short = context.row_positions(token) < self.min_length if self.min_length else None
+        old = self.is_old(context, delayed).float()[:, :, None, None]
+        old_keys = self.old_keys(context, token).float()
+        return [*super().step_tensors(context), self.slot(delayed).clamp(min=0), *angles, old, old_keys, short]
 
-    def count(self, hits: Counter[str], frame: Frame) -> None:
+    def count(self, hits: Counter[str], context: ForwardContext) -> None:
         hits["forwards"] += 1
-        hits["tokens"] += frame.tokens
-        hits["tokens taken into the state"] += max(0, frame.end - self.steps_from) - max(0, frame.start - self.steps_from)
-        before, switch = max(frame.start, frame.highest), self.min_length  # the first token whose query may ask the state
-        if not switch or before > switch + frame.most_pads or frame.end <= switch:
+        hits["tokens"] += context.tokens
+        hits["tokens taken into the state"] += max(0, context.end - self.steps_from) - max(0, context.start - self.steps_from)
+        before, switch = max(context.start, context.highest), self.min_length  # the first token whose query may ask the state
+        if not switch or before > switch + context.most_pads or context.end <= switch:
             return
-        switches = torch.full((frame.rows,), switch) if frame.pads is None else frame.pads.cpu() + switch
-        hits["switched to linear"] += int(((switches >= before) & (switches < frame.end)).sum())
+        switches = torch.full((context.rows,), switch) if context.pads is None else context.pads.cpu() + switch
+        hits["switched to linear"] += int(((switches >= before) & (switches < context.end)).sum())
 
 
 class LinearLayer(StreamLayer):
@@ -153,13 +155,13 @@ class LinearLayer(StreamLayer):
         state, normalizer: [B, G, F, V] and [B, G, F] float32, sums of features times values, and of features; None before any token.
     """
 
-    lane: LinearLane
+    rule: LinearRule
     state: Any
     normalizer: Any
 
-    def __init__(self, lane: LinearLane, stream: Stream, part: HybridAttention) -> None:
+    def __init__(self, rule: LinearRule, stream: Stream, part: HybridAttention) -> None:
         self.part = part
-        super().__init__(lane, stream)
+        super().__init__(rule, stream)
 
     def _forget(self) -> None:
         super()._forget()
@@ -169,7 +171,7 @@ class LinearLayer(StreamLayer):
         self.copies: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        frame = self.stream.frame
+        context = self.stream.context
         if self.state is None:
             if self.part.factor.device != key_states.device:
                 self.part.to(key_states.device)  # the model has moved since it was patched
@@ -177,28 +179,28 @@ class LinearLayer(StreamLayer):
             self.state = key_states.new_zeros(*size, value_states.shape[-1], dtype=torch.float32)
             self.normalizer = key_states.new_zeros(*size, dtype=torch.float32)
         # A step overwrites the key that becomes old; a forward of several tokens hands it over to `advance`.
-        if frame is not None and not frame.many and frame.start >= self.lane.steps_from:
-            self._record_step(frame)
-            self.linear_step().take_in(self.part, self.lane.rotary, self.keys, self.values, self.state, self.normalizer)
+        if context is not None and not context.many and context.start >= self.rule.steps_from:
+            self._record_step(context)
+            self.linear_step().take_in(self.part, self.rule.rotary, self.keys, self.values, self.state, self.normalizer)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def linear_step(self) -> LinearStep:
         """What this step does with the state."""
-        return LinearStep(*self.stream.steady(self.lane)[3:])
+        return LinearStep(*self.stream.held_tensors(self.rule)[3:])
 
-    def before_fixed_step(self, frame: Frame) -> None:
-        super().before_fixed_step(frame)
-        if frame.start >= self.lane.steps_from:
-            self._record_step(frame)
+    def before_fixed_step(self, context: ForwardContext) -> None:
+        super().before_fixed_step(context)
+        if context.start >= self.rule.steps_from:
+            self._record_step(context)
 
     def fixed(self) -> StepLayer:
-        slot = self.stream.steady(self.lane)[0]
+        slot = self.stream.held_tensors(self.rule)[0]
         return LinearStepLayer(self.keys, self.values, slot, self._fixed_sinks(), self)
 
     # -- several tokens ----------------------------------------------------------------------------------------------------
 
     def advance(
-        self, frame: Frame, state: torch.Tensor, normalizer: torch.Tensor, entering: Callable[[], tuple[torch.Tensor, ...]]
+        self, context: ForwardContext, state: torch.Tensor, normalizer: torch.Tensor, entering: Callable[[], tuple[torch.Tensor, ...]]
     ) -> None:
         """A forward of several tokens has taken keys in.
 
@@ -209,27 +211,27 @@ class LinearLayer(StreamLayer):
         """
         with torch.no_grad():
             if self.stream.recording:
-                self._copy_state(frame)
+                self._copy_state(context)
                 features, values = (x.detach().float() for x in entering())
-                self._log(torch.arange(frame.end - features.shape[2], frame.end, device=features.device), features, values)
-                if frame.tokens > ROLLBACK:  # the log may not reach back to its beginning
+                self._log(torch.arange(context.end - features.shape[2], context.end, device=features.device), features, values)
+                if context.tokens > ROLLBACK:  # the log may not reach back to its beginning
                     early = max(0, features.shape[2] - ROLLBACK)
                     made = _added(self.state, self.normalizer, features[:, :, :early], values[:, :, :early])
-                    self.copies = [(frame.end - ROLLBACK, *made)]
+                    self.copies = [(context.end - ROLLBACK, *made)]
             self.state.copy_(state.detach())
             self.normalizer.copy_(normalizer.detach())
 
     # -- rollback ----------------------------------------------------------------------------------------------------------
 
-    def _record_step(self, frame: Frame) -> None:
+    def _record_step(self, context: ForwardContext) -> None:
         if self.stream.recording:
-            self._copy_state(frame)
-            entering = self.linear_step().entering(self.part, self.lane.rotary, self.keys, self.values)
-            self._log(torch.tensor([frame.start], device=self.keys.device), *entering)
+            self._copy_state(context)
+            entering = self.linear_step().entering(self.part, self.rule.rotary, self.keys, self.values)
+            self._log(torch.tensor([context.start], device=self.keys.device), *entering)
 
-    def _copy_state(self, frame: Frame) -> None:
-        if not self.copies or frame.end - self.copies[-1][0] > ROLLBACK:
-            self.copies = [*self.copies[-1:], (frame.start, self.state.clone(), self.normalizer.clone())]
+    def _copy_state(self, context: ForwardContext) -> None:
+        if not self.copies or context.end - self.copies[-1][0] > ROLLBACK:
+            self.copies = [*self.copies[-1:], (context.start, self.state.clone(), self.normalizer.clone())]
 
     def _log(self, queries: torch.Tensor, features: torch.Tensor, values: torch.Tensor) -> None:
         if self.entered is None:
@@ -240,23 +242,23 @@ class LinearLayer(StreamLayer):
 
     def can_roll_back(self, count: int) -> bool:
         kept = self.stream.seen - count
-        if count == 0 or self.stream.seen <= self.lane.steps_from:
+        if count == 0 or self.stream.seen <= self.rule.steps_from:
             return True
-        reachable = kept <= self.lane.steps_from or (bool(self.copies) and self.copies[0][0] <= kept)
+        reachable = kept <= self.rule.steps_from or (bool(self.copies) and self.copies[0][0] <= kept)
         return super().can_roll_back(count) and reachable
 
     def roll_back(self, count: int) -> None:
         super().roll_back(count)
         kept = self.stream.seen - count
-        if self.state is None or count == 0 or self.stream.seen <= self.lane.steps_from:
+        if self.state is None or count == 0 or self.stream.seen <= self.rule.steps_from:
             return
         self.copies = [copy for copy in self.copies if copy[0] <= kept]
-        if kept <= self.lane.steps_from:  # nothing was old yet
+        if kept <= self.rule.steps_from:  # nothing was old yet
             self.state.zero_()
             self.normalizer.zero_()
             return
         at, state, normalizer = self.copies[-1]
-        queries = torch.arange(max(at, self.lane.steps_from), kept, device=self.state.device) % _LOGGED
+        queries = torch.arange(max(at, self.rule.steps_from), kept, device=self.state.device) % _LOGGED
         if len(queries):
             assert self.entered is not None
             state, normalizer = _added(state, normalizer, *(log.index_select(2, queries) for log in self.entered))
@@ -287,9 +289,9 @@ def _added(
 class LinearLayerWithState(StreamLayerWithState, LinearLayer):  # type: ignore[override]
     """A `LinearLayer` of a model whose layers hold convolution or recurrent states beside keys and values."""
 
-    def __init__(self, lane: LinearLane, stream: Stream, part: HybridAttention, number_of_states: int) -> None:
+    def __init__(self, rule: LinearRule, stream: Stream, part: HybridAttention, number_of_states: int) -> None:
         self.part = part
-        StreamLayerWithState.__init__(self, lane, stream, number_of_states)
+        StreamLayerWithState.__init__(self, rule, stream, number_of_states)
 
 
 class LinearStepLayer(StepLayer):
@@ -302,7 +304,7 @@ class LinearStepLayer(StepLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, sinks: Sinks | None, layer: LinearLayer) -> None:
         super().__init__(keys, values, slots, sinks)
         self.state, self.normalizer, self.part, self.linear = layer.state, layer.normalizer, layer.part, layer.linear_step()
-        self.rotary = layer.lane.rotary
+        self.rotary = layer.rule.rotary
         for tensor in [self.state, self.normalizer, *self.linear]:
             if tensor is not None:
                 _compat.mark_static_address(tensor)
@@ -318,7 +320,7 @@ class LinearStepLayer(StepLayer):
 
 
 @make_layer.register
-def _(lane: LinearLane, index: int, stream: Stream, stock: Any) -> StreamLayer:
+def _(rule: LinearRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
     if isinstance(stock, _compat.LinearAttentionLayer):
-        return LinearLayerWithState(lane, stream, lane.parts[index], stock.number_of_states)
-    return LinearLayer(lane, stream, lane.parts[index])
+        return LinearLayerWithState(rule, stream, rule.parts[index], stock.number_of_states)
+    return LinearLayer(rule, stream, rule.parts[index])

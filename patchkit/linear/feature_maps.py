@@ -40,8 +40,8 @@ class FeatureMap(nn.Module):
         """Features [B, H, T, F] float32 of queries or keys [B, H, T, K]."""
         raise NotImplementedError
 
-    def start_behind(self, turn: torch.Tensor) -> None:
-        """Start as if inputs were multiplied by ``turn`` [K, K] first; a map without weights of its own cannot."""
+    def start_behind(self, rotation: torch.Tensor) -> None:
+        """Start as if inputs were multiplied by ``rotation`` [K, K] first; a map without weights of its own cannot."""
 
 
 class Identity(FeatureMap, kind="identity"):
@@ -87,8 +87,8 @@ class Hedgehog(FeatureMap, kind="hedgehog"):
         mapped = x.float() @ self.weight.float().mT
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)
 
-    def start_behind(self, turn: torch.Tensor) -> None:
-        self.weight.data.copy_(turn.mT)
+    def start_behind(self, rotation: torch.Tensor) -> None:
+        self.weight.data.copy_(rotation.mT)
 
 
 class T2R(FeatureMap, kind="t2r"):
@@ -103,8 +103,8 @@ class T2R(FeatureMap, kind="t2r"):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x.float() @ self.weight.float().mT + self.bias.float()).relu()
 
-    def start_behind(self, turn: torch.Tensor) -> None:
-        self.weight.data.copy_(turn.mT)
+    def start_behind(self, rotation: torch.Tensor) -> None:
+        self.weight.data.copy_(rotation.mT)
 
 
 def available_feature_maps() -> list[str]:

@@ -79,8 +79,8 @@ class LinearState:
         for layer in target.attention_layers:
             if layer.index in parts and layer.rotary is not None:
                 cos, sin = layer.rotary.angles(torch.tensor(distance))
-                turn = layer.rotary.turn(torch.eye(sizes[layer.index].head_dim), cos, sin, layer.rotary.start)
-                parts[layer.index].query_map.start_behind(turn)
+                rotation = layer.rotary.rotate(torch.eye(sizes[layer.index].head_dim), cos, sin, layer.rotary.start)
+                parts[layer.index].query_map.start_behind(rotation)
         trained_for = TrainedFor.of(target.model)
         weight = lm_head_weight(target.model)
         assert weight is not None

@@ -24,7 +24,7 @@ from patchkit.definitions import hybrid_logits
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.linear.attention import HybridLayer, attend_linearly, obstacle_of
-from patchkit.linear.cache import LinearLane
+from patchkit.linear.cache import LinearRule
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.hybrid import HybridAttention
 from patchkit.linear.state import LinearState, head_sizes, load_state
@@ -32,7 +32,7 @@ from patchkit.linear.weights import adapt
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.streaming.install import open_stream, report_layers, stream_layer
 from patchkit.streaming.plans import check_layers, chosen_layers, make_plan
-from patchkit.streaming.rule import Lane, Plan
+from patchkit.streaming.rule import LayerRule, Plan
 
 # A window that a short text fills several times.
 _SHORT_WINDOW = 24
@@ -94,15 +94,15 @@ class LinearAttention(Patch):
         plan, owned, state = self._plan(target)
         runtime = open_stream(target, handle, plan)
         for layer in owned:
-            lane = runtime.plan.lanes[layer.index]
-            if isinstance(lane, LinearLane):
-                attend = functools.partial(attend_linearly, runtime, HybridLayer(layer.index, lane, lane.parts[layer.index]))
+            rule = runtime.plan.rules[layer.index]
+            if isinstance(rule, LinearRule):
+                attend = functools.partial(attend_linearly, runtime, HybridLayer(layer.index, rule, rule.parts[layer.index]))
                 handle.set_attribute(layer.module, "_patchkit_attention", attend)
             else:
                 stream_layer(target, handle, runtime, layer)
         report_layers(target, handle, plan)
         if state is not None:
-            inside = tuple(f"{layer.name}." for layer in owned if isinstance(runtime.plan.lanes[layer.index], LinearLane))
+            inside = tuple(f"{layer.name}." for layer in owned if isinstance(runtime.plan.rules[layer.index], LinearRule))
             adapted = {name: pair for name, pair in state.lora.items() if name.startswith(inside)}
             for name, (a, b) in adapted.items():
                 adapt(target.model.get_submodule(name), a, b, handle)
@@ -123,7 +123,7 @@ class LinearAttention(Patch):
 
     def promises(self, target: Target) -> Promises:
         plan, owned, state = self._plan(target)
-        parts = {layer.name: plan.main.parts[layer.index] for layer in owned if isinstance(plan.main, LinearLane) and layer.kind == "full"}
+        parts = {layer.name: plan.main.parts[layer.index] for layer in owned if isinstance(plan.main, LinearRule) and layer.kind == "full"}
         window, sinks = (self.window, self.sinks) if state is None else (state.window, state.sinks)
         adapted = {} if state is None else state.lora
         definition = functools.partial(hybrid_logits, parts=parts, sinks=sinks, window=window, min_length=self.min_length, adapted=adapted)
@@ -138,7 +138,7 @@ class LinearAttention(Patch):
         return dataclasses.replace(self, window=short, min_length=min(self.min_length, 2 * short))
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer], LinearState | None]:
-        """The lanes of all layers that patchkit will keep, and the converted state; every refusal is raised here."""
+        """The rules of all layers that patchkit will keep, and the converted state; every refusal is raised here."""
         layers, name = target.attention_layers, type(target.model).__name__
         state = None if self.state_dict is None else load_state(self.state_dict, target)
         if state is not None:
@@ -161,14 +161,14 @@ class LinearAttention(Patch):
         parts = self._parts(target, chosen, state)
         window, sinks = (self.window, self.sinks) if state is None else (state.window, state.sinks)
         kept = max(window, self.min_length - sinks)
-        lanes: dict[int, Lane] = {
-            layer.index: LinearLane(
+        rules: dict[int, LayerRule] = {
+            layer.index: LinearRule(
                 sinks, kept, layer.rotary, in_cache=False, softmax_window=window, min_length=self.min_length, parts=parts
             )
             for layer in chosen
         }
         movable = not any(layer.obstacle == BAKED_IN for layer in chosen)
-        return *make_plan(target, "linear attention", lanes, movable), state
+        return *make_plan(target, "linear attention", rules, movable), state
 
     def _parts(self, target: Target, chosen: list[AttentionLayer], state: LinearState | None) -> dict[int, HybridAttention]:
         parts, sizes = {}, head_sizes(target)

@@ -6,11 +6,11 @@ Query i attends to keys ``{0 .. S-1}`` (sinks) and ``{i-W+1 .. i}`` (window). Th
 sees is ``i - j`` for a window key and ``min(i, S+W-1) - j`` for a sink: positions are those inside the cache (section 3.2
 of the paper), so they never exceed S + W - 1. While ``i < S + W`` this is the unpatched model.
 
-Differs from the paper's code in that keys are cached turned and only the S sinks are turned at each step (the paper keeps
-all keys unturned and turns S + W of them), that a forward of any number of tokens gives the same logits as one token at a
+Differs from the paper's code in that keys are cached rotated and only the S sinks are rotated at each step (the paper keeps
+all keys unrotated and rotates S + W of them), that a forward of any number of tokens gives the same logits as one token at a
 time, and that rows of a left-padded batch each have their own sinks.
 
-Forwards of several tokens. Every query needs the sinks at another turn, so queries are turned instead: attention runs once
+Forwards of several tokens. Every query needs the sinks at another rotation, so queries are rotated instead: attention runs once
 with query ``[q_window, q_sink]`` and keys ``[k, 0]`` (window) or ``[0, k]`` (sinks), twice the key dimension, whose inner
 product is ``q_window . k`` or ``q_sink . k``. Any attention function of transformers computes it unchanged.
 """
@@ -36,7 +36,7 @@ from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.reencoded import reencoded_logits
 from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.refreshing import after_refreshed_forward, before_refreshed_forward
-from patchkit.streaming.rule import Lane, Plan
+from patchkit.streaming.rule import LayerRule, Plan
 
 # A window that a short text fills several times.
 _SHORT_WINDOW = 24
@@ -96,10 +96,10 @@ class StreamingLLM(Patch):
         """C: tokens that a query sees at most."""
         return self._lane(None).capacity
 
-    def _lane(self, rotary: Rotary | None) -> Lane:
+    def _lane(self, rotary: Rotary | None) -> LayerRule:
         if self.refresh is None:
-            return Lane(self.sinks, self.window, rotary, in_cache=self.positions == "cache")
-        return self.refresh.lane(self.sinks, self.window, rotary)
+            return LayerRule(self.sinks, self.window, rotary, in_cache=self.positions == "cache")
+        return self.refresh.rule(self.sinks, self.window, rotary)
 
     def check(self, target: Target) -> None:
         self._plan(target)
@@ -151,7 +151,7 @@ class StreamingLLM(Patch):
         return [cls(window=most // share - cls.sinks) for share in (1, 2, 4, 8) if most // share > cls.sinks]
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
-        """The lanes of all layers that patchkit will keep; every refusal is raised here."""
+        """The rules of all layers that patchkit will keep; every refusal is raised here."""
         layers = target.attention_layers
         name = type(target.model).__name__
         full = [layer for layer in layers if layer.kind == "full"]

@@ -30,7 +30,7 @@ from patchkit.spelled import parse_object
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.refresh import Refresh
-from patchkit.streaming.rule import Lane
+from patchkit.streaming.rule import LayerRule
 from patchkit.views import cache_bytes, twin
 
 # Periods of R steps that are timed at least: R steps are a round where every R-th one refreshes.
@@ -45,8 +45,8 @@ class TailInsert(DynamicSinks):
 
     name = "tail_insert"
 
-    def place(self, lane: Lane) -> int:
-        return lane.capacity - self.n
+    def place(self, rule: LayerRule) -> int:
+        return rule.capacity - self.n
 
 
 REFRESHES: tuple[type[Refresh], ...] = (Reencode, DynamicSinks, TailInsert)

@@ -10,7 +10,7 @@ from torch import nn
 
 from patchkit.anatomy.layers import AttentionLayer
 from patchkit.errors import StreamError
-from patchkit.streaming.rule import Lane
+from patchkit.streaming.rule import LayerRule
 from patchkit.streaming.runtime import Runtime
 
 
@@ -19,7 +19,7 @@ class Alibi:
     """For a layer that adds a bias linear in the distance (Press et al. 2022) and computes attention itself."""
 
     runtime: Runtime
-    lane: Lane
+    rule: LayerRule
     layer: AttentionLayer
 
 
@@ -28,23 +28,23 @@ def before_alibi_attention(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Replace the bias and the mask by those of the streaming rule."""
     alibi: Alibi = module.__dict__["_patchkit_alibi"]
-    frame, lane, layer = alibi.runtime.frame, alibi.lane, alibi.layer
-    if frame is None:
+    context, rule, layer = alibi.runtime.context, alibi.rule, alibi.layer
+    if context is None:
         return None
     assert layer.alibi is not None and layer.slopes is not None
     given = kwargs[layer.alibi]
-    pads = None if frame.pads is None else frame.pads.to(given.device)
-    tokens, keys = torch.arange(frame.start, frame.end, device=given.device), frame.key_tokens(lane).to(given.device)
-    query_row, key_row = frame.row_positions(tokens)[:, :, None], (keys if pads is None else keys - pads[:, None])[:, None, :]
+    pads = None if context.pads is None else context.pads.to(given.device)
+    tokens, keys = torch.arange(context.start, context.end, device=given.device), context.key_tokens(rule).to(given.device)
+    query_row, key_row = context.row_positions(tokens)[:, :, None], (keys if pads is None else keys - pads[:, None])[:, None, :]
     distance = query_row - key_row
-    if lane.in_cache:
-        distance = torch.where(key_row < lane.sinks, query_row.clamp(max=lane.capacity - 1) - key_row, distance)
+    if rule.in_cache:
+        distance = torch.where(key_row < rule.sinks, query_row.clamp(max=rule.capacity - 1) - key_row, distance)
     bias = -layer.slopes.to(given.device)[:, None, None] * distance[:, None]  # [B or 1, H, T, n]
     rows = given.shape[0] // len(layer.slopes)  # a model gives one bias per row, or one for all
     if rows == 1 and len(bias) > 1:
         raise StreamError(f"{type(module).__name__} takes one bias for all rows, so a left-padded batch cannot stream: run its rows alone")
     bias = bias.expand(rows, -1, -1, -1).flatten(0, 1).to(given.dtype)
-    hidden = ~frame.visible(lane, tokens, keys)
+    hidden = ~context.visible(rule, tokens, keys)
     if not layer.mask_is_boolean:
         hidden = torch.zeros(hidden.shape, dtype=given.dtype, device=given.device).masked_fill_(hidden, torch.finfo(given.dtype).min)
     return args, {**kwargs, layer.alibi: bias, "attention_mask": hidden}

@@ -12,14 +12,14 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
-from patchkit.streaming.rule import Frame, Lane
+from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.runtime import Runtime
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
 QUERY_BLOCK = 512
 
 
-def _refuse_two_way(frame: Frame, rule: Any, keys: int | None) -> None:
+def _refuse_two_way(context: ForwardContext, rule: Any, keys: int | None) -> None:
     """Our own rule takes the place of the model's, so that must not show a token later ones, as within the span of an image.
 
     Args:
@@ -29,11 +29,11 @@ def _refuse_two_way(frame: Frame, rule: Any, keys: int | None) -> None:
     Raises:
         StreamError: it does, in this forward.
     """
-    if frame.tokens == 1 or rule is None or _compat.is_causal_rule(rule):
+    if context.tokens == 1 or rule is None or _compat.is_causal_rule(rule):
         return
-    first = frame.start if keys is None else int(keys) - frame.tokens
-    tokens = torch.arange(first, first + frame.tokens, device=frame.device)
-    rows = torch.arange(frame.rows, device=frame.device)[:, None, None, None]
+    first = context.start if keys is None else int(keys) - context.tokens
+    tokens = torch.arange(first, first + context.tokens, device=context.device)
+    rows = torch.arange(context.rows, device=context.device)[:, None, None, None]
     for block in tokens.split(QUERY_BLOCK):
         query, later = block[None, None, :, None], tokens[None, None, None, :]
         if bool((rule(rows, torch.zeros_like(rows), query, later) & (later > query)).any()):
@@ -43,22 +43,24 @@ def _refuse_two_way(frame: Frame, rule: Any, keys: int | None) -> None:
             )
 
 
-def causal_mask(frame: Frame, implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+def causal_mask(context: ForwardContext, implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The model's own mask, which layers without a rule of ours use."""
-    _refuse_two_way(frame, kwargs.get("mask_function"), kwargs.get("kv_length"))
+    _refuse_two_way(context, kwargs.get("mask_function"), kwargs.get("kv_length"))
     return _compat.mask_function(implementation)(*args, **kwargs)
 
 
-def placeholder_mask(frame: Frame, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+def placeholder_mask(context: ForwardContext, *args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The layers make their own masks. In one-token steps, None tells them that none is needed."""
-    _refuse_two_way(frame, kwargs.get("mask_function"), kwargs.get("kv_length"))
-    unneeded = (frame.steady or frame.many) and not frame.plan.has_alibi  # such models compute with the mask before a layer sees it
-    return None if unneeded else torch.zeros(1, 1, 1, 1, device=frame.device)
+    _refuse_two_way(context, kwargs.get("mask_function"), kwargs.get("kv_length"))
+    unneeded = (
+        context.sees_every_slot or context.many
+    ) and not context.plan.has_alibi  # such models compute with the mask before a layer sees it
+    return None if unneeded else torch.zeros(1, 1, 1, 1, device=context.device)
 
 
 def attend_in_window(
     runtime: Runtime,
-    lane: Lane,
+    rule: LayerRule,
     rotary: Rotary | None,
     masked: str,
     watch: Any,
@@ -81,54 +83,54 @@ def attend_in_window(
         [B, T, H, V] and no attention weights.
     """
     if runtime.masks is not None:
-        return original_function(masked, module)(module, query, key, value, runtime.masks[lane.number], **kwargs)
-    frame = runtime.frame
-    if frame is None:
+        return original_function(masked, module)(module, query, key, value, runtime.masks[rule.number], **kwargs)
+    context = runtime.context
+    if context is None:
         return original(module, query, key, value, attention_mask, **kwargs)
     additive = masked != "sdpa"
     # An eager function may add the mask without asking whether there is one.
     no_mask = query.new_zeros(1, 1, 1, 1) if additive and original_function(masked, module) is original else None
-    if frame.steady:
+    if context.sees_every_slot:
         if watch is not None:
-            watch(query, key, None, frame.key_tokens(lane), kwargs.get("scaling"))
+            watch(query, key, None, context.key_tokens(rule), kwargs.get("scaling"))
         return original(module, query, key, value, no_mask, **kwargs)
     run = original_function(masked, module)
-    queries = torch.arange(frame.start, frame.end, device=query.device)
-    keys = frame.key_tokens(lane).to(query.device)
-    if not frame.many:
-        mask = no_mask if frame.pads is None else _mask(frame, lane, queries, keys, query, additive)
+    queries = torch.arange(context.start, context.end, device=query.device)
+    keys = context.key_tokens(rule).to(query.device)
+    if not context.many:
+        mask = no_mask if context.pads is None else _mask(context, rule, queries, keys, query, additive)
         if watch is not None:
             watch(query, key, mask, keys, kwargs.get("scaling"))
         return run(module, query, key, value, mask, **kwargs)
 
     window_query = sink_query = query
     if rotary is not None:
-        if frame.turned:
-            cos, sin = (t.to(query.device) for t in frame.window_turn(rotary))
-            window_query = rotary.turn(query, cos, sin, rotary.start)
-            if not frame.cached:
-                key = rotary.turn(key, cos, sin, rotary.start)
-        elif runtime.plan.limit is None and lane.in_cache and frame.end > runtime.plan.main.capacity:
-            cos, sin = (t.to(query.device) for t in frame.sink_turn(rotary))
-            sink_query = rotary.turn(query, cos, sin, rotary.start)
-    split = sink_query is not window_query and lane.sinks > 0 and lane.in_cache
+        if context.repositions:
+            cos, sin = (t.to(query.device) for t in context.window_rotation(rotary))
+            window_query = rotary.rotate(query, cos, sin, rotary.start)
+            if not context.cached:
+                key = rotary.rotate(key, cos, sin, rotary.start)
+        elif runtime.plan.limit is None and rule.in_cache and context.end > runtime.plan.main.capacity:
+            cos, sin = (t.to(query.device) for t in context.sink_rotation(rotary))
+            sink_query = rotary.rotate(query, cos, sin, rotary.start)
+    split = sink_query is not window_query and rule.sinks > 0 and rule.in_cache
     if split and kwargs.get("scaling") is None:  # the default would be taken from the doubled key dimension
         kwargs["scaling"] = query.shape[-1] ** -0.5
 
     outputs = []
     for block in queries.split(QUERY_BLOCK):
-        rows = slice(int(block[0]) - frame.start, int(block[-1]) + 1 - frame.start)
-        columns = visible_columns(frame, lane, keys.shape[-1], rows)
+        rows = slice(int(block[0]) - context.start, int(block[-1]) + 1 - context.start)
+        columns = visible_columns(context, rule, keys.shape[-1], rows)
         block_keys, k, v = keys[:, columns], key[:, :, columns], value[:, :, columns]
         q = window_query[:, :, rows]
         if split:
             # Which keys are sinks [B or 1, 1, n, 1]; a sink's place is taken from where it stands in its own row.
-            row = block_keys if frame.pads is None else block_keys - frame.pads[:, None].to(query.device)
-            is_sink = ((row >= 0) & (row < lane.sinks))[:, None, :, None]
+            row = block_keys if context.pads is None else block_keys - context.pads[:, None].to(query.device)
+            is_sink = ((row >= 0) & (row < rule.sinks))[:, None, :, None]
             zero = torch.zeros((), dtype=k.dtype, device=k.device)
             k = torch.cat([torch.where(is_sink, zero, k), torch.where(is_sink, k, zero)], -1)
             q = torch.cat([q, sink_query[:, :, rows]], -1)
-        mask = _mask(frame, lane, block, block_keys, q, additive)
+        mask = _mask(context, rule, block, block_keys, q, additive)
         if watch is not None:
             watch(q, k, mask, block_keys, kwargs.get("scaling"))
         outputs.append(run(module, q, k, v, mask, **kwargs)[0])
@@ -141,26 +143,28 @@ def watch_queries(
     """Show what a layer attends to to its cache layer, if it has one."""
     if runtime.cache is not None:
         layer: Any = runtime.cache.layers[index]
-        layer.observe(runtime.frame, query, key, mask, tokens, scaling)
+        layer.observe(runtime.context, query, key, mask, tokens, scaling)
 
 
-def visible_columns(frame: Frame, lane: Lane, n_keys: int, rows: slice) -> torch.Tensor:
+def visible_columns(context: ForwardContext, rule: LayerRule, n_keys: int, rows: slice) -> torch.Tensor:
     """Indices of the keys that queries ``rows`` of the forward can see: the sinks, and one window behind the first of them."""
     # Keys are in order of time from column `ordered` on, where token i is in column i + offset. Every row's sinks are before
     # that, or among the first most_pads + S tokens.
-    offset = n_keys - frame.end
-    ordered = lane.sinks if frame.start >= lane.capacity else 0
-    most_pads = 0 if frame.pads is None else int(frame.pads.max())
-    head = max(ordered, most_pads + lane.sinks + offset) if most_pads or not ordered else ordered
-    last = frame.start + rows.stop + offset
-    first = max(ordered, frame.start + rows.start - lane.window + 1 + offset)
+    offset = n_keys - context.end
+    ordered = rule.sinks if context.start >= rule.capacity else 0
+    most_pads = 0 if context.pads is None else int(context.pads.max())
+    head = max(ordered, most_pads + rule.sinks + offset) if most_pads or not ordered else ordered
+    last = context.start + rows.stop + offset
+    first = max(ordered, context.start + rows.start - rule.window + 1 + offset)
     head = min(head, last)
     return torch.cat([torch.arange(head), torch.arange(max(first, head), last)])
 
 
-def _mask(frame: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor, like: torch.Tensor, additive: bool) -> torch.Tensor:
+def _mask(
+    context: ForwardContext, rule: LayerRule, queries: torch.Tensor, keys: torch.Tensor, like: torch.Tensor, additive: bool
+) -> torch.Tensor:
     """[B or 1, 1, T, n]: True where visible, or 0 there and the lowest number elsewhere, of the queries' dtype."""
-    visible = frame.visible(lane, queries, keys)
+    visible = context.visible(rule, queries, keys)
     if not additive:
         return visible
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, torch.finfo(like.dtype).min)

@@ -4,22 +4,22 @@ Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim. Tokens are nu
 left padding the *row position* of token i in row b is ``r = i - pads[b]``.
 
 Where a key stands. Rotary models add ``r_query - r_key`` to the score's phase, nothing else of the position. The cache
-keeps three kinds of key, each turned so that this difference is right:
+keeps three kinds of key, each rotated so that this difference is right:
 
-* a window key is stored at its **frame position** ``r - base``. The query is at ``r - base`` too, so true distances hold.
-  When the frame position would leave ``[0, limit)``, ``base`` moves and the whole ring is turned once (`Stream.rebase`):
+* a window key is stored at its **bounded position** ``r - base``. The query is at ``r - base`` too, so true distances hold.
+  When the bounded position would leave ``[0, limit)``, ``base`` moves and the whole ring is rotated once (`Stream.rebase`):
   one turn of W keys in at least S + W steps, and no angle ever grows with the length of the stream.
-* a sink key is kept unturned, at its row position j < S. In one-token steps it is handed out turned by
+* a sink key is kept unrotated, at its row position j < S. In one-token steps it is handed out rotated by
   ``excess - base`` with ``excess = max(0, r_query - (S + W - 1))``, which leaves the distance
   ``min(r_query, S + W - 1) - j``: the distance inside the cache.
-* in forwards of several tokens every query needs another turn of the sinks, so the attention function turns the queries
+* in forwards of several tokens every query needs another rotation of the sinks, so the attention function rotates the queries
   instead (`patchkit.streaming.attention`).
 
 Slots. Token i < S + W is in slot i, later ones in ``S + (i - S) % W``. Row b's sinks are its first S real tokens
 ``g = pads[b] .. pads[b] + S - 1``; one that is not already among the first S slots moves to slot ``g % S`` when the ring
 drops it, where that row held padding.
 
-In the steady state a step writes one slot, turns S keys and hands out the same two tensors: no allocation grows, nothing
+In the steady state a step writes one slot, rotates S keys and hands out the same two tensors: no allocation grows, nothing
 depends on a Python integer that changes.
 """
 
@@ -65,15 +65,15 @@ class StreamingCache(_compat.Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
         """A copy for the same model (a prompt is read once, and copies go on): the plan, by which a model knows its caches, stays."""
-        for shared in (self.plan, *self.plan.lanes.values()):
+        for shared in (self.plan, *self.plan.rules.values()):
             memo.setdefault(id(shared), shared)
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
     def _layer(self, index: int, stock: Any) -> Any:
-        lane = self.plan.lanes.get(index)
-        return stock if lane is None else make_layer(lane, index, self.stream, stock)
+        rule = self.plan.rules.get(index)
+        return stock if rule is None else make_layer(rule, index, self.stream, stock)
 
     @property
     def own_layers(self) -> list[StreamLayer]:
@@ -93,7 +93,9 @@ class StreamingCache(_compat.Cache):
         if torch.is_inference_mode_enabled() or not self.stream.in_inference:
             return
         for holder in (*self.own_layers, self.stream, self):
-            vars(holder).update({name: writable(value) for name, value in vars(holder).items() if name not in ("layers", "frame", "step")})
+            vars(holder).update(
+                {name: writable(value) for name, value in vars(holder).items() if name not in ("layers", "context", "step")}
+            )
         self.stream.step, self.stream.in_inference = None, False
 
     def step(self) -> StepCache | None:

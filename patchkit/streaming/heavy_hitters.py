@@ -14,7 +14,7 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.errors import StreamError
 from patchkit.streaming.layer import StreamLayer, make_layer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
-from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 from patchkit.streaming.stream import Stream
 
 
@@ -51,11 +51,11 @@ class DynamicSinks(Refresh):
     n: int = 16
     every: int = 64
 
-    def place(self, lane: Lane) -> int:
+    def place(self, rule: LayerRule) -> int:
         """In-cache position of the first of the N tokens, once they were chosen."""
-        return lane.sinks - self.n
+        return rule.sinks - self.n
 
-    def lane(self, sinks: int, window: int, rotary: Rotary | None) -> Lane:
+    def rule(self, sinks: int, window: int, rotary: Rotary | None) -> LayerRule:
         return HeavyHitterRule(sinks + self.n, window, rotary, refresh=self)
 
     def new_cache(self, plan: Plan) -> RefreshedCache:
@@ -67,13 +67,13 @@ class DynamicSinks(Refresh):
             if not layer.interface or unknown:
                 what = ", ".join(unknown) or "attention of its own"
                 return f"layer {layer.index} ({layer.name}) has {what}, so the attention that a token gets is not a softmax of its scores"
-        if any(isinstance(stock, _compat.LinearAttentionLayer) and index in plan.lanes for index, stock in enumerate(plan.stock_layers())):
+        if any(isinstance(stock, _compat.LinearAttentionLayer) and index in plan.rules for index, stock in enumerate(plan.stock_layers())):
             return "its attention layers hold recurrent states beside keys and values"
         return super().obstacle(plan, layers)
 
 
 @dataclass(eq=False)
-class HeavyHitterRule(Lane):
+class HeavyHitterRule(LayerRule):
     """Layers with N exchanged slots; ``sinks`` counts those too, so S + N."""
 
     refresh: DynamicSinks = DynamicSinks()
@@ -101,12 +101,12 @@ class HeavyHitterLayer(StreamLayer):
     """
 
     is_croppable = False
-    lane: HeavyHitterRule
+    rule: HeavyHitterRule
     mass: Any
 
-    def __init__(self, lane: HeavyHitterRule, stream: Stream) -> None:
-        self.log_length = lane.refresh.every
-        super().__init__(lane, stream)
+    def __init__(self, rule: HeavyHitterRule, stream: Stream) -> None:
+        self.log_length = rule.refresh.every
+        super().__init__(rule, stream)
 
     @property
     def logs(self) -> bool:
@@ -117,17 +117,23 @@ class HeavyHitterLayer(StreamLayer):
         self.mass = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        frame = self.stream.frame
-        if frame is not None:
+        context = self.stream.context
+        if context is not None:
             if self.mass is None:
-                room = self.lane.capacity + self.lane.refresh.every
+                room = self.rule.capacity + self.rule.refresh.every
                 self.mass = key_states.new_zeros(*key_states.shape[:2], room, dtype=torch.float32)
-            places = self._places(frame.row_positions(torch.arange(frame.start, frame.end, device=frame.device)))
+            places = self._places(context.row_positions(torch.arange(context.start, context.end, device=context.device)))
             self.mass.scatter_(2, self._per_head(places, len(self.mass)), 0.0)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def observe(
-        self, frame: Frame, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Tensor, scaling: float | None
+        self,
+        context: ForwardContext,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        scaling: float | None,
     ) -> None:
         """Add the attention of queries [B, H, T, K] to keys [B, H or a divisor, n, K] (token numbers [B or 1, n]) to the mass.
 
@@ -142,45 +148,45 @@ class HeavyHitterLayer(StreamLayer):
                 mask = mask[:, :, None]
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
             weights = scores.softmax(-1).sum((2, 3)).view(batch, self.mass.shape[1], -1, key.shape[2]).sum(2)
-            rows = tokens if frame.pads is None else tokens - frame.pads[:, None].to(tokens.device)
+            rows = tokens if context.pads is None else tokens - context.pads[:, None].to(tokens.device)
             weights = weights * (rows >= 0)[:, None].to(weights.device)  # padding sees itself
             self.mass.scatter_add_(2, self._per_head(self._places(rows), batch), weights)
 
     def exchange(self, rows: torch.Tensor, pads: torch.Tensor) -> None:
         """Choose anew which tokens the N slots hold, in the batch rows [n] with this padding [n]."""
-        lane, seen = self.lane, self.stream.seen
-        count, every, device = lane.refresh.n, lane.refresh.every, self.keys.device
-        fixed, place = lane.sinks - count, lane.refresh.place(lane)
+        rule, seen = self.rule, self.stream.seen
+        count, every, device = rule.refresh.n, rule.refresh.every, self.keys.device
+        fixed, place = rule.sinks - count, rule.refresh.place(rule)
         rows, pads, order = rows.to(device), pads.to(device)[:, None], torch.arange(count, device=device)
         # Candidates: what is in the slots, then what was evicted since the last time; in order of the text.
-        slots = (pads + fixed + order) % lane.sinks  # [n, N]
-        evicted = torch.arange(seen - lane.window - every, seen - lane.window, device=device)
+        slots = (pads + fixed + order) % rule.sinks  # [n, N]
+        evicted = torch.arange(seen - rule.window - every, seen - rule.window, device=device)
         assert self.log is not None
         logged = [log[rows].index_select(2, evicted % every) for log in self.log]
         kept = [_at(x[rows], slots) for x in (self.keys, self.values)]
         keys, values = (torch.cat(pair, 2) for pair in zip(kept, logged, strict=True))
         places = torch.cat([(fixed + order).expand(len(rows), -1), self._places(evicted - pads)], 1)
         masses = self.mass[rows].gather(2, self._per_head(places, len(rows)))
-        masses[:, :, :count] *= lane.window / (lane.window + every)
+        masses[:, :, :count] *= rule.window / (rule.window + every)
         chosen = masses.topk(count, dim=2).indices.sort(2).values  # [n, G, N]
-        if lane.rotary is not None:
+        if rule.rotary is not None:
             assert self.raw is not None and self.raw_quarter is not None
             part = torch.cat([_at(self.raw[rows], slots), self._rotated(*logged).float()], 2)
-            first = seen - pads == lane.capacity + every  # the slots hold the tokens after the sinks, where those were
+            first = seen - pads == rule.capacity + every  # the slots hold the tokens after the sinks, where those were
             base = of_rows(self.stream.base.to(device), rows)[:, None]
             stands = torch.cat([torch.where(first, fixed, place) + order, evicted - pads - base], 1)  # [n, N + R]
             offsets = place + order - stands[:, None].expand(-1, masses.shape[1], -1).gather(2, chosen)
-            cos, sin = lane.rotary.angles(offsets)
+            cos, sin = rule.rotary.angles(offsets)
             raw = self.raw[rows]
-            self.raw[rows] = _put(raw, slots, lane.rotary.turn(_at(part, chosen), cos, sin, 0))
-            self.raw_quarter.copy_(lane.rotary.quarter_turn(self.raw))
+            self.raw[rows] = _put(raw, slots, rule.rotary.rotate(_at(part, chosen), cos, sin, 0))
+            self.raw_quarter.copy_(rule.rotary.quarter_rotated(self.raw))
         self.keys[rows] = _put(self.keys[rows], slots, _at(keys, chosen))
         self.values[rows] = _put(self.values[rows], slots, _at(values, chosen))
         self.mass[rows[:, None], :, (fixed + order)[None]] = masses.gather(2, chosen).transpose(1, 2)
 
     def _places(self, rows: torch.Tensor) -> torch.Tensor:
         """Where in ``mass`` the tokens at these row positions [B or 1, n] are; padding anywhere."""
-        sinks, later = self.lane.sinks, self.lane.window + self.lane.refresh.every
+        sinks, later = self.rule.sinks, self.rule.window + self.rule.refresh.every
         return torch.where(rows < sinks, rows.clamp(min=0), sinks + (rows - sinks) % later)
 
     def _per_head(self, places: torch.Tensor, batch: int) -> torch.Tensor:
@@ -214,5 +220,5 @@ def _put(x: torch.Tensor, places: torch.Tensor, new: torch.Tensor) -> torch.Tens
 
 
 @make_layer.register
-def _(lane: HeavyHitterRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
-    return HeavyHitterLayer(lane, stream)
+def _(rule: HeavyHitterRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
+    return HeavyHitterLayer(rule, stream)

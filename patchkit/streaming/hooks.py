@@ -14,13 +14,13 @@ from patchkit.errors import StreamError
 from patchkit.streaming.attention import causal_mask, placeholder_mask
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
-from patchkit.streaming.rule import Frame
+from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 from patchkit.streaming.stream import Stream
 
 
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Give the decoder our cache and bounded positions, and announce the frame to the attention layers."""
+    """Give the decoder our cache and bounded positions, and announce the context to the attention layers."""
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache = kwargs.get(_compat.CACHE)
@@ -32,11 +32,11 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         if not torch.is_grad_enabled():
             runtime.notices.say("the model is in training mode, where it runs unpatched: call model.eval()")
         forget_masks(runtime)
-        runtime.frame = runtime.cache = None
+        runtime.context = runtime.cache = None
         return None
     # PyTorch leaves out the hook that gives it back where KeyboardInterrupt ends a forward.
     runtime.exclusive.take(f"a forward of this {type(decoder).__name__}", decoder, nested=False)
-    runtime.frame = runtime.cache = None
+    runtime.context = runtime.cache = None
     refuse_other_attention(runtime.configs)
     for each in runtime.frequencies:
         each.follow()
@@ -63,16 +63,16 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     refuse_packing(kwargs.get("position_ids"), kwargs.get("attention_mask"), stream.seen, tokens)
     if cache is not None:
         cache.make_writable()
-        runtime.frame = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled(), batch=batch)
+        runtime.context = stream.begin(tokens, cache.own_layers, inputs.device, in_place=not torch.is_grad_enabled(), batch=batch)
         runtime.cache = cache
     else:
         base = torch.zeros(1, dtype=torch.int64, device=inputs.device)
-        runtime.frame = Frame(
+        runtime.context = ForwardContext(
             runtime.plan, 0, tokens, stream.pads, base, inputs.device, cached=False, rows=batch, most_pads=stream.most_pads
         )
     if "position_ids" in _compat.argument_names(decoder):
-        kwargs["position_ids"] = runtime.frame.position_ids().expand(batch, -1)
-    builder = functools.partial(placeholder_mask if runtime.plan.owns_all else causal_mask, runtime.frame)
+        kwargs["position_ids"] = runtime.context.position_ids().expand(batch, -1)
+    builder = functools.partial(placeholder_mask if runtime.plan.owns_all else causal_mask, runtime.context)
     forget_masks(runtime)
     runtime.own_masks = Masks(builder, runtime.mask_configs)
     runtime.outer_masks = swap_mask_builder(runtime.own_masks)
@@ -93,16 +93,16 @@ def after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> No
     runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
     if not runtime.exclusive.give_back():  # refused: what is there belongs to another thread
         return
-    frame, cache = runtime.frame, runtime.cache
-    if frame is None:
+    context, cache = runtime.context, runtime.cache
+    if context is None:
         return
     swap_mask_builder(runtime.outer_masks)
-    runtime.frame = runtime.cache = runtime.outer_masks = runtime.own_masks = None
+    runtime.context = runtime.cache = runtime.outer_masks = runtime.own_masks = None
     if output is None:
         return
     if cache is not None:
         cache.stream.commit()
     if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
         return
-    for lane, hits in runtime.counters:
-        lane.count(hits, frame)
+    for rule, hits in runtime.counters:
+        rule.count(hits, context)

@@ -26,7 +26,7 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
         PatchConflict: both plans have rules for one layer.
     """
     runtime: Runtime | None = target.decoder.__dict__.get("_patchkit_streaming")
-    called = [layer.module for layer in target.attention_layers if layer.index in plan.lanes and layer.interface]
+    called = [layer.module for layer in target.attention_layers if layer.index in plan.rules and layer.interface]
     if runtime is not None:
         handle.set_attribute(runtime, "configs", configs_of(called, target.model) + runtime.configs)
         handle.set_attribute(runtime, "plan", joined(target, runtime.plan, plan))
@@ -51,21 +51,21 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
 
 
 def stream_layer(target: Target, handle: Handle, runtime: Runtime, layer: AttentionLayer) -> None:
-    """Make one layer attend by the streaming rule of its lane."""
-    lane = runtime.plan.lanes[layer.index]
+    """Make one layer attend by the streaming rule of its rule."""
+    rule = runtime.plan.rules[layer.index]
     if layer.alibi is not None:
-        handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, lane, layer))
+        handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, rule, layer))
         handle.pre_hook(layer.module, before_alibi_attention, with_kwargs=True)
     else:
-        watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(lane, DynamicLane) else None
-        attend = functools.partial(attend_in_window, runtime, lane, layer.rotary, masked_implementation(target), watch)
+        watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(rule, DynamicLane) else None
+        attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked_implementation(target), watch)
         handle.set_attribute(layer.module, "_patchkit_attention", attend)
 
 
 def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
     """Say which layers were changed, and which not, and why."""
     layers = target.attention_layers
-    changed = [layer for layer in layers if layer.kind == "full" and layer.index in plan.lanes]
+    changed = [layer for layer in layers if layer.kind == "full" and layer.index in plan.rules]
     sliding, chunked = ([layer for layer in layers if layer.kind == kind] for kind in ("sliding", "chunked"))
     others = [layer for layer in layers if layer.kind == "full" and layer not in changed]
     handle.changed("attention layers", len(changed))

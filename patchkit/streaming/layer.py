@@ -14,7 +14,7 @@ import torch
 from patchkit import _compat
 from patchkit.errors import StreamError
 from patchkit.static_step import Sinks, StepLayer, of_one_dtype
-from patchkit.streaming.rule import Frame, Lane
+from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.stream import Stream
 
 # Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
@@ -33,17 +33,17 @@ class StreamLayer(_compat.CacheLayerMixin):
     dtype: Any
     device: Any
 
-    def __init__(self, lane: Lane, stream: Stream) -> None:
+    def __init__(self, rule: LayerRule, stream: Stream) -> None:
         super().__init__()
-        self.lane = lane
+        self.rule = rule
         self.stream = stream
-        self.is_sliding = lane.sliding
+        self.is_sliding = rule.sliding
         self._forget()
 
     def _forget(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        # The sinks' rotated dimensions, unturned, in float32, and the same a quarter turn on; kept once tokens are evicted.
+        # The sinks' rotated dimensions, unrotated, in float32, and the same rotated by a right angle; kept once tokens are evicted.
         self.raw: torch.Tensor | None = None
         self.raw_quarter: torch.Tensor | None = None
         # Evicted tokens, in slot ``token % log_length``, while `logs`.
@@ -53,7 +53,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        size = (*key_states.shape[:2], self.lane.capacity)
+        size = (*key_states.shape[:2], self.rule.capacity)
         self.keys = key_states.new_zeros(*size, key_states.shape[-1])
         self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
@@ -61,23 +61,23 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store T new keys [B, G, T, K] and values [B, G, T, V]; return those that the new tokens attend to."""
-        frame = self.stream.frame
-        if frame is None:
+        context = self.stream.context
+        if context is None:
             raise StreamError(
                 "this streaming cache was given to a model that is not patched (any more). Use it with the model that made it, patched."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = self._of_one_dtype(key_states, value_states)
-        if frame.many:
-            return self._extend(frame, key_states, value_states)
-        if frame.start < self.lane.capacity:
-            if frame.start < self.lane.sinks:
+        if context.many:
+            return self._extend(context, key_states, value_states)
+        if context.start < self.rule.capacity:
+            if context.start < self.rule.sinks:
                 self.raw = None
-            self.keys[:, :, frame.start] = key_states[:, :, 0]
-            self.values[:, :, frame.start] = value_states[:, :, 0]
-            return self.keys[:, :, : frame.end], self.values[:, :, : frame.end]
-        return self._step(frame, key_states, value_states)
+            self.keys[:, :, context.start] = key_states[:, :, 0]
+            self.values[:, :, context.start] = value_states[:, :, 0]
+            return self.keys[:, :, : context.end], self.values[:, :, : context.end]
+        return self._step(context, key_states, value_states)
 
     def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is kept and what is new in the wider of their dtypes, as in a cache that concatenates them: autocast may begin or end."""
@@ -95,7 +95,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a forward of ``query_length`` tokens attends to; all tokens when other layers' masks are made from it."""
-        seen, capacity = self.stream.seen, self.lane.capacity
+        seen, capacity = self.stream.seen, self.rule.capacity
         if not self.stream.plan.owns_all:
             return seen + query_length, 0
         if query_length == 1:
@@ -129,150 +129,150 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     # -- one token, steady state -------------------------------------------------------------------------------------------
 
-    def _step(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, cos, sin = self.stream.steady(self.lane)[:3]
+    def _step(self, context: ForwardContext, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slot, cos, sin = self.stream.held_tensors(self.rule)[:3]
         slot = slot.to(k.device)
-        self._before_overwriting(frame, slot)
+        self._before_overwriting(context, slot)
         self.keys.index_copy_(2, slot, k)
         self.values.index_copy_(2, slot, v)
         if self.raw is not None and cos is not None and sin is not None:
             assert self.raw_quarter is not None
-            turned = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))
-            self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].copy_(turned)
+            rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))
+            self._rotated(self.keys, self.values)[:, :, : self.rule.sinks].copy_(rotated)
         return self.keys, self.values
 
-    def _before_overwriting(self, frame: Frame, slot: torch.Tensor) -> None:
+    def _before_overwriting(self, context: ForwardContext, slot: torch.Tensor) -> None:
         """Keep what the token's slot [1] holds, and still is needed."""
-        if self.lane.sinks and self.raw is None:
+        if self.rule.sinks and self.raw is None:
             self._capture_sinks()
         if self.logs:
-            token = torch.tensor([frame.start - self.lane.window], device=self.keys.device)
+            token = torch.tensor([context.start - self.rule.window], device=self.keys.device)
             self._write_log(token, self.keys.index_select(2, slot), self.values.index_select(2, slot))
         if self.stream.pads is not None:
-            dropped = frame.start - self.lane.window
-            if self.lane.sinks and self.lane.sinks <= dropped < self.stream.most_pads + self.lane.sinks:
-                self._keep_sinks(frame, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
+            dropped = context.start - self.rule.window
+            if self.rule.sinks and self.rule.sinks <= dropped < self.stream.most_pads + self.rule.sinks:
+                self._keep_sinks(context, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
 
-    def before_fixed_step(self, frame: Frame) -> None:
+    def before_fixed_step(self, context: ForwardContext) -> None:
         """What `_step` does before it writes."""
-        if frame.start >= self.lane.capacity:
-            self._before_overwriting(frame, self.stream.steady(self.lane)[0])
-        elif self.lane.sinks and self.raw is None:
+        if context.start >= self.rule.capacity:
+            self._before_overwriting(context, self.stream.held_tensors(self.rule)[0])
+        elif self.rule.sinks and self.raw is None:
             self._capture_sinks()
 
     def fixed(self) -> StepLayer:
         """This layer as compiled code sees it."""
-        return StepLayer(self.keys, self.values, self.stream.steady(self.lane)[0], self._fixed_sinks())
+        return StepLayer(self.keys, self.values, self.stream.held_tensors(self.rule)[0], self._fixed_sinks())
 
     def _fixed_sinks(self) -> Sinks | None:
-        """What a compiled step turns the sinks with; None where they stay as they are."""
-        _, cos, sin = self.stream.steady(self.lane)[:3]
+        """What a compiled step rotates the sinks with; None where they stay as they are."""
+        _, cos, sin = self.stream.held_tensors(self.rule)[:3]
         if self.raw is None or self.raw_quarter is None or cos is None or sin is None:
             return None
-        rotary = self.lane.rotary
+        rotary = self.rule.rotary
         assert rotary is not None
         return Sinks(rotary.slot == "values", rotary.cached_start, self.raw, self.raw_quarter, cos, sin)
 
     # -- several tokens ----------------------------------------------------------------------------------------------------
 
-    def _extend(self, frame: Frame, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        lane = self.lane
-        if lane.rotary is not None and frame.turned:
-            k, v = self._turned(k, v, *frame.window_turn(lane.rotary))
-        if frame.start == 0:
+    def _extend(self, context: ForwardContext, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = self.rule
+        if rule.rotary is not None and context.repositions:
+            k, v = self._rotated_by(k, v, *context.window_rotation(rule.rotary))
+        if context.start == 0:
             keys, values = k, v
         else:
-            past_keys, past_values = self._in_time_order(frame.start)
+            past_keys, past_values = self._in_time_order(context.start)
             keys, values = torch.cat([past_keys, k], 2), torch.cat([past_values, v], 2)
         with torch.no_grad():
-            self._store(frame, keys.detach(), values.detach(), k.detach(), v.detach())
+            self._store(context, keys.detach(), values.detach(), k.detach(), v.detach())
         return keys, values
 
-    def _store(self, frame: Frame, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        lane, start, end = self.lane, frame.start, frame.end
+    def _store(self, context: ForwardContext, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        rule, start, end = self.rule, context.start, context.end
         # Tokens that this forward pushes out of the window, and the row of token i in `keys`: i + offset.
-        dropped = range(max(lane.sinks, start - lane.window), max(lane.sinks, end - lane.window))
-        offset = lane.capacity - start if start >= lane.capacity else 0
+        dropped = range(max(rule.sinks, start - rule.window), max(rule.sinks, end - rule.window))
+        offset = rule.capacity - start if start >= rule.capacity else 0
         if self.logs and dropped:
             tokens = torch.arange(max(dropped.start, dropped.stop - self.log_length), dropped.stop, device=k.device)
             self._write_log(tokens, keys.index_select(2, tokens + offset), values.index_select(2, tokens + offset))
-        kept = max(0, frame.tokens - lane.window)
-        slots = lane.slot(torch.arange(start + kept, end, device=k.device))
-        first_sinks = min(lane.sinks, end) - start
+        kept = max(0, context.tokens - rule.window)
+        slots = rule.slot(torch.arange(start + kept, end, device=k.device))
+        first_sinks = min(rule.sinks, end) - start
         if first_sinks > 0:
             self.raw = None
             self.keys[:, :, start : start + first_sinks] = k[:, :, :first_sinks]
             self.values[:, :, start : start + first_sinks] = v[:, :, :first_sinks]
         self.keys.index_copy_(2, slots, k[:, :, kept:])
         self.values.index_copy_(2, slots, v[:, :, kept:])
-        if dropped and lane.sinks:
+        if dropped and rule.sinks:
             if self.raw is None:
                 self._capture_sinks()
-            if frame.pads is not None:
-                for token in range(dropped.start, min(dropped.stop, self.stream.most_pads + lane.sinks)):
+            if context.pads is not None:
+                for token in range(dropped.start, min(dropped.stop, self.stream.most_pads + rule.sinks)):
                     row = token + offset
-                    self._keep_sinks(frame, token, keys[:, :, row : row + 1], values[:, :, row : row + 1])
+                    self._keep_sinks(context, token, keys[:, :, row : row + 1], values[:, :, row : row + 1])
 
     def _in_time_order(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of what is kept, oldest first, sinks before the window and turned for a forward of several tokens."""
-        lane = self.lane
-        if start < lane.capacity:
+        """Copies of what is kept, oldest first, sinks before the window and rotated for a forward of several tokens."""
+        rule = self.rule
+        if start < rule.capacity:
             return self.keys[:, :, :start], self.values[:, :, :start]
-        oldest = lane.slot(start)
+        oldest = rule.slot(start)
         sinks = self._sinks_for_many()
         rings = (self.keys, self.values)
-        keys, values = (torch.cat([s, x[:, :, oldest:], x[:, :, lane.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
+        keys, values = (torch.cat([s, x[:, :, oldest:], x[:, :, rule.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
         return keys, values
 
     def _sinks_for_many(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sinks' keys and values: at their row positions, or with true distances at their frame positions."""
-        keys, values = self.keys[:, :, : self.lane.sinks].clone(), self.values[:, :, : self.lane.sinks].clone()
-        if self.lane.rotary is not None and self.lane.sinks:
+        """The sinks' keys and values: at their row positions, or with true distances at their bounded positions."""
+        keys, values = self.keys[:, :, : self.rule.sinks].clone(), self.values[:, :, : self.rule.sinks].clone()
+        if self.rule.rotary is not None and self.rule.sinks:
             if self.raw is None:
                 self._capture_sinks()
             assert self.raw is not None and self.raw_quarter is not None
             raw = self.raw
-            if not self.lane.in_cache:
-                cos, sin = self.lane.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
+            if not self.rule.in_cache:
+                cos, sin = self.rule.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
                 raw = raw * cos + self.raw_quarter * sin
             self._rotated(keys, values).copy_(raw)
         return keys, values
 
-    # -- sinks, log, turns -------------------------------------------------------------------------------------------------
+    # -- sinks, log, rotations -------------------------------------------------------------------------------------------------
 
     def _rotated(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """A view of the rotated dimensions."""
-        rotary = self.lane.rotary
+        rotary = self.rule.rotary
         assert rotary is not None
         x = keys if rotary.slot == "keys" else values
         return x[..., rotary.cached_start : rotary.cached_start + rotary.width]
 
-    def _turned(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rotary = self.lane.rotary
+    def _rotated_by(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rotary = self.rule.rotary
         assert rotary is not None
         cos, sin = cos.to(k.device), sin.to(k.device)
         if rotary.slot == "keys":
-            return rotary.turn(k, cos, sin, rotary.cached_start), v
-        return k, rotary.turn(v, cos, sin, rotary.cached_start)
+            return rotary.rotate(k, cos, sin, rotary.cached_start), v
+        return k, rotary.rotate(v, cos, sin, rotary.cached_start)
 
     def _capture_sinks(self) -> None:
-        """Keep the sinks as they are, unturned, before the first eviction."""
-        if self.lane.rotary is not None:
+        """Keep the sinks as they are, unrotated, before the first eviction."""
+        if self.rule.rotary is not None:
             self.stream.step = None
-            self.raw = self._rotated(self.keys, self.values)[:, :, : self.lane.sinks].float().clone()
-            self.raw_quarter = self.lane.rotary.quarter_turn(self.raw)
+            self.raw = self._rotated(self.keys, self.values)[:, :, : self.rule.sinks].float().clone()
+            self.raw_quarter = self.rule.rotary.quarter_rotated(self.raw)
 
-    def _keep_sinks(self, frame: Frame, token: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _keep_sinks(self, context: ForwardContext, token: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Where the dropped ``token`` (its key and value [B, G, 1, *]) is a sink of a left-padded row, move it to its slot."""
-        assert frame.pads is not None
-        row = token - frame.pads
-        mine = ((row >= 0) & (row < self.lane.sinks)).to(k.device)[:, None, None]
-        slot = token % self.lane.sinks
+        assert context.pads is not None
+        row = token - context.pads
+        mine = ((row >= 0) & (row < self.rule.sinks)).to(k.device)[:, None, None]
+        slot = token % self.rule.sinks
         if self.raw is not None:
-            assert self.lane.rotary is not None
+            assert self.rule.rotary is not None
             self.raw[:, :, slot] = torch.where(mine, self._rotated(k, v)[:, :, 0].float(), self.raw[:, :, slot])
             assert self.raw_quarter is not None
-            self.raw_quarter.copy_(self.lane.rotary.quarter_turn(self.raw))
+            self.raw_quarter.copy_(self.rule.rotary.quarter_rotated(self.raw))
         self.keys[:, :, slot] = torch.where(mine, k[:, :, 0], self.keys[:, :, slot])
         self.values[:, :, slot] = torch.where(mine, v[:, :, 0], self.values[:, :, slot])
 
@@ -282,48 +282,48 @@ class StreamLayer(_compat.CacheLayerMixin):
         for log, x in zip(self.log, (k, v), strict=True):
             log.index_copy_(2, tokens % self.log_length, x)
 
-    def turn_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Turn every key of the ring, and of the log, by one angle [B or 1, 1, 1, n] per row."""
         if not self.is_initialized:
             return
-        rotary = self.lane.rotary
+        rotary = self.rule.rotary
         assert rotary is not None
         cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
-        for keys, values in [(self.keys[:, :, self.lane.sinks :], self.values[:, :, self.lane.sinks :]), *([self.log] if self.log else [])]:
+        for keys, values in [(self.keys[:, :, self.rule.sinks :], self.values[:, :, self.rule.sinks :]), *([self.log] if self.log else [])]:
             part = self._rotated(keys, values)
-            part.copy_(rotary.turn(part, cos, sin, 0))
+            part.copy_(rotary.rotate(part, cos, sin, 0))
 
     def overwrite(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Replace what is kept of the batch rows [n], in the same slots: keys [n, G, S+W, K] (sinks at their row positions), values."""
         rows = rows.to(self.keys.device)
         self.keys[rows], self.values[rows] = keys, values
         if self.raw is not None and self.raw_quarter is not None:
-            self.raw[rows] = self._rotated(keys, values)[:, :, : self.lane.sinks].float()
-            assert self.lane.rotary is not None
-            self.raw_quarter.copy_(self.lane.rotary.quarter_turn(self.raw))
+            self.raw[rows] = self._rotated(keys, values)[:, :, : self.rule.sinks].float()
+            assert self.rule.rotary is not None
+            self.raw_quarter.copy_(self.rule.rotary.quarter_rotated(self.raw))
 
     def can_roll_back(self, count: int) -> bool:
         """Whether the tokens that the last ``count`` ones pushed out of the window are on record."""
-        stream, lane = self.stream, self.lane
+        stream, rule = self.stream, self.rule
         kept = stream.seen - count
-        if count == 0 or stream.seen <= lane.capacity:
+        if count == 0 or stream.seen <= rule.capacity:
             return True
-        oldest_wanted = max(kept, lane.capacity) - lane.window
-        return stream.recording and stream.highest - kept <= ROLLBACK and oldest_wanted >= stream.recorded_since - lane.window
+        oldest_wanted = max(kept, rule.capacity) - rule.window
+        return stream.recording and stream.highest - kept <= ROLLBACK and oldest_wanted >= stream.recorded_since - rule.window
 
     def roll_back(self, count: int) -> None:
         """Bring back the tokens that the last ``count`` ones pushed out of the window."""
-        lane, seen = self.lane, self.stream.seen
-        if not self.is_initialized or count == 0 or seen <= lane.capacity:
+        rule, seen = self.rule, self.stream.seen
+        if not self.is_initialized or count == 0 or seen <= rule.capacity:
             return
-        first = max(seen - count, lane.capacity)
+        first = max(seen - count, rule.capacity)
         # Later ones pushed out tokens that are taken back themselves.
-        tokens = torch.arange(first, min(first + lane.window, seen), device=self.keys.device)
+        tokens = torch.arange(first, min(first + rule.window, seen), device=self.keys.device)
         assert self.log is not None
         for ring, log in zip((self.keys, self.values), self.log, strict=True):
-            ring.index_copy_(2, lane.slot(tokens), log.index_select(2, (tokens - lane.window) % ROLLBACK))
+            ring.index_copy_(2, rule.slot(tokens), log.index_select(2, (tokens - rule.window) % ROLLBACK))
         if self.raw is not None:
-            self._rotated(self.keys, self.values)[:, :, : lane.sinks].copy_(self.raw)
+            self._rotated(self.keys, self.values)[:, :, : rule.sinks].copy_(self.raw)
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a selection of batch rows to everything kept."""
@@ -346,8 +346,8 @@ class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: 
 
     is_compileable = False
 
-    def __init__(self, lane: Lane, stream: Stream, number_of_states: int) -> None:
-        StreamLayer.__init__(self, lane, stream)
+    def __init__(self, rule: LayerRule, stream: Stream, number_of_states: int) -> None:
+        StreamLayer.__init__(self, rule, stream)
         _compat.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -367,8 +367,8 @@ class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: 
 
 
 @functools.singledispatch
-def make_layer(lane: Lane, index: int, stream: Stream, stock: Any) -> StreamLayer:
-    """The cache layer that takes the place of transformers' ``stock`` for attention layer ``index``, by the class of its lane."""
+def make_layer(rule: LayerRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
+    """The cache layer that takes the place of transformers' ``stock`` for attention layer ``index``, by the class of its rule."""
     if isinstance(stock, _compat.LinearAttentionLayer):
-        return StreamLayerWithState(lane, stream, stock.number_of_states)
-    return StreamLayer(lane, stream)
+        return StreamLayerWithState(rule, stream, stock.number_of_states)
+    return StreamLayer(rule, stream)

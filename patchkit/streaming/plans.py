@@ -10,10 +10,10 @@ from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.streaming.cache import StreamingCache
-from patchkit.streaming.rule import Lane, Plan
+from patchkit.streaming.rule import LayerRule, Plan
 
-# Frame positions are kept below this where the model allows it: small enough for float32 angles, large enough to turn rarely.
-FRAME_POSITIONS = 1024
+# ForwardContext positions are kept below this where the model allows it: small enough for float32 angles, large enough to rotate rarely.
+BOUNDED_POSITIONS = 1024
 
 
 def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -43,11 +43,11 @@ def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> lis
     return [by_index[index] for index in sorted(set(indices))]
 
 
-def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool = True) -> tuple[Plan, list[AttentionLayer]]:
+def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable: bool = True) -> tuple[Plan, list[AttentionLayer]]:
     """The plan of one patch, and the layers in it: the chosen ones and, where all others slide, those too.
 
     Args:
-        chosen: a lane for each chosen layer; layers with equal lanes will share one.
+        chosen: a rule for each chosen layer; layers with equal rules will share one.
         movable: positions can be bounded, because no layer has them baked in.
 
     Raises:
@@ -66,26 +66,26 @@ def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool
             )
     owns_all = all(layer.index in chosen or layer.kind == "sliding" for layer in layers)
     owned = [layer for layer in layers if layer.index in chosen or (owns_all and layer.kind == "sliding")]
-    made: list[Lane] = []
-    lanes: dict[int, Lane] = {}
+    made: list[LayerRule] = []
+    rules: dict[int, LayerRule] = {}
     for layer in owned:
-        wanted = chosen.get(layer.index) or Lane(0, layer.window or 1, layer.rotary, sliding=True)
-        lane = next((lane for lane in made if lane.same_rule(wanted)), None)
-        if lane is None:
-            lane = wanted
-            lane.number = len(made)
-            made.append(lane)
-        lanes[layer.index] = lane
+        wanted = chosen.get(layer.index) or LayerRule(0, layer.window or 1, layer.rotary, sliding=True)
+        rule = next((rule for rule in made if rule.same_rule(wanted)), None)
+        if rule is None:
+            rule = wanted
+            rule.number = len(made)
+            made.append(rule)
+        rules[layer.index] = rule
     for layer in owned:
-        if any(other.module is layer.module and lanes[other.index] is not lanes[layer.index] for other in owned):
+        if any(other.module is layer.module and rules[other.index] is not rules[layer.index] for other in owned):
             raise UnsupportedModel(f"{patch} would not be exact on {name}: layers with different rules share the module {layer.name}")
-    frame_limit = None
+    position_limit = None
     if owns_all and movable:
-        frame_limit = max(capacity, min(limit or FRAME_POSITIONS, max(2 * capacity, FRAME_POSITIONS)))
+        position_limit = max(capacity, min(limit or BOUNDED_POSITIONS, max(2 * capacity, BOUNDED_POSITIONS)))
     plan = Plan(
-        lanes,
-        main=lanes[next(iter(chosen))],
-        limit=frame_limit,
+        rules,
+        main=rules[next(iter(chosen))],
+        limit=position_limit,
         stock_layers=functools.partial(stock_layers_of, target.config),
         make_cache=StreamingCache,
         owns_all=owns_all,
@@ -95,19 +95,19 @@ def make_plan(target: Target, patch: str, chosen: dict[int, Lane], movable: bool
 
 
 def joined(target: Target, first: Plan, second: Plan) -> Plan:
-    both = sorted(first.lanes.keys() & second.lanes.keys())
+    both = sorted(first.rules.keys() & second.rules.keys())
     if both:
         raise PatchConflict(f"two patches have rules for attention layers {listed(both)}: give each layers of its own with layers=")
-    lanes = dict(sorted({**first.lanes, **second.lanes}.items()))
-    for number, lane in enumerate(dict.fromkeys(lanes.values())):
-        lane.number = number
+    rules = dict(sorted({**first.rules, **second.rules}.items()))
+    for number, rule in enumerate(dict.fromkeys(rules.values())):
+        rule.number = number
     return Plan(
-        lanes,
+        rules,
         main=first.main if first.main.in_cache else second.main,  # in-cache positions are counted by it
         limit=None,
         stock_layers=first.stock_layers,
         make_cache=StreamingCache,
-        owns_all=all(layer.index in lanes for layer in target.attention_layers),
+        owns_all=all(layer.index in rules for layer in target.attention_layers),
         has_alibi=first.has_alibi or second.has_alibi,
     )
 

@@ -14,7 +14,7 @@ from patchkit.errors import StreamError
 from patchkit.streaming.cache import StreamingCache, writable
 from patchkit.streaming.layer import ROLLBACK, StreamLayer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
-from patchkit.streaming.rule import Frame, Plan
+from patchkit.streaming.rule import ForwardContext, Plan
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Reencode(Refresh):
     def obstacle(self, plan: Plan, layers: list[AttentionLayer]) -> str | None:
         if any(isinstance(layer, _compat.LinearAttentionLayer) for layer in plan.stock_layers()):
             return "its recurrent layers hold a state of the whole text, which an encoding of the window alone would lose"
-        longest = max(lane.window for lane in plan.lanes.values())
+        longest = max(rule.window for rule in plan.rules.values())
         if longest > plan.main.window:
             return f"it has layers with a window of their own, of {longest} tokens, which cannot be encoded from {plan.main.window}"
         return super().obstacle(plan, layers)
@@ -75,17 +75,17 @@ class ReencodedCache(RefreshedCache):
     def remember(self, ids: torch.Tensor | None) -> None:
         if ids is None:
             raise StreamError("refresh=reencode(...) encodes token ids anew, and was given inputs_embeds: call the model with input_ids")
-        lane, end = self.plan.main, self.stream.seen
+        rule, end = self.plan.main, self.stream.seen
         if self.sinks is None or self.recent is None:
-            self.sinks, self.recent = ids.new_zeros(len(ids), lane.sinks), ids[:, :0]
+            self.sinks, self.recent = ids.new_zeros(len(ids), rule.sinks), ids[:, :0]
         start = end - ids.shape[1]
-        if lane.sinks and start < self.stream.most_pads + lane.sinks:
+        if rule.sinks and start < self.stream.most_pads + rule.sinks:
             pads = 0 if self.stream.pads is None else self.stream.pads.to(ids.device)[:, None]
-            column = pads + torch.arange(lane.sinks, device=ids.device)[None] - start
+            column = pads + torch.arange(rule.sinks, device=ids.device)[None] - start
             inside = (column >= 0) & (column < ids.shape[1])
             found = ids.gather(1, column.clamp(0, ids.shape[1] - 1).expand(len(ids), -1))
             self.sinks = torch.where(inside, found, self.sinks)
-        kept = lane.window + (ROLLBACK if self.stream.recording else 0)
+        kept = rule.window + (ROLLBACK if self.stream.recording else 0)
         self.recent = torch.cat([self.recent, ids], 1)[:, -kept:]
 
     def _refresh_rows(self, rows: torch.Tensor, run: Run) -> None:
@@ -100,11 +100,13 @@ class ReencodedCache(RefreshedCache):
         run(torch.cat([self.sinks[on_device], self.recent[on_device, -main.window :]], 1), fresh)
         pads = self._row_pads(rows)
         base = stream.seen - pads - main.capacity
-        after = Frame(self.plan, stream.seen - 1, 1, None if stream.pads is None else stream.pads.cpu(), base, rows.device, many=False)
+        after = ForwardContext(
+            self.plan, stream.seen - 1, 1, None if stream.pads is None else stream.pads.cpu(), base, rows.device, many=False
+        )
         for layer, new in zip(self.own_layers, fresh.own_layers, strict=True):
-            lane = layer.lane
-            tokens = of_rows(after.key_tokens(lane), rows) - pads[:, None]
-            slots = lane.slot(torch.where(tokens < main.sinks, tokens, tokens - base[:, None])).to(new.keys.device)
+            rule = layer.rule
+            tokens = of_rows(after.key_tokens(rule), rows) - pads[:, None]
+            slots = rule.slot(torch.where(tokens < main.sinks, tokens, tokens - base[:, None])).to(new.keys.device)
             keys, values = (x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (new.keys, new.values))
             layer.overwrite(rows, keys, values)
         stream.place(rows, base)

@@ -20,7 +20,7 @@ from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.rotary import Rotary
 from patchkit.spelled import Spelled
 from patchkit.streaming.cache import StreamingCache
-from patchkit.streaming.rule import Lane, Plan
+from patchkit.streaming.rule import LayerRule, Plan
 
 # Runs the patched decoder over token ids with a cache, uncounted.
 Run = Callable[[torch.Tensor, StreamingCache], object]
@@ -44,9 +44,9 @@ class Refresh(Spelled):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}={value!r}: give a whole number of tokens, at least 1")
 
-    def lane(self, sinks: int, window: int, rotary: Rotary | None) -> Lane:
+    def rule(self, sinks: int, window: int, rotary: Rotary | None) -> LayerRule:
         """The rule of a layer."""
-        return Lane(sinks, window, rotary)
+        return LayerRule(sinks, window, rotary)
 
     def new_cache(self, plan: Plan) -> RefreshedCache:
         """An empty cache."""

@@ -1,4 +1,4 @@
-"""The rule of a layer (`Lane`), the rules of a model (`Plan`), and the positions of one forward (`Frame`).
+"""The rule of a layer (`LayerRule`), the rules of a model (`Plan`), and the positions of one forward (`ForwardContext`).
 
 Shapes: B batch, T new tokens. Tokens are numbered as they are fed; `patchkit.streaming.cache` says where keys stand.
 """
@@ -16,7 +16,7 @@ from patchkit.anatomy.rotary import Rotary, same_rotary
 
 
 @dataclass(eq=False)
-class Lane:
+class LayerRule:
     """What the layers with one rule share: S sinks, a window of W tokens, one rotary embedding.
 
     Attributes:
@@ -37,9 +37,9 @@ class Lane:
         """Tokens kept: S + W."""
         return self.sinks + self.window
 
-    def same_rule(self, other: Lane) -> bool:
-        """Whether the layers of both can share one lane."""
-        mine, its = ((lane.sinks, lane.window, lane.in_cache, lane.sliding) for lane in (self, other))
+    def same_rule(self, other: LayerRule) -> bool:
+        """Whether the layers of both can share one rule."""
+        mine, its = ((rule.sinks, rule.window, rule.in_cache, rule.sliding) for rule in (self, other))
         return type(self) is type(other) and mine == its and same_rotary(self.rotary, other.rotary)
 
     @property
@@ -56,20 +56,20 @@ class Lane:
         """Which earlier keys a query sees beside the sinks, by the token numbers of both and the query's row position (broadcast)."""
         return key > query - self.window
 
-    def step_tensors(self, frame: Frame) -> list[torch.Tensor | None]:
-        """Of a one-token step: its slot [1], and the cosine and sine [B or 1, 1, 1, n] of the sinks' turn, if they turn."""
-        token = torch.tensor([frame.start], device=frame.device)
+    def step_tensors(self, context: ForwardContext) -> list[torch.Tensor | None]:
+        """Of a one-token step: its slot [1], and the cosine and sine [B or 1, 1, 1, n] of the sinks' rotation, if they rotate."""
+        token = torch.tensor([context.start], device=context.device)
         cos = sin = None
         if self.sinks and self.rotary is not None:
-            offset = frame.excess(token) if self.in_cache else torch.zeros_like(frame.row_positions(token))
-            cos, sin = self.rotary.angles((offset - frame.base[:, None])[:, None])
+            offset = context.excess(token) if self.in_cache else torch.zeros_like(context.row_positions(token))
+            cos, sin = self.rotary.angles((offset - context.base[:, None])[:, None])
         return [self.slot(token), cos, sin]
 
-    def count(self, hits: Counter[str], frame: Frame) -> None:
+    def count(self, hits: Counter[str], context: ForwardContext) -> None:
         """Count a forward for the report."""
         hits["forwards"] += 1
-        hits["tokens"] += frame.tokens
-        hits["tokens evicted"] += max(0, frame.end - self.capacity) - max(0, frame.start - self.capacity)
+        hits["tokens"] += context.tokens
+        hits["tokens evicted"] += max(0, context.end - self.capacity) - max(0, context.start - self.capacity)
 
     def slot(self, token: Any) -> Any:
         """The slot of token ``token`` (int or int64 tensor)."""
@@ -84,17 +84,17 @@ class Plan:
     """How one patched model streams; made once by the patch, shared by all its caches.
 
     Attributes:
-        lanes: the lane of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
-        main: the lane of the streaming layers; its S + W defines in-cache positions.
-        limit: frame positions stay below it. None: not bounded, because some rotary layers keep all keys.
+        rules: the rule of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
+        main: the rule of the streaming layers; its S + W defines in-cache positions.
+        limit: bounded positions stay below it. None: not bounded, because some rotary layers keep all keys.
         stock_layers: makes transformers' cache layers of a fresh cache.
-        owns_all: every attention layer is in a lane, so no mask of transformers' own is needed.
+        owns_all: every attention layer is in a rule, so no mask of transformers' own is needed.
         has_alibi: some layers add a bias that is linear in the distance.
         make_cache: makes an empty cache.
     """
 
-    lanes: dict[int, Lane]
-    main: Lane
+    rules: dict[int, LayerRule]
+    main: LayerRule
     limit: int | None
     stock_layers: Callable[[], list[Any]]
     make_cache: Callable[[Plan], Any]
@@ -107,15 +107,15 @@ class Plan:
 
 
 @dataclass(eq=False)
-class Frame:
+class ForwardContext:
     """One forward: T tokens after the ``start`` tokens seen so far.
 
     Attributes:
         pads: [B] left padding per row, or None.
-        base: [B or 1] frame origin of each row.
+        base: [B or 1] row position from which the bounded positions of each row are counted.
         many: the general form, for several tokens at once or when gradients are wanted; else the in-place step of one token.
         cached: keys come from a cache; else they are the T new ones as the model made them.
-        steady: a step in which every query sees every slot, so that no mask is needed.
+        sees_every_slot: a step in which every query sees every slot, so that no mask is needed.
         rows: B.
         most_pads: the largest of ``pads``, as a plain number.
         highest: the most tokens ever seen before this forward, those that were taken back included.
@@ -129,11 +129,11 @@ class Frame:
     device: torch.device
     many: bool = True
     cached: bool = True
-    steady: bool = False
+    sees_every_slot: bool = False
     rows: int = 1
     most_pads: int = 0
     highest: int = 0
-    _turns: dict[Any, Any] = field(default_factory=dict)
+    _rotations: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -156,57 +156,57 @@ class Frame:
         return rows.clamp(min=0)
 
     @property
-    def turned(self) -> bool:
-        """Whether new keys and queries arrive at other positions than their frame positions."""
+    def repositions(self) -> bool:
+        """Whether new keys and queries arrive at other positions than their bounded positions."""
         return self.plan.limit is not None and self.many and self.end > self.plan.main.capacity
 
-    def window_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [B or 1, 1, T, n] from where the model put the new tokens to their frame positions."""
-        return self._turn(rotary, "window", self.start, lambda tokens: self.excess(tokens) - self.base[:, None])
+    def window_rotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B or 1, 1, T, n] from where the model put the new tokens to their bounded positions."""
+        return self._rotation(rotary, "window", self.start, lambda tokens: self.excess(tokens) - self.base[:, None])
 
-    def sink_turn(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same from where the model put the queries to their in-cache positions (unbounded plans only)."""
-        return self._turn(rotary, "sinks", self.start, lambda tokens: -self.excess(tokens))
+    def sink_rotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B or 1, 1, T, n] from where the model put the queries to their in-cache positions (unbounded plans only)."""
+        return self._rotation(rotary, "sinks", self.start, lambda tokens: -self.excess(tokens))
 
-    def unturn(self, rotary: Rotary, delay: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, of token numbers ``first`` to ``end - delay``, from their frame positions to no rotation at all."""
-        return self._turn(
+    def inverse_rotation(self, rotary: Rotary, delay: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine that undo the rotation of tokens ``first`` to ``end - delay``, so that they can be stored unrotated."""
+        return self._rotation(
             rotary, f"back by {delay}", first, lambda tokens: self.base[:, None] - self.row_positions(tokens), self.end - delay
         )
 
-    def _turn(
+    def _rotation(
         self, rotary: Rotary, name: str, first: int, offsets: Callable[[torch.Tensor], torch.Tensor], end: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key = (id(rotary), name, first)
-        if key not in self._turns:
+        if key not in self._rotations:
             tokens = torch.arange(first, self.end if end is None else end, device=self.device)
-            self._turns[key] = tuple(t[:, None] for t in rotary.angles(offsets(tokens)))
-        return self._turns[key]
+            self._rotations[key] = tuple(t[:, None] for t in rotary.angles(offsets(tokens)))
+        return self._rotations[key]
 
-    def key_tokens(self, lane: Lane) -> torch.Tensor:
-        """[B or 1, n] the token number of every key that a layer of ``lane`` attends to, in order; -1 for an empty slot."""
-        if self.start < lane.capacity:
+    def key_tokens(self, rule: LayerRule) -> torch.Tensor:
+        """[B or 1, n] the token number of every key that a layer of ``rule`` attends to, in order; -1 for an empty slot."""
+        if self.start < rule.capacity:
             return torch.arange(self.end, device=self.device)[None]
-        slots = torch.arange(lane.capacity, device=self.device)
-        oldest = self.start - lane.window
+        slots = torch.arange(rule.capacity, device=self.device)
+        oldest = self.start - rule.window
         if self.many:  # sinks, then the window and the new tokens in order of time
             window = torch.arange(oldest, self.end, device=self.device)
         else:  # slot by slot, after the new token has taken the oldest one's
-            window = self.start - (self.start - slots[lane.sinks :]) % lane.window
+            window = self.start - (self.start - slots[rule.sinks :]) % rule.window
             oldest += 1
-        sinks = slots[None, : lane.sinks]
-        if self.pads is not None and lane.sinks:
+        sinks = slots[None, : rule.sinks]
+        if self.pads is not None and rule.sinks:
             # The sink token whose slot this is; it is there from the start, or since the ring dropped it.
             first = self.pads[:, None]
-            token = first + (sinks - first) % lane.sinks
-            sinks = torch.where((token < lane.sinks) | (token < oldest), token, -1)
+            token = first + (sinks - first) % rule.sinks
+            sinks = torch.where((token < rule.sinks) | (token < oldest), token, -1)
         return torch.cat([sinks, window.expand(len(sinks), -1)], 1)
 
-    def visible(self, lane: Lane, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def visible(self, rule: LayerRule, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """[B or 1, 1, queries, keys] which keys (token numbers [B or 1, n]) each query (token numbers [T]) attends to."""
         pads = 0 if self.pads is None else self.pads[:, None, None]
         query, key = queries[None, :, None], keys[:, None, :]
         row = key - pads
-        seen = (key >= 0) & (row >= 0) & (key <= query) & (lane.within(query, key, query - pads) | (row < lane.sinks))
+        seen = (key >= 0) & (row >= 0) & (key <= query) & (rule.within(query, key, query - pads) | (row < rule.sinks))
         # A padding query sees itself, so that no row of the softmax is empty.
         return (seen | ((key == query) & (row < 0)))[:, None]

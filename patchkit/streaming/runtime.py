@@ -18,7 +18,7 @@ from patchkit.exclusive import Exclusive
 from patchkit.record import Notices
 from patchkit.static_step import StepCache
 from patchkit.streaming.cache import StreamingCache
-from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 
 
 @dataclass(eq=False)
@@ -44,10 +44,10 @@ def frequencies_of(target: Target, plan: Plan) -> list[Frequencies]:
     if {"dynamic", "longrope"} & set(_compat.rope_types(target.config)):
         return []  # the model writes to the buffer in its own forward; the frequencies are those of a short text
     modules = dict(target.model.named_modules())
-    # Lanes share the rotation of one of their layers; a layer turns its queries by its own.
-    lanes, layers = plan.lanes.values(), [layer for layer in target.attention_layers if layer.index in plan.lanes]
+    # Rules share the rotation of one of their layers; a layer rotates its queries by its own.
+    rules, layers = plan.rules.values(), [layer for layer in target.attention_layers if layer.index in plan.rules]
     rotaries: dict[int, Rotary] = {}
-    for each in [lane.rotary for lane in lanes] + [layer.rotary for layer in layers]:
+    for each in [rule.rotary for rule in rules] + [layer.rotary for layer in layers]:
         if each is not None:
             rotaries[id(each)] = each
     found = []
@@ -59,30 +59,30 @@ def frequencies_of(target: Target, plan: Plan) -> list[Frequencies]:
 
 @dataclass(eq=False)
 class Runtime:
-    """What the hooks of one patched model share. ``frame`` is set while its decoder runs.
+    """What the hooks of one patched model share. ``context`` is set while its decoder runs.
 
     Attributes:
-        counters: the lane that each patch has brought, and the patch's hits.
+        counters: the rule that each patch has brought, and the patch's hits.
         implementations: of attention, that the configs named before.
         notices: of the first patch.
         configs: those in which the alias of our attention must stand.
-        frequencies: where those of the lanes' rotations come from.
+        frequencies: where those of the rules' rotations come from.
         mask_configs: those by which the model's masks are made.
     """
 
     plan: Plan
-    counters: list[tuple[Lane, Counter[str]]]
+    counters: list[tuple[LayerRule, Counter[str]]]
     implementations: tuple[str, ...]
     notices: Notices
     configs: list[Any] = dataclasses.field(default_factory=list)
     frequencies: list[Frequencies] = dataclasses.field(default_factory=list)
     exclusive: Exclusive = dataclasses.field(default_factory=Exclusive)
-    frame: Frame | None = None
+    context: ForwardContext | None = None
     cache: StreamingCache | None = None
     own_masks: Masks | None = None  # while a forward is under way, what its masks come from,
     outer_masks: Masks | None = None  # and what they came from before
     mask_configs: tuple[Any, ...] = ()
-    masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each lane
+    masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each rule
     step: StepCache | None = None  # that step
 
     def __setstate__(self, state: dict[str, Any]) -> None:

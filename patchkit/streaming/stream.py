@@ -9,18 +9,18 @@ import torch
 
 from patchkit.errors import StreamError
 from patchkit.static_step import StepCache, StepLayer
-from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 
 
 class KeptLayer(Protocol):
     """A cache layer, as far as its stream knows it."""
 
-    lane: Lane
+    rule: LayerRule
     keys: Any
     is_initialized: bool
 
-    def turn_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None: ...
-    def before_fixed_step(self, frame: Frame) -> None: ...
+    def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None: ...
+    def before_fixed_step(self, context: ForwardContext) -> None: ...
     def fixed(self) -> StepLayer: ...
 
 
@@ -41,11 +41,11 @@ class Stream:
         self.most_pads = 0
         self.base = torch.zeros(1, dtype=torch.int64)
         self.rebase_at = self.plan.limit
-        self.frame: Frame | None = None
+        self.context: ForwardContext | None = None
         self.broken = False
         self.in_inference = False  # a forward ran in inference mode, whose tensors can be written to there only
         self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
-        self._steady: dict[int, list[Any]] = {}
+        self._held_tensors: dict[int, list[Any]] = {}
         self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
 
     def set_pads(self, pads: torch.Tensor) -> None:
@@ -53,8 +53,8 @@ class Stream:
         self.pads, self.most_pads = pads, int(pads.max())
         self._schedule_rebase()
 
-    def begin(self, tokens: int, layers: Sequence[KeptLayer], device: torch.device, in_place: bool, batch: int = 1) -> Frame:
-        """Open the frame of a forward of ``tokens`` new tokens in each row of ``batch``; ``in_place`` when no gradient is wanted.
+    def begin(self, tokens: int, layers: Sequence[KeptLayer], device: torch.device, in_place: bool, batch: int = 1) -> ForwardContext:
+        """Open the context of a forward of ``tokens`` new tokens in each row of ``batch``; ``in_place`` when no gradient is wanted.
 
         Raises:
             StreamError: an earlier forward did not reach its end.
@@ -69,10 +69,10 @@ class Stream:
             rows, base = self._rows_and_base()
             due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
             self.rebase(torch.where(due, rows, base), layers)
-        lanes = self.lanes
-        filled = self.pads is None or self.seen >= self.most_pads + max(lane.capacity for lane in lanes)
-        steady = not many and filled and all(lane.sees_all for lane in lanes)
-        self.frame = Frame(
+        rules = self.rules
+        filled = self.pads is None or self.seen >= self.most_pads + max(rule.capacity for rule in rules)
+        sees_every_slot = not many and filled and all(rule.sees_all for rule in rules)
+        self.context = ForwardContext(
             self.plan,
             self.seen,
             tokens,
@@ -80,37 +80,37 @@ class Stream:
             self.base,
             device,
             many=many,
-            steady=steady,
+            sees_every_slot=sees_every_slot,
             rows=batch,
             most_pads=self.most_pads,
             highest=max(self.highest, self.seen),
         )
-        if not many and self.seen >= min(lane.steps_from for lane in lanes):
-            self._prepare_step(self.frame)
-        return self.frame
+        if not many and self.seen >= min(rule.steps_from for rule in rules):
+            self._prepare_step(self.context)
+        return self.context
 
     def commit(self) -> None:
         """The forward has gone through every layer."""
-        assert self.frame is not None
-        self.seen = self.frame.end
+        assert self.context is not None
+        self.seen = self.context.end
         self.highest = max(self.highest, self.seen)
-        self.frame = None
+        self.context = None
         self.broken = False
 
     def rebase(self, base: torch.Tensor, layers: Sequence[KeptLayer]) -> None:
-        """Move the frame origin to ``base`` [B or 1] and turn every window key by the difference."""
+        """Move the base to ``base`` [B or 1] and rotate every window key by the difference."""
         offsets = (self.base - base)[:, None, None]
-        for lane in self.lanes:
-            if lane.rotary is not None:
-                cos, sin = lane.rotary.angles(offsets)
+        for rule in self.rules:
+            if rule.rotary is not None:
+                cos, sin = rule.rotary.angles(offsets)
                 for layer in layers:
-                    if layer.lane is lane:
-                        layer.turn_window(cos, sin)
+                    if layer.rule is rule:
+                        layer.rotate_window(cos, sin)
         self.base = base
         self._schedule_rebase()
 
     def place(self, rows: torch.Tensor, base: torch.Tensor) -> None:
-        """Say that what is kept of the batch rows [n] stands in frames with these origins [n]."""
+        """Say that what is kept of the batch rows [n] is counted from these bases [n]."""
         if self.pads is None:
             self.base = base[:1].to(self.base.device)
         else:
@@ -120,7 +120,7 @@ class Stream:
         self._schedule_rebase()
 
     def take_back(self, count: int, layers: Sequence[KeptLayer]) -> None:
-        """Count ``count`` tokens as not seen; no row is left before its frame, and those no longer full are in that of a fresh stream."""
+        """Count ``count`` tokens as not seen; no row is left before its base, and rows that are no longer full have that of a fresh stream."""
         self.seen -= count
         rows, base = self._rows_and_base()
         back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
@@ -128,36 +128,36 @@ class Stream:
             self.rebase(back, layers)
 
     @property
-    def lanes(self) -> list[Lane]:
-        """The distinct lanes of the plan."""
-        return list({id(lane): lane for lane in self.plan.lanes.values()}.values())
+    def rules(self) -> list[LayerRule]:
+        """The distinct rules of the plan."""
+        return list({id(rule): rule for rule in self.plan.rules.values()}.values())
 
     def _rows_and_base(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B or 1] the row position of the next token, and the frame origin."""
+        """[B or 1] the row position of the next token, and the base."""
         rows = torch.full_like(self.base, self.seen) if self.pads is None else self.seen - self.pads
         return rows, self.base.expand(len(rows))
 
     def _schedule_rebase(self) -> None:
-        """Work out, as a plain number, the first token at which a row leaves its frame: steps must not look into tensors."""
+        """Work out, as a plain number, the first token at which a row's positions leave their bound: steps must not look into tensors."""
         if self.plan.limit is not None:
             origin = self.base if self.pads is None else self.base + self.pads.to(self.base.device)
             self.rebase_at = int(origin.min()) + self.plan.limit
 
-    def _prepare_step(self, frame: Frame) -> None:
-        """Put what this step needs of each lane into tensors whose addresses never change."""
-        for lane in self.lanes:
-            fresh, held = lane.step_tensors(frame), self._steady.get(id(lane))
+    def _prepare_step(self, context: ForwardContext) -> None:
+        """Put what this step needs of each rule into tensors whose addresses never change."""
+        for rule in self.rules:
+            fresh, held = rule.step_tensors(context), self._held_tensors.get(id(rule))
             if held is None or any(_layout(kept) != _layout(new) for kept, new in zip(held, fresh, strict=True)):
-                self._steady[id(lane)] = fresh
+                self._held_tensors[id(rule)] = fresh
                 self.step = None
                 continue
             for kept, new in zip(held, fresh, strict=True):
                 if kept is not None and new is not None:
                     kept.copy_(new)
 
-    def steady(self, lane: Lane) -> list[Any]:
-        """What `Lane.step_tensors` says of this step."""
-        return self._steady[id(lane)]
+    def held_tensors(self, rule: LayerRule) -> list[Any]:
+        """What `LayerRule.step_tensors` says of this step."""
+        return self._held_tensors[id(rule)]
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a selection of batch rows."""
@@ -165,39 +165,39 @@ class Stream:
             self.pads = index(self.pads)
         if len(self.base) > 1:
             self.base = index(self.base)
-        self._steady = {}
+        self._held_tensors = {}
         self.step = None
 
     def fixed_step(self, layers: Sequence[KeptLayer]) -> StepCache | None:
         """This step as compiled code sees it; None where it has to run eagerly."""
-        frame, lanes = self.frame, self.lanes
-        if frame is None or frame.many or not all(layer.is_initialized for layer in layers):
+        context, rules = self.context, self.rules
+        if context is None or context.many or not all(layer.is_initialized for layer in layers):
             return None
-        if any(frame.start < lane.sinks for lane in lanes):  # a step writes all sinks anew, so there must be all
+        if any(context.start < rule.sinks for rule in rules):  # a step writes all sinks anew, so there must be all
             return None
-        if frame.start < min(lane.steps_from for lane in lanes):
-            self._prepare_step(frame)
+        if context.start < min(rule.steps_from for rule in rules):
+            self._prepare_step(context)
         for layer in layers:
-            layer.before_fixed_step(frame)
+            layer.before_fixed_step(context)
         if self.step is None:
-            first = [next(layer for layer in layers if layer.lane is lane) for lane in lanes]
+            first = [next(layer for layer in layers if layer.rule is rule) for rule in rules]
             rows = 1 if self.pads is None else len(self.pads)
-            masks = [layer.keys.new_zeros(rows, 1, 1, layer.lane.capacity) for layer in first]
-            self.step = StepCache([layer.fixed() for layer in layers], torch.zeros((), dtype=torch.int64, device=frame.device), masks)
-        self.step.seen.fill_(frame.start)
-        self._write_masks(frame, lanes, self.step)
+            masks = [layer.keys.new_zeros(rows, 1, 1, layer.rule.capacity) for layer in first]
+            self.step = StepCache([layer.fixed() for layer in layers], torch.zeros((), dtype=torch.int64, device=context.device), masks)
+        self.step.seen.fill_(context.start)
+        self._write_masks(context, rules, self.step)
         return self.step
 
-    def _write_masks(self, frame: Frame, lanes: list[Lane], step: StepCache) -> None:
+    def _write_masks(self, context: ForwardContext, rules: list[LayerRule], step: StepCache) -> None:
         """0 where a slot is visible, and the lowest number elsewhere."""
         assert step.masks is not None
-        full = frame.steady and frame.end >= max(lane.capacity for lane in lanes)
+        full = context.sees_every_slot and context.end >= max(rule.capacity for rule in rules)
         if full and step.masks_open:
             return
-        query = torch.tensor([frame.start], device=frame.device)
-        for lane, mask in zip(lanes, step.masks, strict=True):
-            keys = frame.key_tokens(lane) if frame.start >= lane.capacity else torch.arange(lane.capacity, device=frame.device)[None]
-            mask.zero_().masked_fill_(~frame.visible(lane, query, keys), torch.finfo(mask.dtype).min)
+        query = torch.tensor([context.start], device=context.device)
+        for rule, mask in zip(rules, step.masks, strict=True):
+            keys = context.key_tokens(rule) if context.start >= rule.capacity else torch.arange(rule.capacity, device=context.device)[None]
+            mask.zero_().masked_fill_(~context.visible(rule, query, keys), torch.finfo(mask.dtype).min)
         step.masks_open = full
 
 

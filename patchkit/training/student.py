@@ -114,15 +114,15 @@ def _watched(
 
 
 def _inputs(rotary: Rotary | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kwargs: dict[str, Any]) -> Inputs:
-    plain_q, plain_k = (x if rotary is None else unturned(x, rotary) for x in (q, k))
+    plain_q, plain_k = (x if rotary is None else unrotated(x, rotary) for x in (q, k))
     scaling = kwargs.get("scaling")
     return Inputs(q, k, v, plain_q, plain_k, q.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-def unturned(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def unrotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Queries or keys [B, H, T, K] of positions 0 .. T - 1 without their rotation."""
     cos, sin = _angles(rotary, x.shape[-2], x.device)
-    return rotary.turn(x, cos, -sin, rotary.start)
+    return rotary.rotate(x, cos, -sin, rotary.start)
 
 
 @functools.lru_cache(maxsize=8)

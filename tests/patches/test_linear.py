@@ -379,7 +379,7 @@ def test_bytes_and_the_work_of_a_step_do_not_depend_on_the_length():
 
 
 def test_a_long_stream_is_as_exact_as_a_short_one():
-    """Across several moves of the frame, steps and chunks agree; a horizon keeps old tokens from outweighing the window."""
+    """Across several moves of the context, steps and chunks agree; a horizon keeps old tokens from outweighing the window."""
     model = patch_model(tiny_model("llama"), LinearAttention(window=40, sinks=2, horizon=100))
     ids = tokens(length=2600)
     whole = feed(model, ids, [2600])[0]
@@ -554,13 +554,13 @@ def test_linear_twice_is_refused():
         patch_model(tiny_model("llama"), "linear(window=6, layers=[0])", "linear(window=8, layers=[1])")
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_streaming_and_linear_in_layers_of_their_own(turned):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_streaming_and_linear_in_layers_of_their_own(rotated):
     """Each layer follows its rule: the oracle's hybrid over a model whose other layer streams."""
     model, ids = tiny_model("llama"), tokens()
     before, state = snapshot(model), trained(model, "sinks", [1])
     patches = ["streaming(sinks=2, window=6, layers=[0])", LinearAttention(state_dict=state)]
-    patch_model(model, *(patches[::-1] if turned else patches))
+    patch_model(model, *(patches[::-1] if rotated else patches))
     whole = feed(model, ids, [TOKENS])[0]
     for way in WAYS:
         close(feed(model, ids, way)[0], whole)

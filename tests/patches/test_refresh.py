@@ -54,7 +54,7 @@ def dynamic_by_definition(model, ids, kept=KEPT, every=EVERY, window=WINDOW, sin
     dim, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2).double() / dim)
 
-    def turned(x, position):
+    def rotated(x, position):
         angle = (position * frequencies).repeat(2)
         return x * angle.cos() + torch.cat([-x[dim // 2 :], x[: dim // 2]]) * angle.sin()
 
@@ -82,11 +82,11 @@ def dynamic_by_definition(model, ids, kept=KEPT, every=EVERY, window=WINDOW, sin
                 places = list(range(len(seen)))
                 if at_tail and t >= size + every:
                     places[sinks : sinks + kept] = range(size - kept, size)
-                keys = torch.stack([turned(key, place) for (_, key, _), place in zip(seen, places, strict=True)])
+                keys = torch.stack([rotated(key, place) for (_, key, _), place in zip(seen, places, strict=True)])
                 values = torch.stack([value for _, _, value in seen])
                 held["mass"][t] = 0.0
                 for head in range(group * heads // groups, (group + 1) * heads // groups):
-                    weights = (keys @ turned(q[head], len(seen) - 1) * dim**-0.5).softmax(0)
+                    weights = (keys @ rotated(q[head], len(seen) - 1) * dim**-0.5).softmax(0)
                     for (j, _, _), weight in zip(seen, weights.tolist(), strict=True):
                         held["mass"][j] += weight
                     mixed.append(weights @ values)

@@ -214,7 +214,7 @@ def test_rollback_over_several_single_steps():
 
 @pytest.mark.parametrize("positions", ["cache", "true"])
 def test_rollback_of_more_tokens_than_the_window_holds_and_across_a_rebase(positions):
-    """Frame positions are bounded by 512 here: the first wrong tokens pass that, and are taken back."""
+    """ForwardContext positions are bounded by 512 here: the first wrong tokens pass that, and are taken back."""
     model, ids = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW, positions)), tokens(length=520)
     expected = feed(model, ids, [520])[0]
     cache = feed(model, ids[:, :480], [480])[1]
@@ -332,7 +332,7 @@ def test_cache_bytes_stay_constant_over_many_steps(steps):
         layer = cache.own_layers[0]
         n_bytes, addresses = cache.n_bytes(), [t.data_ptr() for t in (layer.keys, layer.values, layer.raw)]
         assert n_bytes == sum(t.numel() * 4 for t in (layer.keys, layer.values, layer.raw, layer.raw_quarter))
-        slot, cos, sin = cache.stream.steady(layer.lane)
+        slot, cos, sin = cache.stream.held_tensors(layer.rule)
         gc.collect()
         alive = tensors_alive()
         for i in range(steps):
@@ -345,9 +345,9 @@ def test_cache_bytes_stay_constant_over_many_steps(steps):
     assert cache.n_bytes() == n_bytes
     assert addresses == [t.data_ptr() for t in (layer.keys, layer.values, layer.raw)]
     assert (
-        cache.stream.steady(layer.lane)[0] is slot
-        and cache.stream.steady(layer.lane)[1] is cos
-        and cache.stream.steady(layer.lane)[2] is sin
+        cache.stream.held_tensors(layer.rule)[0] is slot
+        and cache.stream.held_tensors(layer.rule)[1] is cos
+        and cache.stream.held_tensors(layer.rule)[2] is sin
     )
     assert cache.get_seq_length() == 64 + steps
 

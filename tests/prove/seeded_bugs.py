@@ -20,7 +20,7 @@ from patchkit.linear.cache import LinearLayer
 from patchkit.speculation import judge, loop
 from patchkit.speculation.cached_model import CachedModel
 from patchkit.streaming.layer import StreamLayer
-from patchkit.streaming.rule import Frame, Lane, Plan
+from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 from patchkit.streaming.stream import Stream
 
 STREAMING = "streaming(sinks=2, window=10)"
@@ -37,21 +37,21 @@ class Bug:
 
 
 def position_off_by_one(monkeypatch: Any) -> None:
-    def excess(self: Frame, tokens: torch.Tensor) -> torch.Tensor:
+    def excess(self: ForwardContext, tokens: torch.Tensor) -> torch.Tensor:
         return (self.row_positions(tokens) - self.plan.main.capacity).clamp(min=0)
 
-    monkeypatch.setattr(Frame, "excess", excess)
+    monkeypatch.setattr(ForwardContext, "excess", excess)
 
 
 def sink_dropped(monkeypatch: Any) -> None:
-    right = Frame.visible
+    right = ForwardContext.visible
 
-    def visible(self: Frame, lane: Lane, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def visible(self: ForwardContext, rule: LayerRule, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         pads = 0 if self.pads is None else self.pads[:, None]
-        forgotten = (keys - pads == 0)[:, None, None] & (queries[None, None, :, None] >= lane.capacity)
-        return right(self, lane, queries, keys) & ~forgotten
+        forgotten = (keys - pads == 0)[:, None, None] & (queries[None, None, :, None] >= rule.capacity)
+        return right(self, rule, queries, keys) & ~forgotten
 
-    monkeypatch.setattr(Frame, "visible", visible)
+    monkeypatch.setattr(ForwardContext, "visible", visible)
 
 
 def window_not_rolled_back(monkeypatch: Any) -> None:
@@ -106,12 +106,12 @@ def inputs_rounded_together(monkeypatch: Any) -> None:
 
 
 def mask_lost(monkeypatch: Any) -> None:
-    right = Frame.visible
-    monkeypatch.setattr(Frame, "visible", lambda self, *args: torch.ones_like(right(self, *args)))
+    right = ForwardContext.visible
+    monkeypatch.setattr(ForwardContext, "visible", lambda self, *args: torch.ones_like(right(self, *args)))
 
 
 def window_off_by_one(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Lane, "within", lambda self, query, key, row: key >= query - self.window)
+    monkeypatch.setattr(LayerRule, "within", lambda self, query, key, row: key >= query - self.window)
 
 
 def linear_window_off_by_one(monkeypatch: Any) -> None:
@@ -120,11 +120,11 @@ def linear_window_off_by_one(monkeypatch: Any) -> None:
 
 
 def ring_too_short(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Lane, "slot", lambda self, token: self.sinks + (token - self.sinks) % max(1, self.window - 1))
+    monkeypatch.setattr(LayerRule, "slot", lambda self, token: self.sinks + (token - self.sinks) % max(1, self.window - 1))
 
 
 def wrong_rotary_half(monkeypatch: Any) -> None:
-    """Sinks are turned in pairs of neighbours where the model turns pairs of halves."""
+    """Sinks are rotated in pairs of neighbours where the model turns pairs of halves."""
     right = StreamLayer._capture_sinks
 
     def capture(self: StreamLayer) -> None:
@@ -184,7 +184,7 @@ def every_draft_accepted(monkeypatch: Any) -> None:
 
 
 def window_not_turned_when_positions_begin_anew(monkeypatch: Any) -> None:
-    monkeypatch.setattr(StreamLayer, "turn_window", lambda *args: None)
+    monkeypatch.setattr(StreamLayer, "rotate_window", lambda *args: None)
 
 
 def log_does_not_wrap(monkeypatch: Any) -> None:
@@ -236,7 +236,7 @@ BUGS = {
     "padding counted": Bug(padding_counted, STREAMING, "a padded row is the row alone"),
     "EOS ignored": Bug(eos_ignored, "speculative", "greedy text stays the same"),
     "every draft accepted": Bug(every_draft_accepted, "speculative", "greedy text stays the same"),
-    "window not turned when positions begin anew": Bug(
+    "window not rotated when positions begin anew": Bug(
         window_not_turned_when_positions_begin_anew, STREAMING, "any way of feeding is the same"
     ),
     "log does not wrap": Bug(log_does_not_wrap, STREAMING, "tokens taken back leave no trace"),

@@ -126,7 +126,7 @@ def test_a_refusal_comes_before_any_work() -> None:
 
 
 def test_a_patch_that_never_acts_is_found(monkeypatch: pytest.MonkeyPatch, untimed: None) -> None:
-    monkeypatch.setattr("patchkit.streaming.rule.Lane.count", lambda *args: None)
+    monkeypatch.setattr("patchkit.streaming.rule.LayerRule.count", lambda *args: None)
     found = proved("llama", "streaming(sinks=2, window=10)", only=["it acted"])
     assert "it acted" in {check.promise for check in found.broken}
 

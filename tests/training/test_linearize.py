@@ -28,7 +28,7 @@ from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot,
 from patchkit.training import run
 from patchkit.training.conversion import Conversion, Rates
 from patchkit.training.linearize import linearize
-from patchkit.training.student import Student, unturned
+from patchkit.training.student import Student, unrotated
 from patchkit.views import twin
 
 SMALL: dict[str, Any] = dict(window=8, batch=2, length=48, progress=False)
@@ -51,7 +51,7 @@ def _teacher(
     parts: dict[int, HybridAttention], rotary: Any, module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: Any
 ) -> Any:
     part = parts[module.layer_idx]
-    out = hybrid_attention(part, q, k, v, unturned(q, rotary), unturned(k, rotary), 8, scaling)
+    out = hybrid_attention(part, q, k, v, unrotated(q, rotary), unrotated(k, rotary), 8, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
