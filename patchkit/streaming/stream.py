@@ -120,7 +120,7 @@ class Stream:
         self._schedule_rebase()
 
     def take_back(self, count: int, layers: Sequence[KeptLayer]) -> None:
-        """Count ``count`` tokens as not seen; no row is left before its base, and rows that are no longer full have that of a fresh stream."""
+        """Count ``count`` tokens as not seen. No row stays before its base, and those no longer full get that of a fresh stream."""
         self.seen -= count
         rows, base = self._rows_and_base()
         back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
