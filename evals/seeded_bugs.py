@@ -125,8 +125,8 @@ BUGS = [
     ),
     Bug(
         "experts stay int8 after unpatching",
-        'handle.set_attribute(self.module, "_patchkit_experts", self.weights)',
-        'vars(self.module)["_patchkit_experts"] = self.weights',
+        "handle.set_attribute(self.module, _WEIGHTS, self.weights)",
+        "vars(self.module)[_WEIGHTS] = self.weights",
         INT8,
     ),
     # -- compile

@@ -28,7 +28,7 @@ class Hotter(Patch):
         head = target.model.get_output_embeddings()
         handle.hook(head, _divide, with_kwargs=False)
         handle.set_attribute(head, "temperature", self.temperature)
-        handle.changed("language-model heads", 1)
+        handle.record.changed("language-model heads", 1)
 
 
 def _divide(head, args, logits):

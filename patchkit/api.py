@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch
-from patchkit.record import PatchReport, Report
+from patchkit.record import Report
 from patchkit.spec import Given, resolve
 
 # The instance attribute of a patched model that holds its root Handle.
@@ -70,7 +70,7 @@ def unpatch_model(model: M, *names: str) -> M:
             others ran.
     """
     handle = _handle_of(model)
-    present = {patch.name: patch for patch, _ in handle.views}
+    present = {record.patch.name: record.patch for record in handle.records if record.patch is not None}
     for name in names:
         if name not in present:
             raise PatchConflict(f"this model is not patched with {name!r}: name one of {', '.join(present) or 'none'}")
@@ -186,10 +186,10 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         if _compat.is_unpacked_gguf(base):
             handle.on_undo(_compat.forget_quantizer(base))
         for patch, length in zip(chosen, same_up_to, strict=True):
-            view = handle.for_patch(patch)
-            view.same_up_to = length
-            patch.apply(target, view)
-            if not any(view.counts.values()):
+            own = handle.for_patch(patch)
+            own.record.same_up_to = length
+            patch.apply(target, own)
+            if own.record.changed_nothing:
                 raise NothingMatched(f"{patch.spec} changed nothing in {type(base).__name__}: leave it out, or choose other options")
     except BaseException as error:
         try:
@@ -246,28 +246,15 @@ def _handle_of(model: Any) -> Handle:
 
 
 def _report_of(handle: Handle) -> Report:
-    return Report(
-        [
-            PatchReport(
-                patch.name,
-                patch.spec,
-                dict(view.counts),
-                dict(view.reasons),
-                dict(view.hits),
-                dict(view.measured),
-                dict(view.modules),
-                view.same_up_to,
-                dict(view.notices),
-            )
-            for patch, view in handle.views
-        ]
-    )
+    return Report([record.report() for record in handle.records])
 
 
 def _announce(handle: Handle, seconds: float, verbose: bool, was_compiled: bool) -> None:
     _prepare_logger()
-    line = " | ".join(map(str, _report_of(handle).patches)) or "no patch"
-    _logger.log(logging.INFO if verbose else logging.DEBUG, "patchkit: %s  (%.2f s)", line, seconds)
+    level, patches = logging.INFO if verbose else logging.DEBUG, _report_of(handle).patches
+    for warning in [line for patch in patches for line in patch.warning_lines()]:
+        _logger.log(level, "patchkit: %s", warning)
+    _logger.log(level, "patchkit: %s  (%.2f s)", " | ".join(map(str, patches)) or "no patch", seconds)
     if was_compiled:
         _logger.warning("patchkit: the model was compiled before it was patched, and now runs uncompiled: call model.compile() again")
 

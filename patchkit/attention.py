@@ -3,9 +3,8 @@
 transformers looks the attention function up by ``config._attn_implementation`` at every call, and the function that
 builds the mask by the same name. `alias_of` registers, for an implementation such as ``"sdpa"``, one alias that
 
-* runs ``module._patchkit_attention(original, module, query, ...)`` on the attention modules that carry that attribute
-  (a patch sets it through its `Handle`), and the original implementation, bit for bit, on every other module; so two
-  models may share a config and only one of them be patched;
+* runs ``ours(original, module, query, ...)`` on the attention modules that were given such a function (`set_attention`), and the
+  original implementation, bit for bit, on every other module; so two models may share a config and only one of them be patched;
 * builds the original's mask, unless a patched forward is under way that makes its own (`swap_mask_builder`).
 
 The alias has the original encoded in its name, because nothing but the module and the config reaches these functions.
@@ -37,6 +36,7 @@ MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 
 _this_thread = threading.local()
 _PREFIX = "patchkit_"  # of every alias
+_OURS = "_patchkit_attention"  # the attribute of an attention module
 _aliased: dict[str, str] = {}  # alias -> what it stands for
 
 
@@ -77,6 +77,24 @@ def set_alias(handle: Handle, config: Any, alias: str) -> None:
     # A copy of a patched model may have left an alias of which nobody knows who put it there.
     original = original_name(config) if names_alias(config) else None
     handle.set_shared(config, "_attn_implementation_internal", alias, original)
+
+
+def set_attention(handle: Handle, module: nn.Module, function: AttentionFunction) -> None:
+    """Let ``function(original, module, query, key, value, attention_mask, **kwargs)`` attend for a module, until it is unpatched."""
+    handle.set_attribute(module, _OURS, function)
+
+
+@contextlib.contextmanager
+def attending(functions: Iterable[tuple[nn.Module, AttentionFunction]]) -> Iterator[None]:
+    """Within this context, each of these functions attends for its module, as in `set_attention`."""
+    given = list(functions)
+    try:
+        for module, function in given:
+            vars(module)[_OURS] = function
+        yield
+    finally:
+        for module, _ in given:
+            vars(module).pop(_OURS, None)
 
 
 def has_own_mask(config: Any) -> bool:
@@ -185,7 +203,7 @@ def _in_front_of(implementation: str) -> AttentionFunction:
         recorders = getattr(_this_thread, "recorders", None)
         if recorders is not None:
             recorders[0](dict(module=module, query=query, key=key, value=value, attention_mask=attention_mask, kwargs=kwargs))
-        ours = module.__dict__.get("_patchkit_attention")
+        ours = module.__dict__.get(_OURS)
         if ours is None:
             return original(module, query, key, value, attention_mask, **kwargs)
         return ours(original, module, query, key, value, attention_mask, **kwargs)

@@ -22,6 +22,7 @@ from patchkit.attention import (
     original_name,
     refuse_other_attention,
     set_alias,
+    set_attention,
 )
 from patchkit.errors import UnsupportedModel
 from patchkit.handle import Handle
@@ -85,10 +86,10 @@ class AttentionPatch(Patch):
             original = original_name(config)
             set_alias(handle, config, named_alias(original, self.name, functools.partial(_additive_mask, type(self).rule)))
         for module in modules.values():
-            handle.set_attribute(module, "_patchkit_attention", functools.partial(_run_patch, type(self), handle.hits))
+            set_attention(handle, module, functools.partial(_run_patch, type(self), handle.record.hits))
         configs = configs_of(modules.values(), target.model)
         handle.pre_hook(target.decoder, functools.partial(_before_patched_forward, configs))
-        handle.changed("attention modules", len(modules))
+        handle.record.changed("attention modules", len(modules))
 
 
 def _before_patched_forward(configs: list[Any], decoder: nn.Module, args: Any) -> None:

@@ -6,12 +6,11 @@ import functools
 import threading
 import types
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patchkit.errors import IrreversiblePatch, PatchError
-from patchkit.record import Named, Notices
+from patchkit.record import Named, Record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,47 +18,37 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """The edits of one `patch_model` call, and what each patch says about its own.
+    """The edits of one `patch_model` call.
 
-    `patch_model` makes one root handle and gives every patch a view of it (`for_patch`): the undo stack is shared, the
-    report (`changed`, `left_alone`, `hits`) is the patch's own.
+    `patch_model` makes one handle and gives every patch its own (`for_patch`), with the same undo stack and a record of its own.
 
     A patched model can be copied (`copy.deepcopy`) and pickled, and the copy can be unpatched on its own. That holds because
     every function that a patch leaves on the model, as a hook, an attribute or an undo step, is a module-level function, a
     `functools.partial` over one, or a bound method: deepcopy and pickle carry those over to the copy. A lambda or a function
     defined inside another would go on working for the first model, so the handle refuses it. A hook that counts is best given
-    `handle.hits`, not the handle, which would drag the whole model into a copy of one module.
+    `handle.record.hits`, not the handle, which would drag the whole model into a copy of one module.
 
     Attributes:
         model: the patched model.
-        views: on the root handle, each patch with its view, in the order of application.
-        hits: run-time counters, kept by the patch and shown by `patchkit.report`.
-        notices: what the patch had to say at run time, logged once each and shown by `patchkit.report`.
-        counts, reasons, measured, modules: what `changed`, `left_alone`, `measure` and `describe` were told.
-        same_up_to: what the patch promised about this model (`Promises.same_up_to`).
+        record: where the patch tells what it did; also its run-time counters and warnings.
+        records: on the first handle, the records of all patches, in the order of application.
         final: why the edits can no longer be undone; None while they can.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, record: Record | None = None) -> None:
         self.model = model
-        self.views: list[tuple[Named, Handle]] = []
-        self.hits: Counter[str] = Counter()
-        self.notices = Notices()
-        self.counts: dict[str, int] = {}
-        self.reasons: dict[str, str] = {}
-        self.measured: dict[str, str] = {}
-        self.modules: dict[str, dict[str, Any]] = {}
-        self.same_up_to = 0
+        self.record = record or Record()
+        self.records: list[Record] = []
         self.final: str | None = None
         self._steps: list[Callable[[], object]] = []
         self._last: list[tuple[str, Callable[[], object]]] = []
 
     def for_patch(self, patch: Named) -> Handle:
-        """A view for one patch: shares this handle's undo stack, has its own report and counters."""
-        view = Handle(self.model)
-        view._steps, view._last = self._steps, self._last
-        self.views.append((patch, view))
-        return view
+        """A handle for one patch, with this handle's undo stack and a new record."""
+        own = Handle(self.model, Record(patch))
+        own._steps, own._last = self._steps, self._last
+        self.records.append(own.record)
+        return own
 
     def pre_hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
         """`module.register_forward_pre_hook(fn, **kw)`; `kw` is `prepend` and `with_kwargs`."""
@@ -135,34 +124,14 @@ class Handle:
         _require_portable(callback, "undo step")
         self._steps.append(callback)
 
-    def changed(self, what: str, count: int = 1) -> None:
-        """Say what was changed, for the report and the printed line: `changed("attention layers", 12)`. Counts add up.
-
-        A patch that changes nothing is refused with `NothingMatched` and undone, so every `apply` calls this.
-        """
-        self.counts[what] = self.counts.get(what, 0) + count
-
-    def left_alone(self, what: str, why: str) -> None:
-        """Say what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
-        self.reasons[what] = why
-
-    def measure(self, what: str, figure: str) -> None:
-        """A figure taken while patching, for the report and the printed line: `measure("1 row", "31.2 -> 9.8 ms")`."""
-        self.measured[what] = figure
-
-    def describe(self, module: str, **facts: Any) -> None:
-        """What was done to one module, for the report: `describe("model.layers.0.mlp.up_proj", snr_db=44.1)`."""
-        self.modules.setdefault(module, {}).update(facts)
-
     def make_final(self, why: str, discard: Callable[[], object]) -> None:
         """When all patches have been applied, ``discard`` what undoing would need; `unpatch_model` then refuses, saying ``why``."""
         self._last.append((why, discard))
 
     def commit(self) -> None:
         """All patches are applied: counters start, and what was to be discarded is."""
-        for _, view in self.views:
-            view.hits.clear()
-            view.notices.clear()
+        for record in self.records:
+            record.start()
         for why, discard in self._last:
             self.final = why
             discard()

@@ -85,7 +85,7 @@ class Patch(Spelled):
     stage: ClassVar[Stage]
     # Whether logits stay those of the model without the patch, up to rounding. A patch that is not exact must be seen to act.
     exact: ClassVar[bool] = False
-    # The run-time counters (`handle.hits`) of which one moves when the patch does what it is for; empty: any that it keeps.
+    # The run-time counters (`handle.record.hits`) of which one moves when the patch does what it is for; empty: any that it keeps.
     acts: ClassVar[tuple[str, ...]] = ()
     # A spec under which the patch shows what it does on texts of some 500 tokens; None: its defaults do.
     example: ClassVar[str | None] = None

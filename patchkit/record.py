@@ -1,8 +1,9 @@
-"""What a patch tells: what it did to a model, and what it has to say while it runs."""
+"""Record: what one patch tells about a model. `Report` shows the records of all its patches."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ _logger = logging.getLogger("patchkit")
 
 
 class Named(Protocol):
-    """A patch, as far as what stands below patches knows it: its name, its spec string, and when it is applied."""
+    """The part of a patch that rooms below `patchkit.patch` know: its name, its spec string, and when it is applied."""
 
     @property
     def name(self) -> str: ...
@@ -20,17 +21,99 @@ class Named(Protocol):
     def stage(self) -> int: ...
 
 
-class Notices(dict[str, int]):
-    """What a patch had to say while it ran, such as why it was idle in a call that it should have served; each text with its count.
+class Warnings(dict[str, int]):
+    """Warnings of a patched model while it runs, such as why a patch was idle in a call that it should have served; each with its count.
 
-    Like `Handle.hits` it goes into functions that stay on the model: it can be copied and pickled on its own.
+    Like `Record.hits`, it is given to functions that stay on the model, so it can be copied and pickled on its own.
     """
 
-    def say(self, text: str) -> None:
-        """Count ``text``, and log it as a warning the first time."""
+    def add(self, text: str) -> None:
+        """Count ``text``, and log it the first time."""
         if text not in self:
             _logger.warning("patchkit: %s", text)
         self[text] = self.get(text, 0) + 1
+
+
+class Record:
+    """What one patch tells about a model: while it is applied, and at run time through ``hits`` and ``warnings``.
+
+    Attributes:
+        patch: whose record this is.
+        hits: run-time counters, kept by the patch.
+        warnings: run-time warnings, logged once each.
+        same_up_to: `Promises.same_up_to` of the patch for this model.
+        modules: facts about single modules, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
+    """
+
+    def __init__(self, patch: Named | None = None) -> None:
+        self.patch = patch
+        self.hits: Counter[str] = Counter()
+        self.warnings = Warnings()
+        self.same_up_to = 0
+        self.modules: dict[str, dict[str, Any]] = {}
+        self._changed: dict[str, int] = {}
+        self._left_alone: dict[str, str] = {}
+        self._measured: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
+        self._lasting: list[str] = []
+
+    def changed(self, what: str, count: int = 1) -> None:
+        """Record what was changed: `changed("attention layers", 12)`. Counts add up.
+
+        A patch that changes nothing is refused with `NothingMatched` and undone, so every `apply` calls this.
+        """
+        self._changed[what] = self._changed.get(what, 0) + count
+
+    @property
+    def changed_nothing(self) -> bool:
+        return not any(self._changed.values())
+
+    def left_alone(self, what: str, why: str) -> None:
+        """Record what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
+        self._left_alone[what] = why
+
+    def measured(self, what: str, figure: str) -> None:
+        """Record a figure taken while patching: `measured("1 row", "31.2 -> 9.8 ms")`."""
+        self._measured[what] = figure
+
+    def note(self, what: str, choice: str) -> None:
+        """Record a choice of the patch, or a fact worth knowing: `note("mode", "dynamic")`."""
+        self._notes[what] = choice
+
+    def warn(self, text: str, *, log: bool = False) -> None:
+        """Record what holds as long as the model is patched and its user may not expect: `warn("positions are not bounded")`.
+
+        Args:
+            log: log it as a warning too, even where the patching itself is silent (`patch_model(verbose=False)`).
+        """
+        self._lasting.append(text)
+        if log:
+            _logger.warning("patchkit: %s", text)
+
+    def describe(self, module: str, **facts: Any) -> None:
+        """Record facts about one module: `describe("model.layers.0.mlp.up_proj", snr_db=44.1)`."""
+        self.modules.setdefault(module, {}).update(facts)
+
+    def start(self) -> None:
+        """Forget what was counted while the model was being patched."""
+        self.hits.clear()
+        self.warnings.clear()
+
+    def report(self) -> PatchReport:
+        """A copy of the record as it is now."""
+        assert self.patch is not None
+        return PatchReport(
+            name=self.patch.name,
+            spec=self.patch.spec,
+            warnings={**dict.fromkeys(self._lasting, 0), **self.warnings},
+            changed=dict(self._changed),
+            left_alone=dict(self._left_alone),
+            notes=dict(self._notes),
+            measured=dict(self._measured),
+            hits=dict(self.hits),
+            modules={name: dict(facts) for name, facts in self.modules.items()},
+            same_up_to=self.same_up_to,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,41 +123,47 @@ class PatchReport:
     Attributes:
         name: the patch's spec name.
         spec: the patch with its options, as a spec string.
-        changed: how many of what was changed, {"attention layers": 12}.
-        left_alone: what was not, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
-        hits: run-time counters since the model was patched.
-        notices: why the patch was idle where it should have acted, and how often; each was logged once as a warning.
+        warnings: {"positions are not bounded": 0}: how often each occurred at run time, and was logged the first time; 0 for one that
+            holds as long as the model is patched.
+        changed: {"attention layers": 12}.
+        left_alone: what was not changed, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
+        notes: choices of the patch, {"mode": "dynamic"}.
         measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
-        same_up_to: texts of at most this many tokens have the logits of the unpatched model; 0 where length plays no part.
-        modules: what was done to each module, for patches that say it, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
+        hits: run-time counters since the model was patched.
+        modules: facts about single modules, {"model.layers.0.mlp.up_proj": {"snr_db": 44.1}}.
+        same_up_to: sequences of at most this many tokens have the logits of the unpatched model; 0 where length plays no part.
     """
 
     name: str
     spec: str
+    warnings: dict[str, int]
     changed: dict[str, int]
     left_alone: dict[str, str]
+    notes: dict[str, str]
+    measured: dict[str, str]
     hits: dict[str, int]
-    measured: dict[str, str] = field(default_factory=dict)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     same_up_to: int = 0
-    notices: dict[str, int] = field(default_factory=dict)
+
+    def warning_lines(self) -> list[str]:
+        """One line per warning, with the patch's name."""
+        return [f"warning: {self.name}: {text}{f' ({count} times)' if count > 1 else ''}" for text, count in self.warnings.items()]
 
     def __str__(self) -> str:
         text = f"{self.spec}: {', '.join(f'{count} {what}' for what, count in self.changed.items())}"
-        if self.measured:
-            text += f"; {', '.join(f'{what} {figure}' for what, figure in self.measured.items())}"
+        for facts in (self.notes, self.measured):
+            if facts:
+                text += f"; {', '.join(f'{what} {fact}' for what, fact in facts.items())}"
         if self.left_alone:
             text += f"; left alone: {', '.join(f'{what} ({why})' for what, why in self.left_alone.items())}"
         if self.hits:
             text += f"; hits: {', '.join(f'{what} {count}' for what, count in self.hits.items())}"
-        for notice, count in self.notices.items():
-            text += f"; note: {notice}{f' ({count} times)' if count > 1 else ''}"
         return text
 
 
 @dataclass(frozen=True)
 class Report:
-    """What patchkit did to a model, one entry per patch in the order of application."""
+    """What patchkit did to a model, one entry per patch in the order of application. Printed, it begins with the warnings."""
 
     patches: list[PatchReport]
 
@@ -83,4 +172,5 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.patches))
+        warnings = [line for patch in self.patches for line in patch.warning_lines()]
+        return "\n".join([*warnings, *map(str, self.patches)])

@@ -7,7 +7,7 @@ Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim, C capacity of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +92,18 @@ class StepCache(_compat.Cache):
     Attributes:
         layers: a `StepLayer` for every layer of the model.
         seen: [] int64, tokens before this forward.
-        masks: what to add to the scores [B or 1, 1, T, C], for each rule of a stream; None where the model makes its own.
+        masks: to be added to the scores [B or 1, 1, T, C], for each rule of a stream; empty where the model makes its own.
         masks_open: the masks hide nothing, now and in all steps to come.
     """
 
     layers: list[Any]
 
-    def __init__(self, layers: list[Any], seen: torch.Tensor, masks: list[torch.Tensor] | None = None) -> None:
+    def __init__(self, layers: list[Any], seen: torch.Tensor, masks: Sequence[torch.Tensor] = ()) -> None:
         super().__init__(layers=layers)
         self.seen = seen
         self.masks = masks
         self.masks_open = False
-        for tensor in [seen, *(masks or [])]:
+        for tensor in [seen, *masks]:
             _compat.mark_static_address(tensor)
 
     def update(
@@ -124,7 +124,7 @@ class LayerOfStep(StepCache):
 
     def __init__(self, step: StepCache, index: int) -> None:
         self.layers = [step.layers[index]]
-        self.seen = step.seen
+        self.seen, self.masks = step.seen, step.masks
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -245,7 +245,7 @@ class FixedCache(_compat.Cache):
         """Numbers of tokens that forwards come in often enough to be compiled."""
         return (1,)
 
-    def step(self, tokens: int) -> StepCache:
+    def fixed_step(self, tokens: int) -> StepCache:
         """The next forward, of ``tokens`` tokens, as compiled code sees it; `advance` afterwards."""
         layers = self.layers
         seen, device = layers[0].seen, layers[0].keys.device

@@ -43,7 +43,7 @@ class Scale(Patch):
         handle.on_undo(functools.partial(put_back, weight, weight.detach().clone()))
         with torch.no_grad():
             weight.mul_(self.factor)
-        handle.changed("output layers", 1)
+        handle.record.changed("output layers", 1)
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Shift(Patch):
     def apply(self, target: Any, handle: Handle) -> None:
         layers = target.decoder.layers
         for layer in layers:
-            handle.hook(layer, functools.partial(shift_output, self.by, handle.hits))
+            handle.hook(layer, functools.partial(shift_output, self.by, handle.record.hits))
             handle.set_attribute(layer, "_shift", self.by)
         handle.set_attribute(target.model, "_tag", nn.Linear(2, 2))
         handle.set_attribute(target.model.config, "_shift", self.by)
-        handle.changed("decoder layers", len(layers))
-        handle.left_alone("the embedding", "it has no hidden states")
+        handle.record.changed("decoder layers", len(layers))
+        handle.record.left_alone("the embedding", "it has no hidden states")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FailsHalfway(Patch):
     error: ClassVar[type[BaseException]] = RuntimeError
 
     def apply(self, target: Any, handle: Handle) -> None:
-        handle.hook(target.decoder, functools.partial(shift_output, 1.0, handle.hits))
+        handle.hook(target.decoder, functools.partial(shift_output, 1.0, handle.record.hits))
         handle.set_attribute(target.model, "_tag", "half")
         raise self.error("half-way")
 
@@ -81,7 +81,7 @@ class FailsToUndo(Patch):
 
     def apply(self, target: Any, handle: Handle) -> None:
         handle.on_undo(raise_in_undo)
-        handle.changed("nothing worth keeping", 1)
+        handle.record.changed("nothing worth keeping", 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Idle(Patch):
 
     def apply(self, target: Any, handle: Handle) -> None:
         handle.set_attribute(target.model, "_idle", True)
-        handle.changed("layers", 0)
+        handle.record.changed("layers", 0)
 
 
 def put_back(weight: torch.Tensor, old: torch.Tensor) -> None:
@@ -342,7 +342,8 @@ def test_the_report_counts_at_run_time(model: Any) -> None:
         "measured": {},
         "modules": {},
         "same_up_to": 0,
-        "notices": {},
+        "notes": {},
+        "warnings": {},
     }
     report = patchkit.report(model)
     assert json.loads(json.dumps(report.to_dict()))["patches"][0] == entry

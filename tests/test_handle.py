@@ -92,7 +92,7 @@ def edit(net: Net) -> Handle:
     handle = Handle(net)
     handle.hook(net, add_one, always_call=True)
     handle.pre_hook(net.linear, halve_input, prepend=True)
-    handle.pre_hook(net, functools.partial(with_keywords, handle.hits), with_kwargs=True)
+    handle.pre_hook(net, functools.partial(with_keywords, handle.record.hits), with_kwargs=True)
     handle.set_attribute(net, "note", "patched")
     handle.set_attribute(net, "scale", 3.0)
     handle.set_attribute(net, "helper", nn.Linear(1, 1))
@@ -115,7 +115,7 @@ def test_every_edit_acts_and_is_gone(net: Net) -> None:
     keys = list(net.state_dict())
     handle = edit(net)
     assert not torch.equal(net(X), output)
-    assert handle.hits == {"calls": 1}
+    assert handle.record.hits == {"calls": 1}
     assert (net.note, net.scale) == ("patched", 3.0)
     assert list(net.state_dict()) == keys, "a module set as an attribute must not be saved"
     handle.undo()
@@ -205,16 +205,16 @@ def test_functions_that_a_copy_could_not_take_along_are_refused(net: Net) -> Non
 
 def test_views_share_the_undo_stack_and_keep_their_own_report(net: Net) -> None:
     root, log = Handle(net), []  # type: ignore[var-annotated]
-    first, second = root.for_patch("first"), root.for_patch("second")  # type: ignore[arg-type]
+    first, second = (root.for_patch(types.SimpleNamespace(name=name, spec=name, stage=0)) for name in ("first", "second"))
     first.on_undo(functools.partial(note, log, "a"))
     second.on_undo(functools.partial(note, log, "b"))
-    first.changed("layers", 2)
-    first.changed("layers")
-    first.hits["steps"] += 1
-    second.left_alone("1 layer", "it is small")
-    assert (first.counts, first.reasons, first.hits) == ({"layers": 3}, {}, {"steps": 1})
-    assert (second.counts, second.reasons, second.hits) == ({}, {"1 layer": "it is small"}, {})
-    assert [patch for patch, _ in root.views] == ["first", "second"]
+    first.record.changed("layers", 2)
+    first.record.changed("layers")
+    first.record.hits["steps"] += 1
+    second.record.left_alone("1 layer", "it is small")
+    told, other = (record.report() for record in root.records)
+    assert (told.name, told.changed, told.left_alone, told.hits) == ("first", {"layers": 3}, {}, {"steps": 1})
+    assert (other.name, other.changed, other.left_alone, other.hits) == ("second", {}, {"1 layer": "it is small"}, {})
     root.undo()
     assert log == ["b", "a"]
 
@@ -240,8 +240,8 @@ def test_a_copy_is_undone_alone(net: Net, duplicate: Any) -> None:
 
     twin = duplicate(net)
     assert torch.equal(twin(X), changed)
-    assert handle.hits == {"calls": 1}, "the copy's hooks count on the copy"
-    assert twin._handle.hits == {"calls": 2}
+    assert handle.record.hits == {"calls": 1}, "the copy's hooks count on the copy"
+    assert twin._handle.record.hits == {"calls": 2}
     twin._handle.undo()
     object.__delattr__(twin, "_handle")
     assert torch.equal(twin(X), plain)

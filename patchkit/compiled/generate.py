@@ -25,7 +25,7 @@ def prepare_cache(
 ) -> Any:
     """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
     if generation_config.use_cache is False:
-        steps.notices.say("steps of this model run uncompiled: generate was called with use_cache=False")
+        steps.warnings.add("steps of this model run uncompiled: generate was called with use_cache=False")
     given, kind = model_kwargs.get(_compat.CACHE), generation_config.cache_implementation
     prepare = type(model)._prepare_cache_for_generation
     if given is not None or kind not in (None, "dynamic", "static"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -18,9 +19,10 @@ from patchkit import _compat
 from patchkit.compiled.eligibility import TENSORS, autocast_of, has_hooks, is_new_text, wants_cache, why_eager
 from patchkit.errors import UnsupportedModel
 from patchkit.exclusive import Exclusive
-from patchkit.record import Notices
+from patchkit.record import Warnings
 from patchkit.static_step import FixedCache, LayerOfStep, StepCache
 from patchkit.streaming.cache import StreamingCache
+from patchkit.streaming.runtime import runtime_of
 
 # So many forwards of at most so many tokens without a compiled step among them are worth a remark.
 _IDLE_FORWARDS, _FEW_TOKENS = 16, 17
@@ -57,7 +59,7 @@ class Steps:
     layers: list[nn.Module]
     cache_layers: int
     hits: Counter[str]
-    notices: Notices
+    warnings: Warnings
     exclusive: Exclusive = field(default_factory=Exclusive)
     step: StepCache | None = None
     kind: tuple[Any, ...] = ()
@@ -110,7 +112,7 @@ class Steps:
         if not reason and self.idle == _IDLE_FORWARDS:
             reason = f"{_IDLE_FORWARDS} forwards of at most {_FEW_TOKENS} tokens, one after the other, were none of one token with a cache"
         if reason:
-            self.notices.say(f"steps of this model run uncompiled: {reason}")
+            self.warnings.add(f"steps of this model run uncompiled: {reason}")
 
     def forget_if_changed(self) -> None:
         """Compile again where modules or hooks were added or taken away, which compiled code does not look at (`_compat.guard_options`)."""
@@ -153,7 +155,7 @@ def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
 def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward beneath its hooks: compiled where it is a step, else the model's own."""
     decoder: Any = steps.decoder
-    runtime = decoder.__dict__.get("_patchkit_streaming")
+    runtime = runtime_of(decoder)
     kwargs = {name: value for name, value in _compat.by_name(decoder, args, kwargs).items() if value is not None}
     if runtime is None and wants_cache(decoder, kwargs):
         kwargs[_compat.CACHE] = FixedCache(steps.cache_layers)
@@ -171,20 +173,17 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     kwargs = {name: _packed(kwargs[name]) for name in TENSORS if name in kwargs} | {_compat.CACHE: step, "use_cache": True}
     steps.step = step
     steps.kind = _kind(step, kwargs)
-    if runtime is not None:
-        runtime.masks, runtime.step = step.masks, step
     graphs = _uses_cudagraphs(steps.patch, decoder)
     if graphs:
         torch.compiler.cudagraph_mark_step_begin()
     try:
-        if steps.layers:
-            output = type(decoder).forward(decoder, **kwargs)
-        else:
-            output = steps.run(steps.kind, _run_forward, decoder, kwargs)
+        with contextlib.nullcontext() if runtime is None else runtime.running(step):
+            if steps.layers:
+                output = type(decoder).forward(decoder, **kwargs)
+            else:
+                output = steps.run(steps.kind, _run_forward, decoder, kwargs)
     finally:
         steps.step = None
-        if runtime is not None:
-            runtime.masks = runtime.step = None
     if graphs:  # the next step writes over the memory of this one's output
         output = type(output)(**{name: value.clone() if torch.is_tensor(value) else value for name, value in output.items()})
     if isinstance(cache, FixedCache):
@@ -202,13 +201,12 @@ def _call_layer(steps: Steps, index: int, *args: Any, **kwargs: Any) -> Any:
     if step is None:
         return layer._call_impl(*args, **kwargs)
     mine = LayerOfStep(step, index)
-    runtime = steps.decoder.__dict__.get("_patchkit_streaming")
-    if runtime is not None:
-        runtime.step = mine
     args = tuple(mine if value is step else value for value in args)
     kwargs = {name: mine if value is step else value for name, value in kwargs.items()}
     own = index if index in steps.hooked else None
-    return steps.run((type(layer), own, *steps.kind), _run_call, layer, args, kwargs)
+    runtime = runtime_of(steps.decoder)
+    with contextlib.nullcontext() if runtime is None else runtime.running(mine):
+        return steps.run((type(layer), own, *steps.kind), _run_call, layer, args, kwargs)
 
 
 def _run_forward(decoder: Any, kwargs: dict[str, Any]) -> Any:
@@ -225,8 +223,8 @@ def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | 
     reason = why_eager(decoder, kwargs)
     step: StepCache | None = None
     if reason is None and isinstance(cache, StreamingCache):
-        step = cache.step()
-        if step is not None and step.masks is not None:
+        step = cache.fixed_step()
+        if step is not None:
             kwargs["attention_mask"] = step.masks[0]  # not used: it keeps the model from making one
     elif reason is None and isinstance(cache, FixedCache):
         step = _fixed_step(decoder, cache, kwargs)
@@ -239,7 +237,7 @@ def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | 
 def _fixed_step(decoder: Any, cache: FixedCache, kwargs: dict[str, Any]) -> StepCache:
     inputs, mask = kwargs.get("input_ids", kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
     assert inputs is not None
-    step = cache.step(inputs.shape[1])
+    step = cache.fixed_step(inputs.shape[1])
     if mask is not None:
         kwargs["attention_mask"] = nn.functional.pad(mask.to(torch.int64), (0, cache.room - mask.shape[1]))
         return step
@@ -258,7 +256,7 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 def _kind(step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What a graph is made for; steps that differ in this have graphs of their own."""
     shapes = tuple((name, value.shape, value.dtype) for name, value in kwargs.items() if torch.is_tensor(value))
-    masks = () if step.masks is None else tuple(mask.shape for mask in step.masks)
+    masks = tuple(mask.shape for mask in step.masks)
     layer: Any = step.layers[0]
     return shapes, masks, layer.keys.shape, layer.keys.dtype, torch.is_inference_mode_enabled(), autocast_of(layer.keys.device)
 

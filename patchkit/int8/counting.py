@@ -12,22 +12,22 @@ from patchkit.handle import Handle
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.linears import Int8Linear
 from patchkit.int8.weight import Int8Weight
-from patchkit.record import Notices
+from patchkit.record import Warnings
 
 
 def count_products(handle: Handle, blocks: list[Int8Linear | Int8Experts]) -> None:
     for what, kind in (("feed-forward linears", Int8Linear), ("layers of fused experts", Int8Experts)):
         count = sum(isinstance(block, kind) for block in blocks)
         if count:
-            handle.changed(what, count)
-    modes = Counter(str(facts["mode"]) for facts in handle.modules.values())
-    handle.measure("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
+            handle.record.changed(what, count)
+    modes = Counter(str(facts["mode"]) for facts in handle.record.modules.values())
+    handle.record.note("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
 
 
-def count_forward(hits: Counter[str], notices: Notices, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:
+def count_forward(hits: Counter[str], warnings: Warnings, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
         return
     hits["forwards"] += 1
     replaced = sum(not isinstance(module._parameters.get("weight"), Int8Weight) for module in modules)
     if replaced:
-        notices.say(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and run over that")
+        warnings.add(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and run over that")

@@ -73,7 +73,7 @@ class Int8Experts:
         return None if inputs is None else decibels(self.run_original(*inputs), self.run(*inputs))
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
-        handle.set_attribute(self.module, "_patchkit_experts", self.weights)
+        handle.set_attribute(self.module, _WEIGHTS, self.weights)
         config = self.module.config
         implementation = config._experts_implementation or "eager"
         implementation = implementation.removeprefix(_EXPERTS)
@@ -82,7 +82,7 @@ class Int8Experts:
         for key, weights in self.weights.items():
             original = getattr(self.module, key)
             weights.implementation = implementation
-            handle.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
+            handle.record.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
             originals.append((self.module, key, original))
             freed = FreedWeight(original.shape, original.dtype, original.device)
             self.module._parameters[key] = nn.Parameter(freed, requires_grad=False)
@@ -126,6 +126,7 @@ class ExpertWeights:
 
 
 _EXPERTS = "patchkit_int8_"
+_WEIGHTS = "_patchkit_experts"  # the attribute of a module of fused experts
 
 
 @functools.lru_cache
@@ -136,8 +137,13 @@ def register_experts_for(implementation: str) -> str:
     return name
 
 
+def int8_experts_of(module: nn.Module) -> dict[str, ExpertWeights] | None:
+    """The int8 weights of a module of fused experts, by parameter name; None of other modules."""
+    return vars(module).get(_WEIGHTS)
+
+
 def _experts_forward(implementation: str, module: Any, *inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    weights = module.__dict__.get("_patchkit_experts")
+    weights = int8_experts_of(module)
     if weights is None:
         forward: Callable[..., torch.Tensor] = _compat.experts_forward(module, implementation)
         return forward(module, *inputs, **kwargs)

@@ -76,7 +76,7 @@ class Int8Linear:
         return decibels(self.run_original(x), self.run(x))
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
-        handle.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
+        handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
         self.module._parameters["weight"] = nn.Parameter(self.weight, requires_grad=False)
         saved: Any = save_torchao

@@ -86,9 +86,8 @@ def attend_linearly(
     given = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if given is None else given
     if runtime.step is not None:
-        assert runtime.masks is not None
         layer = runtime.step.layer(hybrid.index)
-        visible = runtime.masks[rule.number] == 0
+        visible = runtime.step.masks[rule.number] == 0
         out = _one_token(hybrid, layer, layer.linear_step().short, softmax_part(query, key, value, visible, scaling), query)
     elif context is None:
         return original(module, query, key, value, attention_mask, **kwargs)

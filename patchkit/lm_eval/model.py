@@ -140,7 +140,7 @@ class PatchkitLM(HFLM):
         if patches and not self._tasks:
             raise NeverActed("no task has run on the patched model: its answers came from a cache of responses (use_cache), leave that out")
         tasks, self._tasks = self._tasks, {}
-        facts = {"name", "spec", "changed", "left_alone", "same_up_to"}
+        facts = {"name", "spec", "changed", "left_alone", "warnings", "same_up_to"}
         return super().get_model_info() | {
             "patchkit": {
                 "patches": [{name: value for name, value in vars(patch).items() if name in facts} for patch in patches],
@@ -284,7 +284,7 @@ class PatchkitLM(HFLM):
         _add(self._tasks, done)
         if idle:
             self._tasks = {}
-            why = [notice for patch in self._report().patches for notice in patch.notices]
+            why = [text for patch in self._report().patches for text, count in patch.warnings.items() if count]
             remedy = f"it says why: {'; '.join(why)}" if why else "give longer texts or other tasks"
             raise NeverActed(f"{'; '.join(idle)}. What was measured is the model without it: {remedy}")
         return answers

@@ -39,6 +39,7 @@ from patchkit.compiled.steps import Steps
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Stage, register_patch
+from patchkit.streaming.runtime import runtime_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -115,19 +116,19 @@ class Compile(Patch):
 
     def apply(self, target: Target, handle: Handle) -> None:
         decoder = target.decoder
-        runtime = decoder.__dict__.get("_patchkit_streaming")
+        runtime = runtime_of(decoder)
         if runtime is not None:
             _refuse_stream(runtime.plan)
         layers = _decoder_layers(target) if self.scope == "layers" else []
         cache_layers = len(_compat.DynamicCache(config=target.config).layers)
-        steps = Steps(self, decoder, layers, cache_layers, handle.hits, handle.notices)
+        steps = Steps(self, decoder, layers, cache_layers, handle.record.hits, handle.record.warnings)
         handle.set_attribute(decoder, "_patchkit_compile", steps)  # for copies: see `Steps.__setstate__`
         for module, call in steps.calls():
             handle.set_attribute(module, "_compiled_call_impl", call)
         if runtime is None:
             prepare = functools.partial(prepare_cache, target.model, steps)
             handle.set_attribute(target.model, "_prepare_cache_for_generation", prepare)
-        handle.changed("decoder layers" if layers else "decoders", len(layers) or 1)
+        handle.record.changed("decoder layers" if layers else "decoders", len(layers) or 1)
 
 
 def _decoder_layers(target: Target) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from patchkit.anatomy.layers import BAKED_IN, AttentionLayer
 from patchkit.anatomy.target import Target
+from patchkit.attention import set_attention
 from patchkit.definitions import hybrid_logits
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
@@ -97,7 +98,7 @@ class LinearAttention(Patch):
             rule = runtime.plan.rules[layer.index]
             if isinstance(rule, LinearRule):
                 attend = functools.partial(attend_linearly, runtime, HybridLayer(layer.index, rule, rule.parts[layer.index]))
-                handle.set_attribute(layer.module, "_patchkit_attention", attend)
+                set_attention(handle, layer.module, attend)
             else:
                 stream_layer(target, handle, runtime, layer)
         report_layers(target, handle, plan)
@@ -107,19 +108,17 @@ class LinearAttention(Patch):
             for name, (a, b) in adapted.items():
                 adapt(target.model.get_submodule(name), a, b, handle)
             if adapted:
-                handle.changed("adapted projections", len(adapted))
+                handle.record.changed("adapted projections", len(adapted))
         else:
-            handle.left_alone(
-                "quality",
-                "not that of the original model without conversion (stdlib-7m: perplexity 826 instead of 12): run `patchkit linearize`",
+            handle.record.warn(
+                "without conversion, quality is not that of the original model (stdlib-7m: perplexity 826 instead of 12): "
+                "run `patchkit linearize`"
             )
         if any(layer.obstacle == BAKED_IN for layer in owned):
             limit = target.position_limit
-            handle.left_alone(
-                "positions", f"they are learned, so texts end where they end{'' if limit is None else f', at {limit} tokens'}"
-            )
+            handle.record.warn(f"positions are learned, so sequences end where they end{'' if limit is None else f', at {limit} tokens'}")
         elif plan.limit is None:
-            handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
+            handle.record.warn("layers that patchkit does not keep need true positions, so positions are not bounded")
 
     def promises(self, target: Target) -> Promises:
         plan, owned, state = self._plan(target)

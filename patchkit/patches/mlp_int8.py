@@ -109,10 +109,10 @@ class MLPInt8(Patch):
                 left[block.name] = f"its SNR of {snr:.1f} dB is below {self.min_snr:g}"
                 continue
             mode = next(mode for mode, activation in ACTIVATIONS.items() if activation == block.activation)
-            handle.describe(block.name, mode=mode, snr_db=None if snr is None else round(snr, 2), shape=block.shape)
+            handle.record.describe(block.name, mode=mode, snr_db=None if snr is None else round(snr, 2), shape=block.shape)
             kept.append(block)
         for what, why in left.items():
-            handle.left_alone(what, why)
+            handle.record.left_alone(what, why)
         if not kept:
             raise NothingMatched(
                 f"every feed-forward module has an SNR below min_snr={self.min_snr:g} dB: give a lower one, or leave it out"
@@ -125,7 +125,7 @@ class MLPInt8(Patch):
             block.install(handle, originals, self.keep_original)
         count_products(handle, kept)
         modules = [block.module for block in kept if isinstance(block, Int8Linear)]
-        count = functools.partial(count_forward, handle.hits, handle.notices, modules)
+        count = functools.partial(count_forward, handle.record.hits, handle.record.warnings, modules)
         handle.pre_hook(_compat.decoder_of(target.model), count, with_kwargs=True)
         make_saveable(target.model, handle, [block for block in kept if isinstance(block, Int8Linear) and not block.transposed])
         if not self.keep_original:
@@ -165,13 +165,13 @@ class MLPInt8(Patch):
         faster: list[str] = []
         for rows in TIMED_ROWS:
             before, after = milliseconds(blocks, rows)
-            handle.measure(f"{rows} row{'s' * (rows > 1)}", f"{before:.3g} -> {after:.3g} ms")
+            handle.record.measured(f"{rows} row{'s' * (rows > 1)}", f"{before:.3g} -> {after:.3g} ms")
             (slower if after > before else faster).append(
                 f"{rows} row{'s' * (rows > 1)} at once: {after:.3g} ms in these layers, {before:.3g} ms unpatched"
             )
-        ratios = [facts["snr_db"] for facts in handle.modules.values() if facts["snr_db"] is not None]
+        ratios = [facts["snr_db"] for facts in handle.record.modules.values() if facts["snr_db"] is not None]
         if ratios:
-            handle.measure("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")
+            handle.record.measured("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")
         if slower:
             message = f"mlp_int8 is slower than the original on this machine ({'; '.join(slower)})"
             if self.strict:
@@ -181,4 +181,4 @@ class MLPInt8(Patch):
             if faster:
                 kind, other = ("prompts", "decoding") if slower[0].startswith("256") else ("decoding", "prompts")
                 advice = f"and faster with {faster[0]}. Leave the patch out where most of the time goes into {kind}, keep it for {other}"
-            _logger.warning("patchkit: %s: %s", message, advice)
+            handle.record.warn(f"{message}: {advice}", log=True)

@@ -29,7 +29,7 @@ from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
-from patchkit.record import Notices
+from patchkit.record import Warnings
 from patchkit.speculation.acceptance import Acceptance, acceptance
 from patchkit.speculation.cached_model import find_obstacle, takes_any_mask
 from patchkit.speculation.controllers import controller, parse_call
@@ -40,7 +40,7 @@ from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup
 from patchkit.speculation.loop import speculate
 from patchkit.speculation.refusals import Unserved
-from patchkit.speculation.shared import Speculation
+from patchkit.speculation.shared import Speculation, keep_speculation, speculation_of
 
 
 @register_patch("speculative")
@@ -113,22 +113,32 @@ class Speculative(Patch):
         configs = _compat.attention_configs(target.model)
         # Masks for each row come through the alias. It stays, because to put it there for a forward would disturb other threads.
         aliased = sorted({original_name(config) for config in configs}) if ragged and takes_any_mask(configs) else []
-        speculation = Speculation(prepared, str(drafter), self._acceptance(), control, ragged, handle.hits, handle.notices, tuple(aliased))
+        speculation = Speculation(
+            prepared,
+            str(drafter),
+            self._acceptance(),
+            control,
+            ragged,
+            handle.record.hits,
+            handle.record.warnings,
+            tuple(aliased),
+            compiled=any(patch.stage is Stage.COMPILE for patch in target.patches),
+        )
         for config in configs if aliased else []:
             if not has_own_mask(config):  # that of an attention patch must stay
                 set_alias(handle, config, alias_of(original_name(config)))
-        handle.set_attribute(target.model, "_patchkit_speculative", speculation)
-        handle.set_attribute(target.decoder, "_patchkit_speculative", speculation)
+        for module in (target.model, target.decoder):
+            keep_speculation(handle, module, speculation)
         handle.hook(target.decoder, _keep_hidden)
         handle.set_attribute(target.model, "generate", functools.partial(_generate, target.model, speculation))
         for name in _compat.continuous_batching(target.model):
             if name in vars(target.model):  # streaming refuses it, which must stand
                 continue
-            handle.set_attribute(target.model, name, functools.partial(_unspeculated, target.model, handle.notices, name))
-        handle.changed("generate methods")
-        handle.measure("drafts", str(drafter))
+            handle.set_attribute(target.model, name, functools.partial(_unspeculated, target.model, handle.record.warnings, name))
+        handle.record.changed("generate methods")
+        handle.record.note("drafts", str(drafter))
         if not speculation.acceptance.lossless:
-            handle.left_alone("exactness", f"acceptance={speculation.acceptance} changes the text")
+            handle.record.warn(f"acceptance={speculation.acceptance} changes the text")
 
     def _controller(self) -> Controller:
         return controller(self.k)
@@ -176,7 +186,7 @@ def _named_drafter(name: str, target: Target | None) -> Drafter | None:
 
 
 def _keep_hidden(decoder: nn.Module, args: Any, output: Any) -> None:
-    speculation: Speculation = decoder.__dict__["_patchkit_speculative"]
+    speculation = speculation_of(decoder)
     if speculation.watching:
         speculation.hidden = output[0]
 
@@ -201,13 +211,13 @@ def _generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -
         except Unserved as unserved:
             reason = str(unserved)
     speculation.hits["stock calls"] += 1
-    speculation.notices.say(f"generate runs without speculation: it does not serve {reason}")
+    speculation.warnings.add(f"generate runs without speculation: it does not serve {reason}")
     return stock(model, *args, **kwargs)
 
 
-def _unspeculated(model: Any, notices: Notices, name: str, *args: Any, **kwargs: Any) -> Any:
+def _unspeculated(model: Any, warnings: Warnings, name: str, *args: Any, **kwargs: Any) -> Any:
     """A method of the model's that generates in a way of its own."""
-    notices.say(f"{name} runs without speculation: call generate for that")
+    warnings.add(f"{name} runs without speculation: call generate for that")
     return getattr(type(model), name)(model, *args, **kwargs)
 
 

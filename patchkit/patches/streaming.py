@@ -118,11 +118,11 @@ class StreamingLLM(Patch):
         for layer in owned:
             stream_layer(target, handle, runtime, layer)
         if self.refresh is not None:
-            handle.pre_hook(target.decoder, functools.partial(before_refreshed_forward, handle.hits), with_kwargs=True, prepend=True)
+            handle.pre_hook(target.decoder, functools.partial(before_refreshed_forward, handle.record.hits), with_kwargs=True, prepend=True)
             handle.hook(target.decoder, after_refreshed_forward, with_kwargs=True, always_call=True)
         report_layers(target, handle, plan)
         if plan.limit is None:
-            handle.left_alone("positions", "layers that patchkit does not keep need true ones, so they are not bounded")
+            handle.record.warn("layers that patchkit does not keep need true positions, so positions are not bounded")
 
     def promises(self, target: Target) -> Promises:
         plan, owned = self._plan(target)

@@ -157,7 +157,7 @@ class _Run(Judge):
         asked = any(step.k > 0 for step in steps)
         reason = f"{self.speculation.label} had nothing to propose" if asked else self.speculation.controller.why_plain()
         if reason is not None:
-            self.speculation.notices.say(f"generate ran without drafts: {reason}")
+            self.speculation.warnings.add(f"generate ran without drafts: {reason}")
 
     def _prefill(self, session: Any) -> None:
         """Feed the prompt and take the first token from its logits."""
@@ -186,7 +186,7 @@ class _Run(Judge):
         tokens = torch.cat([last[:, None], proposal.tokens], 1)
         if proposal.parents is None:
             width = tokens.shape[1]
-            compiled = isinstance(self.cached.cache, RaggedCache) and "_patchkit_compile" in vars(self.decoder)
+            compiled = isinstance(self.cached.cache, RaggedCache) and self.speculation.compiled
             if compiled:
                 rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
                 if self.stops.room(max(self.cached.fed)) < rounded:  # there may be no positions beyond

@@ -12,7 +12,8 @@ import torch
 from patchkit.attention import alias_of
 from patchkit.errors import PatchConflict
 from patchkit.exclusive import Exclusive
-from patchkit.record import Notices
+from patchkit.handle import Handle
+from patchkit.record import Warnings
 from patchkit.speculation.acceptance import Acceptance
 from patchkit.speculation.draft_lengths import ControllerSession
 from patchkit.speculation.drafter import Drafter
@@ -20,6 +21,9 @@ from patchkit.speculation.statistics import RunStatistics
 
 # Calls of generate whose statistics are kept.
 _MOST_RUNS = 256
+
+
+_STATE = "_patchkit_speculative"  # the attribute of a model and of its decoder
 
 
 @dataclass(eq=False)
@@ -32,6 +36,7 @@ class Speculation:
         ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
         runs: statistics of the last calls.
         aliased: implementations of attention whose alias the model's configs name.
+        compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps.
         watching, hidden: whether the decoder's hook keeps its output, and the last one.
     """
 
@@ -41,8 +46,9 @@ class Speculation:
     controller: ControllerSession
     ragged: bool
     hits: Counter[str]
-    notices: Notices
+    warnings: Warnings
     aliased: tuple[str, ...] = ()
+    compiled: bool = False
     exclusive: Exclusive = field(default_factory=Exclusive)
     runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
@@ -61,17 +67,27 @@ def statistics_of(model: Any) -> RunStatistics:
     Raises:
         PatchConflict: the model is not patched with speculative.
     """
-    return RunStatistics.merged(_speculation_of(model).runs)
+    return RunStatistics.merged(speculation_of(model).runs)
 
 
 def reset_statistics(model: Any) -> None:
     """Start `statistics_of` afresh; what the controller has learned stays."""
-    _speculation_of(model).runs.clear()
+    speculation_of(model).runs.clear()
 
 
-def _speculation_of(model: Any) -> Speculation:
-    found = vars(model).get("_patchkit_speculative")
+def speculation_of(module: Any) -> Speculation:
+    """The state of a model patched with speculative, or of its decoder.
+
+    Raises:
+        PatchConflict: it is not patched with speculative.
+    """
+    found = vars(module).get(_STATE)
     if found is None:
-        raise PatchConflict(f"this {type(model).__name__} is not patched with speculative: patch_model(model, 'speculative') first")
+        raise PatchConflict(f"this {type(module).__name__} is not patched with speculative: patch_model(model, 'speculative') first")
     speculation: Speculation = found
     return speculation
+
+
+def keep_speculation(handle: Handle, module: Any, speculation: Speculation) -> None:
+    """Leave ``speculation`` on a model or its decoder, until it is unpatched."""
+    handle.set_attribute(module, _STATE, speculation)

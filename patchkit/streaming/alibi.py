@@ -13,6 +13,8 @@ from patchkit.errors import StreamError
 from patchkit.streaming.rule import LayerRule
 from patchkit.streaming.runtime import Runtime
 
+BIAS = "_patchkit_alibi"  # the attribute of an attention module
+
 
 @dataclass(eq=False)
 class Alibi:
@@ -27,7 +29,7 @@ def before_alibi_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Replace the bias and the mask by those of the streaming rule."""
-    alibi: Alibi = module.__dict__["_patchkit_alibi"]
+    alibi: Alibi = vars(module)[BIAS]
     context, rule, layer = alibi.runtime.context, alibi.rule, alibi.layer
     if context is None:
         return None

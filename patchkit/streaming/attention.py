@@ -82,8 +82,8 @@ def attend_in_window(
     Returns:
         [B, T, H, V] and no attention weights.
     """
-    if runtime.masks is not None:
-        return original_function(masked, module)(module, query, key, value, runtime.masks[rule.number], **kwargs)
+    if runtime.step is not None:
+        return original_function(masked, module)(module, query, key, value, runtime.step.masks[rule.number], **kwargs)
     context = runtime.context
     if context is None:
         return original(module, query, key, value, attention_mask, **kwargs)

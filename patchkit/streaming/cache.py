@@ -98,7 +98,7 @@ class StreamingCache(_compat.Cache):
             )
         self.stream.step, self.stream.in_inference = None, False
 
-    def step(self) -> StepCache | None:
+    def fixed_step(self) -> StepCache | None:
         """The forward under way, if it is of one token, as compiled code sees it; None where it has to run eagerly."""
         return self.stream.fixed_step(self.own_layers)
 

@@ -28,7 +28,7 @@ def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kw
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     generation_config.cache_implementation = kind
     if generation_config.use_cache is False:
-        runtime.notices.say("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")
+        runtime.warnings.add("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")
     made = model_kwargs.get(_compat.CACHE)
     if given is None and made is not None:
         cache = runtime.plan.new_cache()

@@ -15,13 +15,14 @@ from patchkit.streaming.attention import causal_mask, placeholder_mask
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
 from patchkit.streaming.rule import ForwardContext
-from patchkit.streaming.runtime import Runtime
+from patchkit.streaming.runtime import Runtime, runtime_of
 from patchkit.streaming.stream import Stream
 
 
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Give the decoder our cache and bounded positions, and announce the context to the attention layers."""
-    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    runtime = runtime_of(decoder)
+    assert runtime is not None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache = kwargs.get(_compat.CACHE)
     if _compat.is_paged(kwargs):
@@ -30,7 +31,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         if isinstance(cache, StreamingCache):
             raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
         if not torch.is_grad_enabled():
-            runtime.notices.say("the model is in training mode, where it runs unpatched: call model.eval()")
+            runtime.warnings.add("the model is in training mode, where it runs unpatched: call model.eval()")
         forget_masks(runtime)
         runtime.context = runtime.cache = None
         return None
@@ -90,7 +91,8 @@ def forget_masks(runtime: Runtime) -> None:
 
 def after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Count the tokens as seen; runs after a failed forward too, with no output."""
-    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    runtime = runtime_of(decoder)
+    assert runtime is not None
     if not runtime.exclusive.give_back():  # refused: what is there belongs to another thread
         return
     context, cache = runtime.context, runtime.cache

@@ -7,16 +7,16 @@ import functools
 from patchkit import _compat
 from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.target import Target
-from patchkit.attention import alias_of, configs_of, has_own_mask, original_name, set_alias
+from patchkit.attention import alias_of, configs_of, has_own_mask, original_name, set_alias, set_attention
 from patchkit.handle import Handle
-from patchkit.streaming.alibi import Alibi, before_alibi_attention
+from patchkit.streaming.alibi import BIAS, Alibi, before_alibi_attention
 from patchkit.streaming.attention import attend_in_window, masked_implementation, watch_queries
 from patchkit.streaming.generate import prepare_cache, refuse_continuous_batching
-from patchkit.streaming.heavy_hitters import HeavyHitterRule as DynamicLane
+from patchkit.streaming.heavy_hitters import HeavyHitterRule
 from patchkit.streaming.hooks import after_forward, before_forward, forget_masks
 from patchkit.streaming.plans import joined, listed, windows_of
 from patchkit.streaming.rule import Plan
-from patchkit.streaming.runtime import Runtime, frequencies_of
+from patchkit.streaming.runtime import Runtime, frequencies_of, keep_runtime, runtime_of
 
 
 def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
@@ -25,20 +25,20 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
     Raises:
         PatchConflict: both plans have rules for one layer.
     """
-    runtime: Runtime | None = target.decoder.__dict__.get("_patchkit_streaming")
+    runtime = runtime_of(target.decoder)
     called = [layer.module for layer in target.attention_layers if layer.index in plan.rules and layer.interface]
     if runtime is not None:
         handle.set_attribute(runtime, "configs", configs_of(called, target.model) + runtime.configs)
         handle.set_attribute(runtime, "plan", joined(target, runtime.plan, plan))
-        handle.set_attribute(runtime, "counters", [*runtime.counters, (plan.main, handle.hits)])
+        handle.set_attribute(runtime, "counters", [*runtime.counters, (plan.main, handle.record.hits)])
         handle.set_attribute(runtime, "frequencies", [*runtime.frequencies, *frequencies_of(target, plan)])
         return runtime
     configs = _compat.attention_configs(target.model)
     implementations = tuple({original_name(config) for config in configs})
-    runtime = Runtime(plan, [(plan.main, handle.hits)], implementations, handle.notices, configs_of(called, target.model))
+    runtime = Runtime(plan, [(plan.main, handle.record.hits)], implementations, handle.record.warnings, configs_of(called, target.model))
     runtime.frequencies, runtime.mask_configs = frequencies_of(target, plan), tuple(configs)
     handle.on_undo(functools.partial(forget_masks, runtime))
-    handle.set_attribute(target.decoder, "_patchkit_streaming", runtime)
+    keep_runtime(handle, target.decoder, runtime)
     handle.pre_hook(target.decoder, before_forward, with_kwargs=True, prepend=True)
     handle.hook(target.decoder, after_forward, with_kwargs=True, always_call=True)
     handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(prepare_cache, target.model, runtime))
@@ -54,12 +54,12 @@ def stream_layer(target: Target, handle: Handle, runtime: Runtime, layer: Attent
     """Make one layer attend by the streaming rule of its rule."""
     rule = runtime.plan.rules[layer.index]
     if layer.alibi is not None:
-        handle.set_attribute(layer.module, "_patchkit_alibi", Alibi(runtime, rule, layer))
+        handle.set_attribute(layer.module, BIAS, Alibi(runtime, rule, layer))
         handle.pre_hook(layer.module, before_alibi_attention, with_kwargs=True)
     else:
-        watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(rule, DynamicLane) else None
+        watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(rule, HeavyHitterRule) else None
         attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked_implementation(target), watch)
-        handle.set_attribute(layer.module, "_patchkit_attention", attend)
+        set_attention(handle, layer.module, attend)
 
 
 def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
@@ -68,10 +68,10 @@ def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
     changed = [layer for layer in layers if layer.kind == "full" and layer.index in plan.rules]
     sliding, chunked = ([layer for layer in layers if layer.kind == kind] for kind in ("sliding", "chunked"))
     others = [layer for layer in layers if layer.kind == "full" and layer not in changed]
-    handle.changed("attention layers", len(changed))
+    handle.record.changed("attention layers", len(changed))
     for kept, what in ((sliding, "sliding-window"), (chunked, "chunked")):
         if kept:
-            handle.left_alone(f"{len(kept)} {what} layers", f"they keep their own rule, over {listed(windows_of(kept))} tokens")
+            handle.record.left_alone(f"{len(kept)} {what} layers", f"they keep their own rule, over {listed(windows_of(kept))} tokens")
     if others:
         why = "not in layers=: unless another patch has them, they keep all keys, so memory grows"
-        handle.left_alone(f"{len(others)} attention layers", why)
+        handle.record.left_alone(f"{len(others)} attention layers", why)

@@ -15,7 +15,7 @@ from patchkit.errors import StreamError
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
 from patchkit.streaming.refresh import RefreshedCache
-from patchkit.streaming.runtime import Runtime
+from patchkit.streaming.runtime import Runtime, runtime_of
 
 
 @dataclass(eq=False)
@@ -37,7 +37,8 @@ def before_refreshed_forward(
     hits: Counter[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Refresh the cache where that is due; a forward that goes beyond such a place is run up to it first, and goes on with the rest."""
-    runtime: Runtime = decoder.__dict__["_patchkit_streaming"]
+    runtime = runtime_of(decoder)
+    assert runtime is not None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     if decoder.training or not (cache is None or (isinstance(cache, RefreshedCache) and cache.plan is runtime.plan)):

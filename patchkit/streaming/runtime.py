@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from patchkit import _compat
@@ -15,7 +16,8 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.attention import Masks, alias_of
 from patchkit.exclusive import Exclusive
-from patchkit.record import Notices
+from patchkit.handle import Handle
+from patchkit.record import Warnings
 from patchkit.static_step import StepCache
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
@@ -57,14 +59,17 @@ def frequencies_of(target: Target, plan: Plan) -> list[Frequencies]:
     return found
 
 
+_STATE = "_patchkit_streaming"  # the attribute of a decoder
+
+
 @dataclass(eq=False)
 class Runtime:
-    """What the hooks of one patched model share. ``context`` is set while its decoder runs.
+    """State that the hooks of one patched model share. ``context`` is set while its decoder runs.
 
     Attributes:
         counters: the rule that each patch has brought, and the patch's hits.
         implementations: of attention, that the configs named before.
-        notices: of the first patch.
+        warnings: of the first patch.
         configs: those in which the alias of our attention must stand.
         frequencies: where those of the rules' rotations come from.
         mask_configs: those by which the model's masks are made.
@@ -73,7 +78,7 @@ class Runtime:
     plan: Plan
     counters: list[tuple[LayerRule, Counter[str]]]
     implementations: tuple[str, ...]
-    notices: Notices
+    warnings: Warnings
     configs: list[Any] = dataclasses.field(default_factory=list)
     frequencies: list[Frequencies] = dataclasses.field(default_factory=list)
     exclusive: Exclusive = dataclasses.field(default_factory=Exclusive)
@@ -82,11 +87,29 @@ class Runtime:
     own_masks: Masks | None = None  # while a forward is under way, what its masks come from,
     outer_masks: Masks | None = None  # and what they came from before
     mask_configs: tuple[Any, ...] = ()
-    masks: list[torch.Tensor] | None = None  # of a step that runs compiled, for each rule
-    step: StepCache | None = None  # that step
+    step: StepCache | None = None  # while a fixed step runs, whose tensors are at fixed addresses
+
+    @contextlib.contextmanager
+    def running(self, step: StepCache) -> Iterator[None]:
+        """Within this context, attention reads cache and masks of ``step``, which `StreamingCache.fixed_step` has handed out."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.
         vars(self).update(state)
         for implementation in self.implementations:
             alias_of(implementation)
+
+
+def runtime_of(decoder: nn.Module) -> Runtime | None:
+    """The streaming state of a patched decoder; None of one that does not stream."""
+    return vars(decoder).get(_STATE)
+
+
+def keep_runtime(handle: Handle, decoder: nn.Module, runtime: Runtime) -> None:
+    """Leave ``runtime`` on the decoder, until it is unpatched."""
+    handle.set_attribute(decoder, _STATE, runtime)

@@ -190,7 +190,6 @@ class Stream:
 
     def _write_masks(self, context: ForwardContext, rules: list[LayerRule], step: StepCache) -> None:
         """0 where a slot is visible, and the lowest number elsewhere."""
-        assert step.masks is not None
         full = context.sees_every_slot and context.end >= max(rule.capacity for rule in rules)
         if full and step.masks_open:
             return

@@ -18,7 +18,7 @@ from patchkit import _compat
 from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
-from patchkit.attention import AttentionFunction, AttentionOutput, alias_of
+from patchkit.attention import AttentionFunction, AttentionOutput, alias_of, attending
 from patchkit.linear.hybrid import HybridAttention, hybrid_attention
 from patchkit.linear.state import LinearState
 
@@ -70,15 +70,9 @@ class Student:
 
     @contextlib.contextmanager
     def _attention(self, function_of: Callable[[AttentionLayer], AttentionFunction]) -> Iterator[None]:
-        layers = [(layer, module) for layer, module in self._layers if layer.index in self.state.parts]
-        with _compat.attention_set_to(self.model, alias_of):
-            try:
-                for layer, module in layers:
-                    module.__dict__["_patchkit_attention"] = function_of(layer)
-                yield
-            finally:
-                for _, module in layers:
-                    module.__dict__.pop("_patchkit_attention", None)
+        functions = [(module, function_of(layer)) for layer, module in self._layers if layer.index in self.state.parts]
+        with _compat.attention_set_to(self.model, alias_of), attending(functions):
+            yield
 
 
 def _hybrid(

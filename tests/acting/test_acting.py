@@ -70,7 +70,7 @@ def assert_acted(name: str, model: Any, fed: int, steps: int, rounds: int) -> No
         assert found["proposed"] > 0 and found["rounds"] > 0 and "stock calls" not in found
     else:
         assert any(found.get(counter) for counter in (available_patches()[name].acts or found))
-    assert report(model).patches[0].notices == {}
+    assert report(model).patches[0].warnings == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,8 +33,8 @@ def assert_said_once(model: Any, caplog: pytest.LogCaptureFixture, words: str) -
     lines = [record.message for record in caplog.records if words in record.message and record.levelno == logging.WARNING]
     assert len(lines) == 1, [record.message for record in caplog.records]
     (facts,) = report(model).patches
-    (notice,) = (notice for notice in facts.notices if words in notice)
-    assert notice in str(facts)
+    (warning,) = (warning for warning in facts.warnings if words in warning)
+    assert warning in str(report(model)).splitlines()[0]
 
 
 @pytest.mark.parametrize("spec", [STREAMING, LINEAR])
@@ -49,7 +49,7 @@ def test_a_model_in_training_mode(spec: str, caplog: pytest.LogCaptureFixture) -
 def test_training_itself_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     model = patch_model(tiny_model("llama").train(), STREAMING)
     model(input_ids=prompt(), labels=prompt(), use_cache=False).loss.backward()
-    assert report(model).patches[0].notices == {}
+    assert report(model).patches[0].warnings == {}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_few_eager_forwards_are_nothing_to_speak_of() -> None:
         for _ in range(30):
             model(input_ids=prompt(40), use_cache=False)  # a scoring run
     generated(model)
-    assert report(model).patches[0].notices == {}
+    assert report(model).patches[0].warnings == {}
 
 
 def test_speculative_without_anything_to_propose(caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_speculative_without_anything_to_propose(caplog: pytest.LogCaptureFixtur
 def test_speculative_with_no_drafts_wanted() -> None:
     model = patch_model(tiny_model("llama"), "speculative(k=0)")
     generated(model, new=40)
-    assert report(model).patches[0].notices == {}
+    assert report(model).patches[0].warnings == {}
 
 
 def test_int8_layers_that_were_given_other_weights(caplog: pytest.LogCaptureFixture) -> None:

@@ -73,7 +73,7 @@ def test_stop_strings_on_a_batch_without_eos_go_on_as_the_stock_method_does():
     plain = model.generate(input_ids=ids, **options)
     patch_model(model, SPECULATIVE, verbose=False)
     assert torch.equal(model.generate(input_ids=ids, **options), plain)
-    assert "without an EOS token" in " ".join(report(model).patches[0].notices)
+    assert "without an EOS token" in " ".join(report(model).patches[0].warnings)
 
 
 @pytest.mark.parametrize("spec", ["linear(window=60)", "compile(backend=eager)", "streaming(sinks=2, window=60)"])
@@ -92,7 +92,7 @@ def test_a_tokenizer_among_the_arguments_disturbs_nobody(spec):
 def test_training_mode_generates_as_the_unpatched_model(spec):
     plain, model = pair(spec)
     assert torch.equal(*texts((plain.train(), model.train())))
-    assert any("training mode" in notice for notice in report(model).patches[0].notices)
+    assert any("training mode" in warning for warning in report(model).patches[0].warnings)
 
 
 def test_a_static_cache_of_the_users_is_for_the_stock_method():

@@ -208,7 +208,7 @@ def test_a_patch_that_counts_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
         note: list[int] = field(default_factory=list)
 
         def apply(self, target: Any, handle: Any) -> None:
-            handle.changed("nothing")
+            handle.record.changed("nothing")
 
     assert run_gate(tiny_model("llama"), "uncounted", Bounds(1e-9), rounds=20).failures == [
         "uncounted never acted while it was timed: no count of anything"

@@ -22,6 +22,7 @@ from patchkit.patches.speculative import Speculative
 from patchkit.speculation.drafters.self_draft import SelfDraft
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.layer import ROLLBACK
+from patchkit.streaming.runtime import runtime_of
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.views import cache_bytes
 
@@ -305,7 +306,7 @@ def test_rollback_as_far_as_it_is_recorded(before):
     patch_model(model, LinearAttention(state_dict=trained(model, "sinks")))
     ids = tokens(length=560)
     expected = feed(model, ids, [560])[0]
-    cache = feed(model, ids[:, :before], [before])[1] if before else StreamingCache(model.model._patchkit_streaming.plan)
+    cache = feed(model, ids[:, :before], [before])[1] if before else StreamingCache(runtime_of(model.model).plan)
     cache.activate_past_recording()
     feed(model, ids[:, before:500], [500 - before], cache=cache)
     for wrong in ([ROLLBACK], [100, 1, 1, 1, 150], [1] * 30 + [226], [1]):
@@ -447,7 +448,7 @@ def test_a_state_says_the_options_and_others_are_refused():
     state = trained(model, "router")
     patch_model(model, LinearAttention(state_dict=state, window=WINDOW, layers=[1]))
     facts = report(model).patches[0]
-    assert facts.changed == {"attention layers": 1} and "quality" not in facts.left_alone
+    assert facts.changed == {"attention layers": 1} and facts.warnings == {}
     assert facts.spec == "linear(window=6, layers=(1,), state_dict=<LinearState>)"
     assert "<state dict>" in LinearAttention(state_dict=state.state_dict()).spec
     unpatch_model(model)
@@ -471,7 +472,8 @@ def test_a_state_says_the_options_and_others_are_refused():
 
 def test_without_a_state_the_report_says_what_that_means():
     model = patch_model(tiny_model("llama"), LinearAttention(window=WINDOW))
-    assert "patchkit linearize" in report(model).patches[0].left_alone["quality"]
+    (warning,) = report(model).patches[0].warnings
+    assert "patchkit linearize" in warning
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from patchkit import (
     unpatch_model,
 )
 from patchkit.int8 import timing
+from patchkit.int8.experts import int8_experts_of
 from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
 from patchkit.testing import assert_restored, snapshot, tiny_model
@@ -327,7 +328,7 @@ def test_transposed_weights_are_stored_as_the_kernel_reads_them(family):
     model = patch_model(tiny_model(family), "mlp_int8")
     stored = [weight.qdata for weight in model.parameters() if isinstance(weight, Int8Weight)]
     for module in model.modules():
-        for weights in getattr(module, "_patchkit_experts", {}).values():
+        for weights in (int8_experts_of(module) or {}).values():
             stored += weights.values
     assert stored and all(qdata.is_contiguous() for qdata in stored)
 

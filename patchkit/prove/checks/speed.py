@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from patchkit.int8.experts import int8_experts_of
 from patchkit.measure import paired
 from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
 from patchkit.prove.checks.case import Case
@@ -97,7 +98,7 @@ def weight_bytes(model: Any) -> int:
         if parameter is not embedding or tied:
             stored = getattr(parameter, "stored_bytes", None)
             total += parameter.nbytes if stored is None else stored()
-    kept = (vars(module).get("_patchkit_experts", {}) for module in model.modules())
+    kept = (int8_experts_of(module) or {} for module in model.modules())
     return total + sum(weights.stored_bytes() for each in kept for weights in each.values())
 
 
