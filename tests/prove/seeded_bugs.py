@@ -19,6 +19,8 @@ import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
 from patchkit.speculation import judge, loop
 from patchkit.speculation.cached_model import CachedModel
+from patchkit.speculation.judge import RowByRow
+from patchkit.speculation.stops import Stops
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 from patchkit.streaming.stream import Stream
@@ -164,13 +166,13 @@ def padding_counted(monkeypatch: Any) -> None:
 
 
 def eos_ignored(monkeypatch: Any) -> None:
-    right = loop.Stops.after
+    right = Stops.after
 
     def after(self: Any, *args: Any) -> bool:
         self.ends = set()
         return right(self, *args)
 
-    monkeypatch.setattr(loop.Stops, "after", after)
+    monkeypatch.setattr(Stops, "after", after)
 
 
 def every_draft_accepted(monkeypatch: Any) -> None:
@@ -204,16 +206,17 @@ def padding_not_reset(monkeypatch: Any) -> None:
 
 
 def eos_ignored_one_by_one(monkeypatch: Any) -> None:
-    right = loop._Run._judge_row
+    right = RowByRow.walk
 
-    def judge_row(self: Any, *args: Any) -> Any:
-        ends, self.stops.ends = self.stops.ends, set()
+    def walk(self: Any, *args: Any) -> Any:
+        stops = self.rows.stops
+        ends, stops.ends = stops.ends, set()
         try:
             return right(self, *args)
         finally:
-            self.stops.ends = ends
+            stops.ends = ends
 
-    monkeypatch.setattr(loop._Run, "_judge_row", judge_row)
+    monkeypatch.setattr(RowByRow, "walk", walk)
 
 
 BUGS = {

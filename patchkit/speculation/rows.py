@@ -1,0 +1,109 @@
+"""The rows of a batch in one call of `generate`: their tokens, when each ends, and the logits processors that each is under."""
+
+from __future__ import annotations
+
+import torch
+
+from patchkit.speculation.drafter import State
+from patchkit.speculation.refusals import Call
+from patchkit.speculation.stops import BY_ROW, BY_SCORES, Stops, processors_of
+
+
+class Rows:
+    """The R rows that are still generating, of the B rows of a batch.
+
+    Attributes:
+        state: tokens and lengths of the R rows, as drafters see them.
+        active: [R], the number in the batch of each.
+        done: [R], whether it has ended in this round.
+        finished: [B], [length] int64, the tokens of each row of the batch; final for rows that have ended.
+        stops: when a row ends.
+        sampled: tokens are drawn; otherwise the most likely one is taken.
+        processors: the logits processors, as they were given; by_row: those of each row of the batch.
+        keeps_scores, keeps_logits: `generate` was asked to return them; scores, logits: [B], those of each new token, [V] float32.
+    """
+
+    def __init__(self, call: Call) -> None:
+        input_ids, config = call.input_ids, call.config
+        batch, self.prompt = input_ids.shape
+        mask = call.model_kwargs.get("attention_mask")
+        pads = [0] * batch if mask is None else (mask == 0).sum(1).tolist()
+        tokens = torch.nn.functional.pad(input_ids, (0, 64))
+        self.sampled = bool(config.do_sample)
+        self.state = State(tokens, [self.prompt] * batch, pads, self.distribution if self.sampled else None)
+        self.stops = Stops(call.criteria, input_ids.device)
+        self.active = list(range(batch))
+        self.done = [False] * batch
+        self.finished = list(input_ids)
+        self.processors = call.processors
+        self.by_row = [processors_of(row, call.processors) for row in range(batch)]
+        # A processor that may keep a state must not see what is only drafted.
+        self._while_drafting = [type(own)(each for each in own if type(each).__name__ in BY_ROW) for own in self.by_row]
+        self.keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
+        self.keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
+        self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+
+    @property
+    def processors_see_scores_only(self) -> bool:
+        """Whether no processor asks which tokens came before, so that all positions can be processed at once."""
+        return all(type(each).__name__ in BY_SCORES for each in self.processors)
+
+    def room(self) -> int:
+        """Tokens that every row may still get."""
+        return min(self.stops.room(length) for length in self.state.lengths)
+
+    def last(self) -> torch.Tensor:
+        """[R, 1] int64, the last token of each row, which was not fed to the model yet."""
+        tokens = self.state.tokens
+        ends = torch.tensor(self.state.lengths, device=tokens.device)
+        return tokens[torch.arange(len(ends), device=tokens.device), ends - 1][:, None]
+
+    def begin_round(self, tokens: int) -> None:
+        """Make room for up to ``tokens`` new tokens in every row."""
+        state = self.state
+        self.done = [False] * state.rows
+        needed = max(state.lengths) + tokens
+        if needed > state.tokens.shape[1]:
+            state.tokens = torch.nn.functional.pad(state.tokens, (0, needed))
+
+    def append(self, row: int, new: list[int]) -> list[int]:
+        """Write new tokens behind a row until one of them ends it; return those written. `advance` then moves the row's end."""
+        state, length = self.state, self.state.lengths[row]
+        state.tokens[row, length : length + len(new)] = torch.tensor(new, device=state.tokens.device)
+        for count, token in enumerate(new, 1):
+            if self.stops.after(state.tokens, row, length + count, token):
+                self.done[row] = True
+                return new[:count]
+        return new
+
+    def advance(self, row: int, tokens: int) -> None:
+        """Let a row be ``tokens`` longer; scores and logits beyond its end are dropped."""
+        self.state.lengths[row] += tokens
+        new, number = self.state.lengths[row] - self.prompt, self.active[row]
+        del self.scores[number][new:], self.logits[number][new:]
+
+    def drop_finished(self) -> list[int]:
+        """Take out the rows that have ended; return the indices, among the R, of those that go on."""
+        state = self.state
+        for row, done in enumerate(self.done):
+            if done:
+                self.finished[self.active[row]] = state.tokens[row, : state.lengths[row]].clone()
+        rows = [row for row, done in enumerate(self.done) if not done]
+        if rows and len(rows) < state.rows:
+            state.tokens = state.tokens[rows]
+            state.lengths = [state.lengths[row] for row in rows]
+            state.pads = [state.pads[row] for row in rows]
+        self.active = [self.active[row] for row in rows]
+        return rows
+
+    def distribution(self, drafted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`State.sampler`: [R, V] float32, from which the token after each row and its drafts [R, n] would be drawn, by logits [R, V]."""
+        state, logits = self.state, logits.to(copy=True, dtype=torch.float32)
+        if self.processors_see_scores_only:
+            return self.processors(state.tokens[:, :1], logits).softmax(-1)
+        rows = []
+        for row, length in enumerate(state.lengths):
+            seen = torch.cat([state.tokens[row, :length], drafted[row]])
+            rows.append(self._while_drafting[self.active[row]](seen[None], logits[row : row + 1])[0])
+        return torch.stack(rows).softmax(-1)
