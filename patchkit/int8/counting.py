@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -15,13 +16,17 @@ from patchkit.int8.weight import Int8Weight
 from patchkit.record import Warnings
 
 
-def count_products(handle: Handle, blocks: list[Int8Linear | Int8Experts]) -> None:
+def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear | Int8Experts]) -> None:
+    """Record what was converted, and count forwards from now on."""
     for what, kind in (("feed-forward linears", Int8Linear), ("layers of fused experts", Int8Experts)):
         count = sum(isinstance(block, kind) for block in blocks)
         if count:
             handle.record.changed(what, count)
     modes = Counter(str(facts["mode"]) for facts in handle.record.modules.values())
     handle.record.note("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
+    modules = [block.module for block in blocks if isinstance(block, Int8Linear)]
+    counting = functools.partial(count_forward, handle.record.hits, handle.record.warnings, modules)
+    handle.pre_hook(decoder, counting, with_kwargs=True)
 
 
 def count_forward(hits: Counter[str], warnings: Warnings, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:

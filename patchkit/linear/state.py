@@ -237,3 +237,10 @@ def _taken(tensors: dict[str, Any], name: str, shape: tuple[int, ...], where: st
     if tuple(tensor.shape) != shape:
         raise PatchError(f"{name!r} of {where} is {list(tensor.shape)}, and this model asks for {list(shape)}. {_REMEDY}")
     return tensor.float()
+
+
+class StateDict(dict[str, Any]):
+    """Tensors by name, which no spec string can spell."""
+
+    def __repr__(self) -> str:
+        return "<state dict>"

@@ -12,7 +12,6 @@ transformers loads that, and patching what it loaded takes the same int8 values 
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,18 +21,16 @@ from torch import nn
 from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.definitions import rounded_logits
-from patchkit.errors import NothingMatched, SlowerPatch
 from patchkit.handle import Handle
 from patchkit.int8.calibration import calibrated_inputs
-from patchkit.int8.counting import count_forward, count_products
+from patchkit.int8.counting import count_products
 from patchkit.int8.experts import Int8Experts
+from patchkit.int8.find_blocks import accurate_blocks, find_blocks
 from patchkit.int8.linears import Int8Linear, make_saveable
+from patchkit.int8.report_speed import report_speed
 from patchkit.int8.saving import put_back
-from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight, selected
-from patchkit.int8.timing import ACTIVATIONS, TIMED_ROWS, choose_activations, milliseconds
+from patchkit.int8.timing import choose_activations
 from patchkit.patch import Patch, Promises, Stage, register_patch
-
-_logger = logging.getLogger("patchkit")
 
 
 @register_patch("mlp_int8")
@@ -64,7 +61,7 @@ class MLPInt8(Patch):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in ("auto", *ACTIVATIONS):
+        if self.mode not in ("auto", "weight_only", "dynamic"):
             raise ValueError(f"mode={self.mode!r}: give 'auto', 'weight_only' or 'dynamic'")
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", (self.modules,))
@@ -94,91 +91,30 @@ class MLPInt8(Patch):
         return [cls(mode=mode) for mode in ("auto", "dynamic", "weight_only")]
 
     def check(self, target: Target) -> None:
-        self._blocks(target)
+        find_blocks(target, self.modules)
 
     @torch.no_grad()
     def apply(self, target: Target, handle: Handle) -> None:
-        linears, experts, left = self._blocks(target)
-        inputs = calibrated_inputs(target, {**{block.name: block.module for block in linears}, **experts}, self.calibration)
-        blocks: list[Int8Linear | Int8Experts] = [*linears, *(Int8Experts.quantized(name, module) for name, module in experts.items())]
+        found = find_blocks(target, self.modules)
+        inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, self.calibration)
+        blocks: list[Int8Linear | Int8Experts] = [
+            *found.linears,
+            *(Int8Experts.quantized(name, module) for name, module in found.experts.items()),
+        ]
         choose_activations(self.mode, blocks)
-        kept: list[Int8Linear | Int8Experts] = []
-        for block in blocks:
-            snr = block.signal_to_noise(inputs.get(block.name))
-            if self.min_snr is not None and snr is not None and snr < self.min_snr:
-                left[block.name] = f"its SNR of {snr:.1f} dB is below {self.min_snr:g}"
-                continue
-            mode = next(mode for mode, activation in ACTIVATIONS.items() if activation == block.activation)
-            handle.record.describe(block.name, mode=mode, snr_db=None if snr is None else round(snr, 2), shape=block.shape)
-            kept.append(block)
-        for what, why in left.items():
+        kept, too_noisy = accurate_blocks(blocks, inputs, self.min_snr, handle.record)
+        for what, why in (found.left | too_noisy).items():
             handle.record.left_alone(what, why)
-        if not kept:
-            raise NothingMatched(
-                f"every feed-forward module has an SNR below min_snr={self.min_snr:g} dB: give a lower one, or leave it out"
-            )
-        self._report_speed(kept, handle)
+        report_speed(kept, handle.record, self.strict)
 
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         handle.on_undo(functools.partial(put_back, originals))
         for block in kept:
             block.install(handle, originals, self.keep_original)
-        count_products(handle, kept)
-        modules = [block.module for block in kept if isinstance(block, Int8Linear)]
-        count = functools.partial(count_forward, handle.record.hits, handle.record.warnings, modules)
-        handle.pre_hook(_compat.decoder_of(target.model), count, with_kwargs=True)
+        count_products(_compat.decoder_of(target.model), handle, kept)
         make_saveable(target.model, handle, [block for block in kept if isinstance(block, Int8Linear) and not block.transposed])
         if not self.keep_original:
             handle.make_final(
                 "mlp_int8(keep_original=False) has freed the floating-point weights, so the model stays patched: load it again",
                 originals.clear,
             )
-
-    def _blocks(self, target: Target) -> tuple[list[Int8Linear], dict[str, nn.Module], dict[str, str]]:
-        """What will be converted, and what will not be, and why; every refusal is raised here."""
-        found = target.feed_forward
-        name = type(target.model).__name__
-        left = dict(found.left_alone)
-        wanted = selected(self.modules, [*found.linears, *found.experts], name)
-        linears = []
-        for path in [path for path in found.linears if path in wanted]:
-            obstacle = obstacle_of(found.linears[path])
-            if obstacle is None:
-                linears.append(Int8Linear(path, found.linears[path]))
-            else:
-                left[path] = obstacle
-        experts = {path: module for path, module in found.experts.items() if path in wanted and not left_experts(path, module, left)}
-        if not linears and not experts:
-            reasons = (
-                "; ".join(f"{what}: {why}" for what, why in list(left.items())[:3])
-                or _compat.packed_gguf(target.model)
-                or "its decoder layers hold no linear layer outside attention"
-            )
-            raise NothingMatched(f"{name} has no feed-forward linear that can be converted ({reasons})")
-        for path, module in [*((block.name, block.module) for block in linears), *experts.items()]:
-            for key, weight in module.named_parameters(recurse=False):
-                refuse_weight(f"{path}.{key}", weight)
-        return linears, experts, left
-
-    def _report_speed(self, blocks: list[Int8Linear | Int8Experts], handle: Handle) -> None:
-        slower: list[str] = []
-        faster: list[str] = []
-        for rows in TIMED_ROWS:
-            before, after = milliseconds(blocks, rows)
-            handle.record.measured(f"{rows} row{'s' * (rows > 1)}", f"{before:.3g} -> {after:.3g} ms")
-            (slower if after > before else faster).append(
-                f"{rows} row{'s' * (rows > 1)} at once: {after:.3g} ms in these layers, {before:.3g} ms unpatched"
-            )
-        ratios = [facts["snr_db"] for facts in handle.record.modules.values() if facts["snr_db"] is not None]
-        if ratios:
-            handle.record.measured("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")
-        if slower:
-            message = f"mlp_int8 is slower than the original on this machine ({'; '.join(slower)})"
-            if self.strict:
-                raise SlowerPatch(f"{message}: leave the patch out, or give strict=False")
-            # One row is a step of decoding, 256 are a prompt.
-            advice = "leave the patch out unless you want the memory"
-            if faster:
-                kind, other = ("prompts", "decoding") if slower[0].startswith("256") else ("decoding", "prompts")
-                advice = f"and faster with {faster[0]}. Leave the patch out where most of the time goes into {kind}, keep it for {other}"
-            handle.record.warn(f"{message}: {advice}", log=True)

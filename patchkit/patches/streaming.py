@@ -26,16 +26,17 @@ from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.definitions import window_logits
-from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
+from patchkit.errors import PatchConflict
 from patchkit.handle import Handle
 from patchkit.patch import Patch, Promises, Stage, register_patch
 from patchkit.streaming.heavy_hitters import DynamicSinks
-from patchkit.streaming.install import open_stream, report_layers, stream_layer
-from patchkit.streaming.plans import check_layers, chosen_layers, listed, make_plan, windows_of
+from patchkit.streaming.install import install_window
+from patchkit.streaming.plan_window import plan_window
+from patchkit.streaming.plans import check_layers
 from patchkit.streaming.reencode import Reencode
 from patchkit.streaming.reencoded import reencoded_logits
 from patchkit.streaming.refresh import Refresh
-from patchkit.streaming.refreshing import after_refreshed_forward, before_refreshed_forward
+from patchkit.streaming.refreshing import install_refresh
 from patchkit.streaming.rule import LayerRule, Plan
 
 # A window that a short text fills several times.
@@ -94,9 +95,9 @@ class StreamingLLM(Patch):
     @property
     def capacity(self) -> int:
         """C: tokens that a query sees at most."""
-        return self._lane(None).capacity
+        return self._rule(None).capacity
 
-    def _lane(self, rotary: Rotary | None) -> LayerRule:
+    def _rule(self, rotary: Rotary | None) -> LayerRule:
         if self.refresh is None:
             return LayerRule(self.sinks, self.window, rotary, in_cache=self.positions == "cache")
         return self.refresh.rule(self.sinks, self.window, rotary)
@@ -114,15 +115,9 @@ class StreamingLLM(Patch):
 
     def apply(self, target: Target, handle: Handle) -> None:
         plan, owned = self._plan(target)
-        runtime = open_stream(target, handle, plan)
-        for layer in owned:
-            stream_layer(target, handle, runtime, layer)
+        install_window(target, handle, plan, owned)
         if self.refresh is not None:
-            handle.pre_hook(target.decoder, functools.partial(before_refreshed_forward, handle.record.hits), with_kwargs=True, prepend=True)
-            handle.hook(target.decoder, after_refreshed_forward, with_kwargs=True, always_call=True)
-        report_layers(target, handle, plan)
-        if plan.limit is None:
-            handle.record.warn("layers that patchkit does not keep need true positions, so positions are not bounded")
+            install_refresh(target.decoder, handle)
 
     def promises(self, target: Target) -> Promises:
         plan, owned = self._plan(target)
@@ -151,22 +146,4 @@ class StreamingLLM(Patch):
         return [cls(window=most // share - cls.sinks) for share in (1, 2, 4, 8) if most // share > cls.sinks]
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
-        """The rules of all layers that patchkit will keep; every refusal is raised here."""
-        layers = target.attention_layers
-        name = type(target.model).__name__
-        full = [layer for layer in layers if layer.kind == "full"]
-        chosen = full if self.layers is None else chosen_layers(layers, self.layers)
-        for layer in layers:
-            if layer.obstacle is not None and (layer in chosen or layer.kind != "full"):
-                raise UnsupportedModel(f"streaming would not be exact on {name}: in layer {layer.index} ({layer.name}), {layer.obstacle}")
-        if not chosen:
-            raise NothingMatched(
-                f"every attention layer of {name} already has its own window (of {listed(windows_of(layers))} tokens): nothing to add"
-            )
-        plan, owned = make_plan(target, "streaming", {layer.index: self._lane(layer.rotary) for layer in chosen})
-        if self.refresh is not None:
-            plan.make_cache = self.refresh.new_cache
-        obstacle = None if self.refresh is None else self.refresh.obstacle(plan, chosen)
-        if self.refresh is not None and obstacle is not None:
-            raise UnsupportedModel(f"refresh={self.refresh.spec} does not go with {name}: {obstacle}. Leave refresh out")
-        return plan, owned
+        return plan_window(target, self.layers, self._rule, self.refresh)

@@ -9,7 +9,6 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.anatomy.rotary import Rotary
-from patchkit.anatomy.target import Target
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
 from patchkit.streaming.rule import ForwardContext, LayerRule
@@ -168,11 +167,3 @@ def _mask(
     if not additive:
         return visible
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, torch.finfo(like.dtype).min)
-
-
-def masked_implementation(target: Target) -> str:
-    """What computes attention where a mask is needed: the model's own choice, unless that takes none of this kind."""
-    own = target.attention_implementation
-    if own in ("eager", "sdpa"):
-        return own
-    return "sdpa" if getattr(target.model, "_supports_sdpa", False) else "eager"

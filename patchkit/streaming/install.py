@@ -10,13 +10,28 @@ from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, configs_of, has_own_mask, original_name, set_alias, set_attention
 from patchkit.handle import Handle
 from patchkit.streaming.alibi import BIAS, Alibi, before_alibi_attention
-from patchkit.streaming.attention import attend_in_window, masked_implementation, watch_queries
+from patchkit.streaming.attention import attend_in_window, watch_queries
 from patchkit.streaming.generate import prepare_cache, refuse_continuous_batching
 from patchkit.streaming.heavy_hitters import HeavyHitterRule
 from patchkit.streaming.hooks import after_forward, before_forward, forget_masks
 from patchkit.streaming.plans import joined, listed, windows_of
 from patchkit.streaming.rule import Plan
 from patchkit.streaming.runtime import Runtime, frequencies_of, keep_runtime, runtime_of
+
+
+def install_window(target: Target, handle: Handle, plan: Plan, owned: list[AttentionLayer]) -> None:
+    """Make the layers ``owned`` attend by the rules of ``plan``."""
+    runtime = open_stream(target, handle, plan)
+    masked = masked_implementation(target)
+    for layer in owned:
+        stream_layer(layer, handle, runtime, masked)
+    report_layers(target, handle, plan)
+    if plan.limit is None:
+        warn_of_positions(handle)
+
+
+def warn_of_positions(handle: Handle) -> None:
+    handle.record.warn("layers that patchkit does not keep need true positions, so positions are not bounded")
 
 
 def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
@@ -50,15 +65,19 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
     return runtime
 
 
-def stream_layer(target: Target, handle: Handle, runtime: Runtime, layer: AttentionLayer) -> None:
-    """Make one layer attend by the streaming rule of its rule."""
+def stream_layer(layer: AttentionLayer, handle: Handle, runtime: Runtime, masked: str) -> None:
+    """Make one layer attend by its rule.
+
+    Args:
+        masked: the implementation of attention that runs where a mask is needed (`masked_implementation`).
+    """
     rule = runtime.plan.rules[layer.index]
     if layer.alibi is not None:
         handle.set_attribute(layer.module, BIAS, Alibi(runtime, rule, layer))
         handle.pre_hook(layer.module, before_alibi_attention, with_kwargs=True)
     else:
         watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(rule, HeavyHitterRule) else None
-        attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked_implementation(target), watch)
+        attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked, watch)
         set_attention(handle, layer.module, attend)
 
 
@@ -75,3 +94,11 @@ def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
     if others:
         why = "not in layers=: unless another patch has them, they keep all keys, so memory grows"
         handle.record.left_alone(f"{len(others)} attention layers", why)
+
+
+def masked_implementation(target: Target) -> str:
+    """The implementation of attention that runs where a mask is needed: the model's own, unless that takes no mask of this kind."""
+    own = target.attention_implementation
+    if own in ("eager", "sdpa"):
+        return own
+    return "sdpa" if getattr(target.model, "_supports_sdpa", False) else "eager"

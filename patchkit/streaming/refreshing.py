@@ -12,6 +12,7 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import StreamError
+from patchkit.handle import Handle
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
 from patchkit.streaming.refresh import RefreshedCache
@@ -121,3 +122,9 @@ def _joined_outputs(outputs: list[Any], keeps_cache: bool) -> Any:
     if isinstance(last, tuple):
         return tuple(_joined_outputs(list(each), keeps_cache) for each in zip(*outputs, strict=True))
     raise StreamError(f"a refresh cuts this forward, and a {type(last).__name__} of its pieces cannot be put together: feed fewer tokens")
+
+
+def install_refresh(decoder: nn.Module, handle: Handle) -> None:
+    """Refresh the decoder's cache where that is due, around the hooks of the stream."""
+    handle.pre_hook(decoder, functools.partial(before_refreshed_forward, handle.record.hits), with_kwargs=True, prepend=True)
+    handle.hook(decoder, after_refreshed_forward, with_kwargs=True, always_call=True)
