@@ -28,7 +28,7 @@ from patchkit import (
     report,
     unpatch_model,
 )
-from patchkit.int8 import timing
+from patchkit.int8 import report_speed, timing
 from patchkit.int8.experts import int8_experts_of
 from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
@@ -374,7 +374,7 @@ def test_an_error_in_a_later_patch_keeps_the_originals(monkeypatch):
 
 def all_take(monkeypatch, milliseconds):
     """From now on layers take so long, whoever asks."""
-    for module in (timing, mlp_int8):
+    for module in (timing, report_speed):
         monkeypatch.setattr(module, "milliseconds", milliseconds)
 
 
@@ -416,7 +416,7 @@ def test_views_of_one_model_choose_alike_and_other_models_for_themselves(monkeyp
         return found
 
     all_take(monkeypatch, lambda blocks, rows: (9.0, next(costs)))
-    monkeypatch.setattr(mlp_int8.MLPInt8, "_report_speed", lambda *args: None)
+    monkeypatch.setattr(mlp_int8, "report_speed", lambda *args: None)
     first, second = tiny_model("llama"), tiny_model("llama")
     view = twin(first)
     assert modes(first) == modes(view) == modes(first) == {"weight_only"}  # measured once
