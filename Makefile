@@ -66,7 +66,7 @@ peers: $(VENV)/.installed $(PEERS:%=.venv-peers/%/.installed)  ## smollm2 decode
 	$(BIN)/python evals/peers/run.py $(ARGS)
 
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
-	$(PYTHON) evals/gpu.py $(ARGS)
+	$(PYTHON) -m evals.gpu $(ARGS)
 
 docs: $(VENV)/.installed  ## the site, strictly: a broken link or an unknown name fails; writes site/
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

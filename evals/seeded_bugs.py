@@ -171,8 +171,8 @@ BUGS = [
     ),
     Bug(
         "rejected token drawn from the target on a CPU",
-        "residual = np.maximum(weights - q[row, stand], 0)",
-        "residual = np.maximum(weights - 0 * q[row, stand], 0)",
+        "residual = np.maximum(weights - q[row, length], 0)",
+        "residual = np.maximum(weights - 0 * q[row, length], 0)",
         ("tests/speculation/test_sampling.py",),
     ),
     Bug(
@@ -183,8 +183,8 @@ BUGS = [
     ),
     Bug(
         "drawn drafts accepted a little too often on a CPU",
-        "uniform[row, stand] * q[row, stand, token] < p[row, stand, token])",
-        "uniform[row, stand] * q[row, stand, token] < 1.25 * p[row, stand, token])",
+        "uniform[row, length] * q[row, length, token] < p[row, length, token])",
+        "uniform[row, length] * q[row, length, token] < 1.25 * p[row, length, token])",
         ("tests/speculation/test_sampling.py",),
     ),
     Bug(

@@ -1,42 +1,36 @@
-"""evals/gpu.py, at tiny sizes and without a GPU: what it writes, and that it fails where it must."""
+"""evals/gpu/ at tiny sizes and without a GPU: the JSON that it writes, and that it fails where it must."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from evals.gpu.__main__ import main
+from evals.gpu.bars import bars
+from evals.gpu.correctness import check, check_alone, random_int8_linear, refused_on
+from evals.gpu.decode import COMPILED, INT8_COMPILED, Decode
+from evals.gpu.rows import NotMeasured
+from evals.gpu.sections import LIMITS, SECTIONS
+from evals.gpu.sizes import TINY
+from evals.gpu.verification import against_torch
 from patchkit import patch_model
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.op import Backend, available_ops
 from patchkit.kernels.verify_prefix import verify_prefix
 from patchkit.measure.latency import Stream
-from patchkit.testing import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-TINY = ["--device", "cpu", "--tiny"]
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_script", ROOT / "evals" / "gpu.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["gpu_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = load()
+ON_CPU = ["--device", "cpu", "--tiny"]
 OPS = available_ops()  # imported before a test lends one of them a broken backend
 
 
@@ -46,7 +40,7 @@ def run(monkeypatch, tmp_path) -> Any:
 
     def run(*sections: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setenv("OUT", str(tmp_path))
-        status = gpu.main([*TINY, *(["--sections", *sections] if sections else [])])
+        status = main([*ON_CPU, *(["--sections", *sections] if sections else [])])
         return status, json.loads((tmp_path / "gpu_cpu.json").read_text())
 
     return run
@@ -56,9 +50,9 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     status, result = run()
     printed = capsys.readouterr().out
     assert status == 0
-    assert result["device"] == "cpu" and set(result["commands"].values()) == {"python3 evals/gpu.py --device cpu --tiny"}
+    assert result["device"] == "cpu" and set(result["commands"].values()) == {"python3 -m evals.gpu --device cpu --tiny"}
     assert {"torch", "transformers", "triton", "python", "gpu"} <= result["environment"].keys()
-    assert list(result["sections"]) == list(result["seconds"]) == list(gpu.SECTIONS)
+    assert list(result["sections"]) == list(result["seconds"]) == list(SECTIONS)
     for rows in result["sections"].values():
         assert rows and {row["status"] for row in rows} <= {"passed", "not measured"}
         assert all(row["message"] for row in rows if row["status"] == "not measured")
@@ -77,7 +71,7 @@ def test_every_section_runs_without_a_gpu(run, capsys):
     assert linear["linear_attention: two replays of a graph"]["status"] == "not measured"
     assert {row["op"] for row in verification.values()} == {"verify_prefix", "verify_prefix_sampled", "kv_append"}
     assert all(row["op_launched_ms"] > 0 and row["torch_launched_ms"] > 0 and row["error"] <= row["bound"] for row in verification.values())
-    assert "need a GPU" in decode[f"{gpu.COMPILED}: ms per token"]["message"]
+    assert "need a GPU" in decode[f"{COMPILED}: ms per token"]["message"]
     assert decode["unpatched: ms per token"]["share"] > 0
     assert decode["streaming + compile: ms per token"]["other_over_this"].keys() == {"unpatched", "streaming", "streaming + int8"}
     assert decode["streaming + compile: greedy tokens"]["near_ties"] == 0
@@ -122,48 +116,14 @@ def test_a_row_that_depends_on_its_neighbours_fails():
     made = type(int8_linear).__new__(type(int8_linear))
     vars(made).update(vars(int8_linear), backends={"neighbourly": Backend("neighbourly", neighbourly, lambda *args: None)})
     made._call = made._dispatch
-    _, x, *rest = next(gpu.random_int8_linear(gpu.TINY, CPU, (16,)))
-    assert "alone" in gpu.check_alone(made, 1, x, *rest)["message"] and "alone" in gpu.check_alone(made, 5, x, *rest)["message"]
+    _, x, *rest = next(random_int8_linear(TINY, CPU, (16,)))
+    assert "alone" in check_alone(made, 1, x, *rest)["message"] and "alone" in check_alone(made, 5, x, *rest)["message"]
 
 
 def test_triton_may_not_refuse_on_a_gpu():
-    assert "groups of 8" in gpu.refused_on(torch.device("cuda"), "triton", "groups of 8")["message"]
-    with pytest.raises(gpu.NotMeasured, match="x is on cuda"):
-        gpu.refused_on(torch.device("cuda"), "cpu", "x is on cuda")
-
-
-def test_the_float64_form_against_plain_python():
-    # A step of 1/64, and a tie.
-    x, scale, bias = [[32.5 / 64, -127 / 64, 1.26], [0.0, 0.0, 0.0]], [0.25, 2.0], [1.0, -1.0]
-    weight = [[1, -127, 5], [7, 0, 2]]
-    args = torch.tensor(x, dtype=torch.float64), torch.tensor(weight, dtype=torch.int8), torch.tensor(scale), torch.tensor(bias)
-    for activation in ("float", "int8"):
-        rows = x if activation == "float" else [[round(a * 64) / 64 for a in row] for row in x]
-        by_hand = [
-            [sum(a * w for a, w in zip(row, ws, strict=True)) * s + b for ws, s, b in zip(weight, scale, bias, strict=True)] for row in rows
-        ]
-        exact = gpu.exact_int8_linear(*args, activation)
-        torch.testing.assert_close(exact, torch.tensor(by_hand, dtype=torch.float64), rtol=TOLERANCES[torch.float64].ratio, atol=0)
-    groups = torch.tensor([[1.0, 10.0], [1.0, 1.0]])
-    y = gpu.exact_int8_linear(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]], dtype=torch.int8), groups)
-    assert y.tolist() == [[73.0, 10.0]]
-
-
-def test_the_exact_forms_of_verification_by_hand():
-    logits = torch.tensor([[[1.0, 3.0, 3.0], [2.0, 0.0, 1.0], [0.0, 0.0, 5.0]]] * 2)
-    choice, accepted = gpu.exact_verify_prefix(logits, torch.tensor([[1, 0], [2, 0]]), torch.tensor([2, 2]))
-    assert choice.tolist() == [[1, 0, 2]] * 2 and accepted.tolist() == [2, 0]
-
-    p, q = torch.tensor([[[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]] * 3), torch.tensor([[[1.0, 0.0, 0.0]]] * 3)
-    given = p, q, torch.zeros(3, 1, dtype=torch.int64), torch.tensor([1, 1, 0]), torch.tensor([[0.4], [0.5], [0.0]])
-    accepted, token = gpu.exact_verify_prefix_sampled(*given, torch.tensor([0.4, 0.6, 0.6]))
-    # after a rejection from (0, 1/4, 1/4), after an acceptance from the second position, without a draft from the first
-    assert accepted.tolist() == [1, 0, 0] and token.tolist() == [1, 2, 1]
-
-    cache, new, quarter = torch.zeros(1, 1, 3, 3), torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.tensor([[[1.0, 1.0]]])
-    keys, values = gpu.exact_kv_append(cache, cache, new, new, torch.tensor([1]), quarter * 0, quarter)
-    assert keys.tolist() == [[[[0.0] * 3, [-2.0, 1.0, 3.0], [0.0] * 3]]] and values.tolist() == [[[[0.0] * 3, [1.0, 2.0, 3.0], [0.0] * 3]]]
-    assert not cache.any()
+    assert "groups of 8" in refused_on(torch.device("cuda"), "triton", "groups of 8")["message"]
+    with pytest.raises(NotMeasured, match="x is on cuda"):
+        refused_on(torch.device("cuda"), "cpu", "x is on cuda")
 
 
 def too_long(logits: torch.Tensor, draft: torch.Tensor, counts: torch.Tensor) -> Any:
@@ -180,15 +140,15 @@ def one_slot_before(
 @pytest.mark.parametrize(("op", "broken", "message"), [(verify_prefix, too_long, "other integers"), (kv_append, one_slot_before, "RMSE")])
 def test_another_prefix_or_another_slot_fails(op, broken, message, monkeypatch):
     args = next(op.sample_inputs(CPU))[1]
-    assert "message" not in gpu.check(op, "cpu", *args)
+    assert "message" not in check(op, "cpu", *args)
     monkeypatch.setitem(op.backends, "broken", Backend("broken", broken, lambda *args: None))
-    assert message in gpu.check(op, "broken", *args)["message"]
-    assert message in gpu.against_torch(op, broken, gpu.TINY, args)["message"]
+    assert message in check(op, "broken", *args)["message"]
+    assert message in against_torch(op, broken, TINY, args)["message"]
 
 
 def test_other_tokens_than_the_eager_ones_fail(monkeypatch):
     name = "streaming + compile"
-    bench, other = gpu.Decode(gpu.TINY, CPU), gpu.Decode(gpu.TINY, CPU)
+    bench, other = Decode(TINY, CPU), Decode(TINY, CPU)
     with torch.no_grad():
         other.model.get_output_embeddings().weight.neg_()
     view = patch_model(other.model, bench.specs["streaming"], verbose=False)
@@ -199,7 +159,7 @@ def test_other_tokens_than_the_eager_ones_fail(monkeypatch):
 
 
 def test_bytes_that_a_token_reads():
-    bench = gpu.Decode(gpu.TINY, CPU)
+    bench = Decode(TINY, CPU)
     config = bench.model.config
     cache = 2 * config.num_hidden_layers * bench.context * config.hidden_size * 4
     embedding = config.vocab_size * config.hidden_size * 4
@@ -210,12 +170,12 @@ def test_bytes_that_a_token_reads():
 
 
 def test_time_that_is_used_up(run, monkeypatch):
-    monkeypatch.setattr(gpu, "LIMITS", {**gpu.LIMITS, "correctness": 0})
+    monkeypatch.setitem(LIMITS, "correctness", 0)
     status, result = run("correctness")
     assert status == 0 and {row["status"] for row in result["sections"]["correctness"]} == {"no time"}
     # A case that hangs is stopped, and so is nothing after the section.
-    monkeypatch.setitem(gpu.LIMITS, "correctness", 1)
-    monkeypatch.setitem(gpu.SECTIONS, "correctness", lambda *given: iter([("hangs", lambda: time.sleep(600))]))
+    monkeypatch.setitem(LIMITS, "correctness", 1)
+    monkeypatch.setitem(SECTIONS, "correctness", lambda *given: iter([("hangs", lambda: time.sleep(600))]))
     before = signal.getsignal(signal.SIGALRM)
     status, result = run("correctness")
     (row,) = result["sections"]["correctness"]
@@ -228,7 +188,7 @@ def test_a_generator_that_fails_is_a_failed_row(run, monkeypatch):
         yield "first", dict
         raise KeyError("no samples")
 
-    monkeypatch.setitem(gpu.SECTIONS, "bandwidth", cases)
+    monkeypatch.setitem(SECTIONS, "bandwidth", cases)
     status, result = run("bandwidth")
     assert status == 1 and [row["status"] for row in result["sections"]["bandwidth"]] == ["passed", "failed"]
 
@@ -242,8 +202,8 @@ def measured(share: float, ms: float, ratio: float, status: str = "passed") -> d
             {"name": "2048", "status": "passed", "tokens": 2048, "sdpa_over_linear": ratio, "fla_over_linear": ratio},
         ],
         "decode": [
-            {"name": f"{gpu.COMPILED}: ms per token", "status": "passed", "ms": ms},
-            {"name": f"{gpu.INT8_COMPILED}: ms per token", "status": "passed", "ms": 1.0, "other_over_this": {gpu.COMPILED: ratio}},
+            {"name": f"{COMPILED}: ms per token", "status": "passed", "ms": ms},
+            {"name": f"{INT8_COMPILED}: ms per token", "status": "passed", "ms": 1.0, "other_over_this": {COMPILED: ratio}},
         ],
     }
 
@@ -258,14 +218,14 @@ def measured(share: float, ms: float, ratio: float, status: str = "passed") -> d
     ],
 )
 def test_bars(sections, device, verdicts):
-    assert [bar["verdict"] for bar in gpu.bars(sections, device)] == verdicts
+    assert [bar["verdict"] for bar in bars(sections, device)] == verdicts
 
 
 @pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "cuda"]])
 def test_real_sizes_need_a_gpu(arguments, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        gpu.main(arguments)
+        main(arguments)
     assert stopped.value.code == 2 and "--tiny" in capsys.readouterr().err
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from patchkit.cli.common import (
@@ -13,18 +14,21 @@ from patchkit.cli.common import (
     print_table,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
-def kernels(as_json: JsonOption = False) -> None:
+def kernels(
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/kernels.md: every op with its backends.")] = False,
+) -> None:
     """Show which backend of every op would run on this machine, and why the others would not."""
     import torch
 
-    from patchkit.kernels import available_ops
+    from patchkit.kernels import available_ops, table
     from patchkit.kernels.op import VARIABLE
 
+    if markdown:
+        typer.echo(table.markdown())
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, dict[str, Any]] = {}
     for name, op in available_ops().items():

@@ -1,4 +1,4 @@
-"""Ops: one file each, found by folder. `patchkit.kernels.available_ops()` lists them, `patchkit kernels` shows what would run here."""
+"""Ops: one file or folder each, found by name. `available_ops()` lists them, `patchkit kernels` shows the backends that would run here."""
 
 from patchkit.kernels.op import Backend, Op, available_ops, op
 

@@ -1,4 +1,4 @@
-"""int8_experts_linear: `int8_linear` with another weight for every row, as the experts of a mixture want it."""
+"""int8_experts_linear: `int8_linear` with another weight for every row, for the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def int8_experts_linear(
     bias: torch.Tensor | None = None,
     activation: str = "float",
 ) -> torch.Tensor:
-    """``y[s] = int8_linear(x[s], weights[e], scale[e], bias[e], activation)`` with ``e = experts[s]``.
+    """`int8_linear` with another weight for every row: ``y[s] = int8_linear(x[s], weights[e], scale[e], bias[e])`` with ``e = experts[s]``.
 
     Args:
         x: [S, K] fp32, fp16 or bf16.
@@ -28,7 +28,7 @@ def int8_experts_linear(
         weights: E tensors [N, K] int8.
         scale: [E, N] fp32.
         bias: [E, N] in x's dtype, or None.
-        activation: as for `int8_linear`.
+        activation: "float" or "int8", described at `int8_linear`.
     """
     y = x.new_zeros(x.shape[0], scale.shape[1])
     for row, expert in enumerate(experts.tolist()):
@@ -43,6 +43,15 @@ def _(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activati
     return x.new_empty(x.shape[0], scale.shape[1])
 
 
+@int8_experts_linear.definition
+def _(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
+    y = torch.zeros(len(x), scale.shape[1], dtype=torch.float64, device=x.device)
+    for e, weight in enumerate(weights):
+        rows = experts == e
+        y[rows] = int8_linear.exact(x[rows], weight, scale[e], None if bias is None else bias[e], activation)[0]
+    return y
+
+
 @int8_experts_linear.samples
 def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +60,7 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
             for rows, e, n, k in ((4, 8, 96, 64), (1, 1, 7, 33), (19, 3, 33, 130)):
                 x = torch.randn(rows, k, generator=generator).to(device, dtype)
                 experts = torch.randint(0, e, (rows,), generator=generator)
-                experts[rows // 2] = e if rows > 4 else 0  # a row that belongs to an expert elsewhere
+                experts[rows // 2] = e if rows > 4 else 0  # a row without an expert here
                 weights = [torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8).to(device) for _ in range(e)]
                 scale = (torch.rand(e, n, generator=generator) * 1e-3 + 1e-4).to(device)
                 bias = torch.randn(e, n, generator=generator).to(device, dtype) if rows > 1 else None
@@ -65,7 +74,7 @@ def _refuses(backend: str, x: Any, experts: Any, weights: Any, scale: Any, bias:
 
 
 def _by_expert(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
-    """All rows of one expert together."""
+    """`int8_linear` on all rows of one expert together."""
     y = x.new_zeros(x.shape[0], scale.shape[1])
     for expert in experts.unique().tolist():
         if 0 <= expert < len(weights):

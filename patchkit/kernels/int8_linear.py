@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from patchkit.kernels import native
+from patchkit.kernels import native, triton
 from patchkit.kernels.op import op
+from patchkit.kernels.refusals import not_on_cpu
 
 # Largest magnitude of an activation of 8 bits, and of one that is the sum of 256 * (a byte - 128) and (a byte - 128).
 _LEVELS = {"int8": 127, "float": 256 * 127 + 127}
-# Unsigned bytes times signed bytes, summed over K in int32.
+# Features whose sum fits into int32: of unsigned bytes times signed bytes (oneDNN, VNNI), and of signed bytes (tensor cores).
 _MOST_FEATURES = (2**31 - 1) // (255 * 128)
-# The same of signed bytes: tensor cores sum them as they are.
 _MOST_SIGNED = (2**31 - 1) // (127 * 128)
 # Rows times bytes per activation up to which the native kernel, which is bound by memory, beats oneDNN, which is not.
 _MOST_NATIVE_ROWS = 10
@@ -28,14 +26,17 @@ _MOST_NATIVE_ROWS = 10
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
 ) -> torch.Tensor:
-    """``y[..., n] = scale[n] * sum_k x[..., k] * weight[n, k] + bias[n]``, summed and scaled in fp32, returned in x's dtype.
+    """Linear layer over int8 weights, ``y = (x W^T) * scale + bias``, with one scale per output channel or group; activations as they are,
+    or rounded to int8 per token.
+
+    ``y[..., n] = scale[n] * sum_k x[..., k] * weight[n, k] + bias[n]``, summed and scaled in fp32, returned in x's dtype.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
         weight: [N, K] int8, contiguous.
         scale: [N] fp32, one per output channel; or [N, K // g] fp32, one per group of g input channels.
         bias: [N] in x's dtype, or None.
-        activation: "float" takes x as it is (weight-only quantisation). "int8" first rounds every token (row of K) to
+        activation: "float" leaves x as it is (weight-only quantisation). "int8" first rounds every token (row of K) to
             ``round(x / s) * s`` with ``s = max|x| / 127``: dynamic quantisation, symmetric, per token.
 
     A row with an inf or a NaN gives infs and NaNs. There is no gradient.
@@ -61,6 +62,18 @@ def int8_linear(
 @int8_linear.fake
 def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "float") -> Any:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+@int8_linear.definition
+def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
+    rows = x.double()
+    if activation == "int8":
+        # Step and quotients are fp32 by definition: a tie that is rounded to the other side would be off by a whole level.
+        step = (rows.abs().amax(-1, keepdim=True) / 127).float().double()
+        rows = torch.where(step > 0, (rows / step).float().round().double() * step, 0.0)
+    per_output = scale.double().reshape(len(weight), -1)
+    y = rows @ (weight.double() * per_output.repeat_interleave(weight.shape[1] // per_output.shape[1], 1)).T
+    return y if bias is None else y + bias.double()
 
 
 @int8_linear.samples
@@ -116,8 +129,8 @@ def _kernel() -> tuple[Any, str | None]:
 
 
 def _integers_refuse(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
+    if (reason := not_on_cpu(x)) is not None:
+        return reason
     if not _multiplies_bytes():
         return "the processor has no int8 dot product (AVX-512 VNNI or AMX), or torch no oneDNN"
     if scale.ndim != 1:
@@ -143,11 +156,14 @@ def _native_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
 def _(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
 ) -> torch.Tensor:
-    """`native/int8_linear.cpp`: quantisation, VNNI product and epilogue in one pass over the weights."""
+    """C++ with AVX-512 VNNI, up to 5 rows (10 with int8 activations).
+
+    `native/int8_linear.cpp` does quantisation, product and epilogue in one pass over the weights.
+    """
     n, k = weight.shape
     # Named, so that they live until the call is over.
     rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
-    # The kernel reads and writes fp32, whatever torch.set_default_dtype says and whatever a model's own dtype has made of the scales.
+    # The kernel reads and writes fp32, whatever torch.set_default_dtype and the dtype of a converted model's scales are.
     weight, scale = weight.contiguous(), scale.float().contiguous()
     y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
     addresses = rows.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
@@ -167,7 +183,7 @@ def _cpu_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bia
 def _(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
 ) -> torch.Tensor:
-    """oneDNN's int8 product, with the quantisation and the epilogue in torch."""
+    """oneDNN's int8 product, any number of rows, with quantisation and epilogue in torch."""
     rows = x.reshape(-1, x.shape[-1]).float()
     step = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_LEVELS[activation])
     whole = (rows / step).round_()
@@ -188,16 +204,9 @@ def _(
 
 
 def _triton_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: Any = None, activation: str = "float") -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if x.device.type != "cuda" and not interpreted:
-        return f"x is on {x.device.type}, and TRITON_INTERPRET=1 is not set"
-    if interpreted and x.dtype == torch.bfloat16:
-        return "Triton's interpreter takes bfloat16 for integers"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"x is {x.dtype}: fp16, bf16 and fp32 are served"
-    if x.device.type == "cuda" and not interpreted and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if (reason := triton.refusal(x)) is not None:
+        return reason
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
@@ -213,7 +222,7 @@ def _triton_refuses(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
 def _(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "float"
 ) -> torch.Tensor:
-    """`patchkit.kernels.triton.int8_linear`: weight-only for few rows, tiles for many, int8 products for int8 activations."""
+    """Weight-only for 1 to 16 rows, tiled for more, int8 times int8 for int8 activations."""
     from patchkit.kernels.triton.int8_linear import run
 
     return run(x, weight.contiguous(), scale, bias, activation)

@@ -1,4 +1,4 @@
-"""Op: a reference function, which is the definition, with faster backends that each say what they serve and, when not, why.
+"""Op: a reference function in plain PyTorch with faster backends, each of which refuses, with a reason, the calls that it cannot serve.
 
     @op
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -7,11 +7,16 @@
     @double.fake                                  # shapes and dtypes, for torch.compile
     def _(x): return torch.empty_like(x)
 
-    @double.samples                               # inputs on which the contract test holds every backend to the reference
+    @double.samples                               # inputs of the contract tests
     def _(device): yield "a vector", (torch.randn(7, device=device),)
+
+    @double.definition                            # float64, by other means than the reference: what all forms are compared with
+    def _(x): return x.double() + x.double()
 
     @double.backend("triton", refuses=lambda x: None if x.is_cuda else "x is not on a CUDA device")
     def _(x): ...
+
+The docstrings of the reference and of the backends begin with one line that can be read alone: `patchkit kernels --markdown` prints them.
 
 An op is a `torch.library` custom op, ``torch.ops.patchkit.double``: torch.compile calls it without a graph break. One that writes into
 its arguments names them, ``@op(mutates=("x",))``, and returns nothing, or new tensors.
@@ -44,6 +49,7 @@ _LIBRARY = torch.library.Library("patchkit", "FRAGMENT")
 _ops: dict[str, Op] = {}
 
 Samples = Callable[[torch.device], Iterator[tuple[str, tuple[Any, ...]]]]
+Definition = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Backend:
     """A faster form of an op.
 
     Attributes:
-        refuses: takes the op's arguments and returns why the backend cannot serve them, or None when it can.
-        rounding: RMSE relative to the reference that the backend's method costs, beyond that of the output's dtype.
+        refuses: function of the op's arguments; it returns the reason why the backend cannot serve them, or None.
+        rounding: relative RMSE that the backend's method costs, beyond the tolerance of the output's dtype.
     """
 
     name: str
@@ -66,7 +72,7 @@ class Op:
 
     Attributes:
         name: as in ``torch.ops.patchkit.<name>``.
-        reference: the definition, in plain torch.
+        reference: the op in plain torch, with sums in fp32.
         mutates: the names of the arguments that it writes into.
         backends: the faster forms by name, in order of preference.
     """
@@ -79,6 +85,7 @@ class Op:
         self.__doc__ = reference.__doc__
         self._arguments = list(inspect.signature(reference).parameters)
         self._samples: Samples | None = None
+        self._definition: Definition | None = None
         _LIBRARY.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         self._call = getattr(torch.ops.patchkit, self.name).default
@@ -111,12 +118,12 @@ class Op:
         return attach
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: shapes, dtypes and devices of the outputs, as `torch.library.register_fake` wants them."""
+        """Decorator: shapes, dtypes and devices of the outputs, as in `torch.library.register_fake`."""
         torch.library.register_fake(f"patchkit::{self.name}", function, lib=_LIBRARY)
         return function
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-        """The gradient, as `torch.library.register_autograd` wants it. An op without one raises when it is asked for."""
+        """Register the gradient as `torch.library.register_autograd` does. An op without one raises where a gradient is needed."""
         self._backward, self._setup_context = backward, setup_context
 
     def samples(self, function: Samples) -> Samples:
@@ -125,10 +132,10 @@ class Op:
         return function
 
     def sample_inputs(self, device: torch.device | str) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """What `samples` yields.
+        """Labels and arguments of the op's samples on a device.
 
         Raises:
-            KernelError: the op has none.
+            KernelError: the op has no samples.
         """
         if self._samples is None:
             raise KernelError(
@@ -136,20 +143,39 @@ class Op:
             )
         return self._samples(torch.device(device))
 
+    def definition(self, function: Definition) -> Definition:
+        """Decorator: the op in float64, sharing no code with the reference; its outputs are ordered like those of `results`."""
+        self._definition = function
+        return function
+
+    def exact(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Outputs by the definition: float64 where they are floating point, ordered like those of `results`.
+
+        Raises:
+            KernelError: the op has no definition.
+        """
+        if self._definition is None:
+            raise KernelError(f"the op {self.name!r} has no definition in float64: write one with @{self.name}.definition")
+        found = self._definition(*self._with_clones(args))
+        return found if isinstance(found, tuple) else (found,)
+
     def explain(self, *args: Any) -> dict[str, str | None]:
-        """Every backend with the reason why it cannot serve these arguments, or None where it can."""
+        """Reason of each backend for refusing these arguments, or None where it serves them."""
         return {name: backend.refuses(*args) for name, backend in self.backends.items()}
 
     def results(self, run: Callable[..., Any], *args: Any) -> tuple[torch.Tensor, ...]:
-        """What ``run``, this op or a form of it, gives for these arguments: what it returns, then what it wrote into, which are clones."""
-        own = [arg.clone() if name in self.mutates else arg for name, arg in zip(self._arguments, args, strict=False)]
+        """Outputs of ``run``, this op or a form of it, followed by the mutated arguments, which are clones of those given."""
+        own = self._with_clones(args)
         returned = run(*own)
         if not isinstance(returned, tuple):
             returned = () if returned is None else (returned,)
         return *returned, *(arg for name, arg in zip(self._arguments, own, strict=False) if name in self.mutates)
 
+    def _with_clones(self, args: tuple[Any, ...]) -> list[Any]:
+        return [arg.clone() if name in self.mutates else arg for name, arg in zip(self._arguments, args, strict=False)]
+
     def choose(self, *args: Any) -> str:
-        """The name of the backend, or "reference", that runs for these arguments.
+        """Name of the backend, or "reference", that runs for these arguments.
 
         Raises:
             KernelError: ``PATCHKIT_KERNELS`` names no backend of any op, or one that refuses these arguments.
@@ -186,18 +212,18 @@ def op(reference: Callable[..., Any]) -> Op: ...
 @overload
 def op(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]: ...
 def op(reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
-    """Decorator: a reference function, annotated with tensors and plain types, becomes an `Op`.
+    """Decorator: an `Op` from its reference function, which is annotated with tensors and plain types.
 
     Args:
         mutates: the names of the tensors that it writes into; it returns none of them.
 
     Raises:
-        KernelError: it has no docstring: a definition says shapes, dtypes and its equation.
+        KernelError: the function has no docstring, where shapes, dtypes and the equation belong.
     """
     if reference is None:
         return functools.partial(op, mutates=mutates)
     if not inspect.getdoc(reference):
-        raise KernelError(f"the op {reference.__name__!r} has no docstring: say what it computes, with shapes and dtypes")
+        raise KernelError(f"the op {reference.__name__!r} has no docstring: describe its result, with shapes and dtypes")
     return Op(reference, mutates)
 
 
@@ -210,5 +236,5 @@ def available_ops() -> dict[str, Op]:
 
 
 def known_backends() -> list[str]:
-    """Every backend name that some op has."""
+    """Names of all backends of all ops, sorted."""
     return sorted({name for found in available_ops().values() for name in found.backends})

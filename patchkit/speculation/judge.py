@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
+from patchkit.kernels.verify_prefix import verify_prefix
+from patchkit.kernels.verify_prefix_sampled import verify_prefix_sampled
 from patchkit.speculation.acceptance import Acceptance
 from patchkit.speculation.drafter import Proposal
 from patchkit.speculation.rows import Rows

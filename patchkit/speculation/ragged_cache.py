@@ -32,7 +32,7 @@ class RaggedLayer(FixedLayer):
         end = self.seen + key_states.shape[2]
         self.reserve(end)
         key_states, value_states = of_one_dtype(self, key_states, value_states)
-        kv_append(self.keys, self.values, key_states, value_states, self.cache.offsets, None, None)
+        kv_append(self.keys, self.values, key_states, value_states, self.cache.offsets)
         self.seen = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import linear_attention
+from patchkit.kernels.linear_attention import Inputs, linear_attention
 from patchkit.kernels.op import VARIABLE
 from patchkit.kernels.research.linear_attention_step import linear_attention_step
 from patchkit.testing import TOLERANCES
@@ -39,6 +41,12 @@ def off(found, expected):
 @pytest.fixture(params=["reference", "auto"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv(VARIABLE, request.param)
+
+
+def test_inputs_have_the_names_and_defaults_of_the_op():
+    parameters = inspect.signature(linear_attention.reference).parameters
+    assert list(Inputs._fields) == list(parameters)
+    assert Inputs._field_defaults == {name: each.default for name, each in parameters.items() if each.default is not each.empty}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 100])

@@ -1,14 +1,16 @@
-"""The contract of every op (docs/design.md): over the registry and its samples, with no list of ops here."""
+"""The contract of every op (docs/design.md), over the registry and its samples: there is no list of ops here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels import Op, available_ops, op
+from patchkit.kernels import Op, available_ops, op, table
 from patchkit.kernels.op import VARIABLE, _ops, known_backends
 from patchkit.testing import TOLERANCES
 
@@ -53,6 +55,56 @@ def test_every_backend_agrees_with_the_reference(name, label, poisoned, monkeypa
                 assert ratio(tensor, right) <= TOLERANCES[right.dtype].ratio + found.backends[backend].rounding
             else:
                 assert torch.equal(tensor, right)
+
+
+def deviations(got: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> list[str]:
+    """Outputs further from the definition than the tolerance of their dtype; integers have to be equal."""
+    assert len(got) == len(exact)
+    wrong = []
+    for index, (tensor, right) in enumerate(zip(got, exact, strict=True)):
+        assert tensor.shape == right.shape
+        if tensor.is_floating_point():
+            assert right.dtype == torch.float64
+            if not ratio(tensor, right) <= TOLERANCES[tensor.dtype].ratio:
+                wrong.append(f"output {index}: {ratio(tensor, right):.3g}")
+        elif not torch.equal(tensor, right):
+            wrong.append(f"output {index}: other integers")
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_the_reference_agrees_with_the_definition(name, label):
+    found, args = available_ops()[name], arguments(name, label)
+    assert deviations(found.results(found.reference, *args), found.exact(*args)) == []
+
+
+@pytest.mark.parametrize("name", available_ops())
+def test_a_wrong_definition_is_noticed(name, monkeypatch):
+    found = available_ops()[name]
+    args = next(found.sample_inputs("cpu"))[1]
+    right, reference = found._definition, found.results(found.reference, *args)
+
+    def wrong(*given: Any) -> tuple[torch.Tensor, ...]:
+        made = right(*given)
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(tensor * 1.01 if tensor.is_floating_point() else tensor + 1 for tensor in made)
+
+    assert deviations(reference, found.exact(*args)) == []
+    monkeypatch.setattr(found, "_definition", wrong)
+    assert len(deviations(reference, found.exact(*args))) == len(reference)
+
+
+@pytest.mark.parametrize("name", available_ops())
+def test_the_docstrings_are_a_row_of_the_table(name):
+    found = available_ops()[name]
+    for function in (found.reference, *(backend.run for backend in found.backends.values())):
+        assert table.summary(function), f"{name}: {function} has no docstring"
+    assert f"| `{name}`" in table.markdown()
+
+
+def test_the_table_of_the_documents_is_the_printed_one():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert f"\n{table.markdown()}\n" in text, "docs/kernels.md: put in the output of `patchkit kernels --markdown`"
 
 
 @pytest.mark.parametrize("name", available_ops())
@@ -135,6 +187,10 @@ def test_selection_and_no_fallback(halve, monkeypatch):
         halve(x).sum().backward()
     with pytest.raises(KernelError, match="no samples"):
         halve.sample_inputs("cpu")
+    with pytest.raises(KernelError, match="no definition"):
+        halve.exact(torch.ones(4))
+    halve.definition(lambda x: x.double() / 2)
+    assert halve.exact(torch.ones(2))[0].tolist() == [0.5, 0.5]
 
 
 def test_an_op_that_mutates():
@@ -150,6 +206,9 @@ def test_an_op_that_mutates():
         # A clone is written into, wherever the call comes from.
         assert [given.tolist() for given in double_in_place.results(double_in_place, x, 2)] == [[8.0] * 3]
         assert x.tolist() == [2.0] * 3
+        double_in_place.definition(lambda x, times=1: x.double().mul_(2**times))
+        wide = x.double()
+        assert double_in_place.exact(wide, 2)[0].tolist() == [8.0] * 3 and wide.tolist() == [2.0] * 3
         with pytest.raises(KernelError, match="no gradient"):
             double_in_place(torch.ones(3, requires_grad=True))
         with torch.no_grad():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from patchkit.kernels.op import VARIABLE
-from patchkit.kernels.verify_prefix import verify_prefix, verify_prefix_sampled
+from patchkit.kernels.verify_prefix import verify_prefix
+from patchkit.kernels.verify_prefix_sampled import verify_prefix_sampled
 
 ROOT = Path(__file__).resolve().parents[2]
 JUST_BELOW_ONE = 1 - 2**-24

@@ -1,1 +1,1 @@
-"""Ops that no patch runs yet: tested like the others, and at hand for who builds one."""
+"""Ops that no patch runs yet: available to who builds one, and tested like the others."""

@@ -1,8 +1,8 @@
 """linear_attention_step: `linear_attention` of one token, the state updated in place.
 
-The patch `linear` takes its steps with torch's operators (`patchkit.linear.cache`), which a compiled step fuses with the rest.
+No patch runs it: `linear` decodes with torch's operators (`patchkit.linear.cache`), which a compiled step fuses with the rest.
 
-Shapes: as in `patchkit.kernels.linear_attention`.
+Shapes: B batch, H heads, G kv heads (query head h reads kv head h // (H / G)), K head dimension, V value dimension, F = K features.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from patchkit.kernels.linear_attention import check_arguments, features, finished, linear_attention, not_on_cpu, triton_refuses
+from patchkit.kernels.linear_attention import Inputs, check, features, finished, linear_attention
+from patchkit.kernels.linear_attention.backends import triton_refuses
 from patchkit.kernels.op import op
+from patchkit.kernels.refusals import not_on_cpu
 
 
 @op(mutates=("state", "normalizer"))
@@ -27,10 +29,19 @@ def linear_attention_step(
     feature_map: str = "elu1",
     normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_attention` of one token, T = 1, whose state and normalizer are brought up to date in place; there is no gradient.
+    """`linear_attention` of one token, whose state and normalizer are updated in place; no gradient.
+
+    Args:
+        q: [B, H, 1, K] floating point.
+        k: [B, G, 1, K].
+        v: [B, G, 1, V].
+        state: [B, G, F, V] float32, updated.
+        normalizer: [B, G, F] float32, updated.
+        mask: [B, 1] bool, or None. Where it is False the features of the key are 0.
+        feature_map: "elu1", "relu" or "identity".
 
     Returns:
-        out [B, H, 1, V] and denominator [B, H, 1], as `linear_attention` does.
+        out [B, H, 1, V] in q's dtype if ``normalize``, else float32, and denominator [B, H, 1] float32.
     """
     out, denominator, after, sums = linear_attention.reference(q, k, v, state, normalizer, mask, feature_map, normalize, 1)
     state.copy_(after)
@@ -43,6 +54,11 @@ def _(q: Any, k: Any, v: Any, state: Any, normalizer: Any, mask: Any = None, fea
     dtype = torch.promote_types(q.dtype, torch.float32)
     shape = *q.shape[:3], v.shape[-1]
     return q.new_empty(shape, dtype=q.dtype if normalize else dtype), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@linear_attention_step.definition
+def _(*args: Any) -> tuple[torch.Tensor, ...]:
+    return linear_attention.exact(*args)
 
 
 @linear_attention_step.samples
@@ -77,8 +93,8 @@ def _(
     feature_map: str = "elu1",
     normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state is updated where it lies and then read once, for all heads that share it."""
-    check_arguments(q, k, v, mask, feature_map, 1, state, normalizer)
+    """Torch operators in place; the state is read once for all heads that share it."""
+    check(Inputs(q, k, v, state, normalizer, mask, feature_map))
     dtype = state.dtype
     fq, fk = features(q.to(dtype), feature_map), features(k.to(dtype), feature_map)
     if mask is not None:
@@ -105,8 +121,8 @@ def _(
     feature_map: str = "elu1",
     normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`patchkit.kernels.triton.linear_attention`: one launch."""
+    """One launch."""
     from patchkit.kernels.triton.linear_attention import run_step
 
-    check_arguments(q, k, v, mask, feature_map, 1, state, normalizer)
+    check(Inputs(q, k, v, state, normalizer, mask, feature_map))
     return run_step(q, k, v, state, normalizer, mask, feature_map, normalize)

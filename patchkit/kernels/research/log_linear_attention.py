@@ -1,4 +1,4 @@
-"""log_linear_attention: linear attention with a state for each of log T spans of the past, and a weight for each.
+"""log_linear_attention: linear attention with a state for each of log T spans of the past, and a weight for each. No patch runs it.
 
 Shapes: B batch, H heads, G kv heads (query head h reads kv head h // (H / G)), T tokens, K head dimension, V value dimension, L levels.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import check_arguments, not_on_cpu
+from patchkit.kernels.linear_attention import Inputs, check
 from patchkit.kernels.op import op
+from patchkit.kernels.refusals import not_on_cpu
 
 
 @op
@@ -26,9 +27,10 @@ def log_linear_attention(
     mask: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out_t = sum_l weights[t, l] q_t S_t^l``, ``S_t^l = sum k_i^T v_i`` over the tokens i of level l as token t sees them.
+    """Linear attention with a state for each span of a Fenwick tree over the past, and a weight for each level and query.
 
-    Level 0 is the token itself; the t tokens before it are cut as a Fenwick tree cuts them, one span of 2^(l-1) tokens at level l for
+    ``out_t = sum_l weights[t, l] q_t S_t^l``, ``S_t^l = sum k_i^T v_i`` over the tokens i that are at level l of token t.
+    Level 0 is the token itself; the t tokens before it are the spans of a Fenwick tree: one span of 2^(l-1) tokens at level l for
     each bit l - 1 that is set in t, the largest span being the oldest. Guo et al. 2025, "Log-Linear Attention" (arXiv 2506.04761),
     equations 4 to 6, without gates on the states. Everything is summed in fp32 (in fp64 for fp64 queries). It has no gradient.
 
@@ -37,10 +39,10 @@ def log_linear_attention(
         k: [B, G, T, K].
         v: [B, G, T, V].
         weights: [B, H, T, L]; L is more than the number of bits of ``past + T``.
-        states: [B, G, L, K, V] float32, as returned with the tokens before; None for none.
+        states: [B, G, L, K, V] float32, those returned with the tokens before; None for none.
         past: the number of tokens before the first, which is token number ``past``.
-        mask: [B, T] bool, or None. Where it is False the key counts as 0; its place is counted all the same.
-        chunk: how many tokens the chunked form takes at once, a power of two; it changes the rounding, nothing else.
+        mask: [B, T] bool, or None. Where it is False the key counts as 0; the token still has its number.
+        chunk: tokens per chunk in the chunked form, a power of two; it changes the rounding, nothing else.
 
     Returns:
         out [B, H, T, V] in q's dtype, and states [B, G, L, K, V] float32 after the last token: level l >= 1 holds the span of bit
@@ -64,8 +66,8 @@ def log_linear_attention(
 
 
 def _prepared(q: Any, k: Any, v: Any, weights: Any, states: Any, past: int, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
-    """Queries [B, G, h, T, K], keys, values, weights [B, G, h, T, L] and states, in the dtype that is computed in."""
-    check_arguments(q, k, v, mask, "identity", chunk)
+    """Queries [B, G, h, T, K], keys, values, weights [B, G, h, T, L] and states, in the dtype of the sums."""
+    check(Inputs(q, k, v, mask=mask, feature_map="identity", chunk=chunk))
     needed = (past + q.shape[2]).bit_length() + 1
     if weights.shape[-1] < needed:
         raise KernelError(f"{past + q.shape[2]} tokens have {needed} levels, weights are given for {weights.shape[-1]}")
@@ -84,6 +86,42 @@ def _prepared(q: Any, k: Any, v: Any, weights: Any, states: Any, past: int, mask
 def _(q: Any, k: Any, v: Any, weights: Any, states: Any = None, past: int = 0, mask: Any = None, chunk: int = 64) -> Any:
     shape = *k.shape[:2], weights.shape[-1], k.shape[-1], v.shape[-1]
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@log_linear_attention.definition
+def _(
+    q: Any, k: Any, v: Any, weights: Any, states: Any = None, past: int = 0, mask: Any = None, chunk: int = 64
+) -> tuple[torch.Tensor, ...]:
+    """Token by token and level by level, each span summed from its tokens.
+
+    Of a span from before the first token only the sum is known; it takes the place of the span's first token.
+    """
+    keys = k.double() if mask is None else torch.where(mask[:, None, :, None], k.double(), 0.0)
+    sums = torch.cat([keys.new_zeros(*k.shape[:2], past, k.shape[-1], v.shape[-1]), keys[..., None] * v.double()[..., None, :]], 2)
+    first = 0
+    for bit in reversed(range(past.bit_length())):
+        if past >> bit & 1:
+            sums[:, :, first] = 0.0 if states is None else states[:, :, bit + 1].double()
+            first += 1 << bit
+    shared, tokens = q.shape[1] // k.shape[1], past + q.shape[2]
+
+    def spans(t: int) -> list[tuple[int, torch.Tensor]]:
+        found, first = [], 0
+        for bit in reversed(range(t.bit_length())):
+            if t >> bit & 1:
+                found.append((bit + 1, sums[:, :, first : first + (1 << bit)].sum(2)))
+                first += 1 << bit
+        return found
+
+    out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for t in range(past, tokens):
+        for level, span in [(0, sums[:, :, t]), *spans(t)]:
+            read = q[:, :, t - past, None].double() @ span.repeat_interleave(shared, 1)
+            out[:, :, t - past] += weights[:, :, t - past, level, None].double() * read.squeeze(-2)
+    last = sums.new_zeros(*k.shape[:2], weights.shape[-1], k.shape[-1], v.shape[-1])
+    for level, span in spans(tokens):
+        last[:, :, level] = span
+    return out, last
 
 
 @log_linear_attention.samples
@@ -120,7 +158,7 @@ def _(
     mask: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunks that end where spans of their size do: a masked product within, one product with all higher states before."""
+    """Chunks of torch operators, which end where spans of their size do: a masked product within, one with each earlier span."""
     queries, keys, values, levels, states = _prepared(q, k, v, weights, states, past, mask, chunk)
     out = queries.new_empty(*queries.shape[:4], v.shape[-1])
     start, tokens = 0, q.shape[2]
@@ -147,12 +185,12 @@ def _(
 
 
 def _level_of(token: torch.Tensor, other: torch.Tensor, levels: int) -> torch.Tensor:
-    """The level at which a token sees one before it: the number of bits up to the highest in which they differ."""
+    """Level of ``other`` for ``token``: the number of bits up to the highest in which they differ."""
     return (((token ^ other)[..., None] >> torch.arange(levels, device=token.device)) > 0).sum(-1)
 
 
 def _advanced(states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, number: int) -> torch.Tensor:
-    """The states of ``number`` tokens after further keys and values."""
+    """States after further keys and values, given those of ``number`` tokens."""
     after, ends = torch.zeros_like(states), number + keys.shape[2]
     for level in range(1, states.shape[2]):
         if not ends >> (level - 1) & 1:

@@ -1,4 +1,4 @@
-"""mesa: linear attention whose readout is the least-squares solution over all tokens so far.
+"""mesa: linear attention whose readout is the least-squares solution over all tokens so far. No patch runs it.
 
 Shapes: B batch, H heads, G kv heads (query head h reads kv head h // (H / G)), T tokens, K head dimension, V value dimension.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from patchkit.errors import KernelError
-from patchkit.kernels.linear_attention import check_arguments, not_on_cpu
+from patchkit.kernels.linear_attention import Inputs, check
 from patchkit.kernels.op import op
+from patchkit.kernels.refusals import not_on_cpu
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,11 +29,11 @@ def mesa(
     mask: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``out_t = q_t (M_t + diag(regularizer))^-1 S_t`` with ``S_t = sum_{i <= t} k_i^T v_i`` and ``M_t = sum_{i <= t} k_i^T k_i``.
+    """Ridge regression on all tokens so far, ``out_t = q_t (M_t + diag(regularizer))^-1 S_t``.
 
-    The prediction for q_t of the ridge regression of all values so far on their keys: von Oswald et al. 2025, "MesaNet" (arXiv
-    2506.05233), equations 4 to 6, without forgetting (all gates 1) and solved exactly instead of by conjugate gradients. Everything is
-    computed in fp32 (in fp64 for fp64 queries). It has no gradient.
+    ``S_t = sum_{i <= t} k_i^T v_i`` and ``M_t = sum_{i <= t} k_i^T k_i``: the ridge regression of all values so far on their keys
+    predicts out_t for q_t. von Oswald et al. 2025, "MesaNet" (arXiv 2506.05233), equations 4 to 6, without forgetting (all gates 1) and
+    solved exactly instead of by conjugate gradients. Everything is computed in fp32 (in fp64 for fp64 queries). It has no gradient.
 
     Args:
         q: [B, H, T, K] floating point, T >= 1.
@@ -42,7 +43,7 @@ def mesa(
         state: [B, G, K, V] float32, S before the first token; None for zeros.
         moments: [B, G, K, K] float32, M before the first token; None for zeros.
         mask: [B, T] bool, or None. Where it is False the key counts as 0.
-        chunk: how many tokens the chunked form takes at once; it changes the rounding, nothing else.
+        chunk: tokens per chunk in the chunked form; it changes the rounding, nothing else.
 
     Returns:
         out [B, H, T, V] in q's dtype, state [B, G, K, V] and moments [B, G, K, K] float32 after the last token.
@@ -61,9 +62,9 @@ def mesa(
 
 
 def _prepared(q: Any, k: Any, v: Any, regularizer: Any, state: Any, moments: Any, mask: Any, chunk: int) -> tuple[torch.Tensor, ...]:
-    """Queries [B, G, h, T, K], keys, values, state and moments, in the dtype that is computed in."""
-    check_arguments(q, k, v, mask, "identity", chunk)
-    if regularizer.device.type == "cpu" and not bool((regularizer > 0).all()):  # elsewhere the question would wait for the device
+    """Queries [B, G, h, T, K], keys, values, state and moments, in the dtype of the sums."""
+    check(Inputs(q, k, v, mask=mask, feature_map="identity", chunk=chunk))
+    if regularizer.device.type == "cpu" and not bool((regularizer > 0).all()):  # elsewhere the check would wait for the device
         raise KernelError("the regularizer has to be positive: a matrix of fewer keys than dimensions has no inverse without it")
     dtype = torch.promote_types(q.dtype, torch.float32)
     keys = k.to(dtype) if mask is None else k.to(dtype).masked_fill(~mask[:, None, :, None], 0)
@@ -81,6 +82,20 @@ def _(q: Any, k: Any, v: Any, regularizer: Any, state: Any = None, moments: Any 
         q.new_empty(*k.shape[:2], width, v.shape[-1], dtype=dtype),
         q.new_empty(*k.shape[:2], width, width, dtype=dtype),
     )
+
+
+@mesa.definition
+def _(
+    q: Any, k: Any, v: Any, regularizer: Any, state: Any = None, moments: Any = None, mask: Any = None, chunk: int = 64
+) -> tuple[torch.Tensor, ...]:
+    """All tokens at once, by inverse matrices."""
+    keys = k.double() if mask is None else torch.where(mask[:, None, :, None], k.double(), 0.0)
+    to_state, to_moments = ((keys[..., None] * x.double()[..., None, :]).cumsum(2) for x in (v, keys))
+    to_state = to_state if state is None else to_state + state.double()[:, :, None]
+    to_moments = to_moments if moments is None else to_moments + moments.double()[:, :, None]
+    readout = torch.linalg.inv(to_moments + torch.diag_embed(regularizer.double())[:, None]) @ to_state
+    out = q.double()[..., None, :] @ readout.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return out.squeeze(-2), to_state[:, :, -1], to_moments[:, :, -1]
 
 
 @mesa.samples
@@ -117,7 +132,10 @@ def _(
     mask: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> Three:
-    """Two factorisations per chunk instead of a solution per token; in fp64, because a small regularizer cancels in the difference."""
+    """Two factorisations per chunk instead of a solution per token, in fp64.
+
+    A small regularizer cancels in the difference, hence fp64.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values, state, moments = (x.double() for x in _prepared(q, k, v, regularizer, state, moments, mask, chunk))
     ridge = torch.diag_embed(regularizer.to(queries.dtype))

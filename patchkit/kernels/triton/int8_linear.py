@@ -8,8 +8,8 @@ Shapes: M rows (tokens), K input and N output features. x [M, K], weight int8 [N
 * `few_rows`, 5 to 16: a handful to verify. The multiplications of 16 rows are too many without tensor cores. The warps of a program
   share K out among them: a batched tl.dot, one batch entry per warp, added up once at the end. Rows are padded to 16.
   Neither of the two has a workspace or atomics, and M is an argument of both, not a constant: each output row comes from its own input
-  row by the same operations in the same order, so that a token's result does not depend on which others are beside it, nor on how many
-  within 1 to 4 and within 5 to 16. int8 rows give the same bits in all kernels: their sums are of integers.
+  row by the same operations in the same order, so that a token's result does not depend on the other tokens, nor on their
+  number within 1 to 4 and within 5 to 16. int8 rows give the same bits in all kernels: their sums are of integers.
 * `many_rows`, M > 16: the usual tiles. The weights are the left operand, because Hopper's tensor cores take only that one
   from registers, where the bytes have just become x's dtype.
 * `quantize_rows`: dynamic quantisation, one program per row. The integers then go through the same kernels, in int32.
@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from patchkit.kernels.triton import Launch, Signature
+from patchkit.kernels.triton import FLOAT_TYPES, Launch, Signature
 
 FOUR, FEW = 4, 16
-_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
+_TYPES = {**FLOAT_TYPES, torch.int8: "i8"}
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -101,19 +101,19 @@ def signatures() -> Iterator[Signature]:
         ):
             launch = plan(m, n, 4096 if aligned else 67, dtype, group)
             quantised = dtype == torch.int8
-            of_output = f"*{_TRITON_TYPES[torch.float16 if quantised else dtype]}"
-            types = dict(x=f"*{_TRITON_TYPES[dtype]}", weight="*i8", scale="*fp32", bias=of_output if n == 14336 else "none",
+            of_output = f"*{_TYPES[torch.float16 if quantised else dtype]}"
+            types = dict(x=f"*{_TYPES[dtype]}", weight="*i8", scale="*fp32", bias=of_output if n == 14336 else "none",
                          step="*fp32" if quantised else "none", y=of_output, M="i32", N="i32", K="i32")  # fmt: skip
             label = f"{m} rows of {dtype}, {n} features{f', groups of {group}' if group else ''}{'' if aligned else ', unaligned'}"
             yield Signature(label, launch, types, aligned)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for k, aligned in ((67, False), (14336, True)):
-            types = dict(x=f"*{_TRITON_TYPES[dtype]}", integers="*i8", step="*fp32", K="i32")
+            types = dict(x=f"*{_TYPES[dtype]}", integers="*i8", step="*fp32", K="i32")
             yield Signature(f"{k} features of {dtype}{'' if aligned else ', unaligned'}", _plan_quantize(1, k), types, aligned)
 
 
 def _options(**options: Any) -> dict[str, Any]:
-    # Whether a * b + c is rounded once: said, because Triton's default differs between versions.
+    # a * b + c is rounded once. Explicit, because Triton's default differs between versions.
     return {**options, "enable_fp_fusion": True}
 
 

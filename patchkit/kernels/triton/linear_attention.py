@@ -2,11 +2,11 @@
 
 Shapes: B batch, H heads, G kv heads, T tokens, K = F features, V value dimension. q [B, H, T, K], k [B, G, T, K], v [B, G, T, V].
 
-The tokens are cut into segments, so many that all multiprocessors have one, and walked through in tiles of BLOCK_T:
+The tokens are cut into segments, at least one per multiprocessor where there are enough tokens, and read in tiles of BLOCK_T:
 
 * `sum_segments`: ``f(k)^T v`` and the sum of f(k) of each segment, [B, G, segments, F * V + F] fp32.
-* `scan_segments`: what came before each segment in their place, and the state after the last.
-* `outputs`: one walk through each segment, the state of a block of V in registers.
+* `scan_segments`: replaces them by the sums of all tokens before the segment, and writes the state after the last.
+* `outputs`: one pass over each segment, the state of a block of V in registers.
 
 `step` takes one token: one program per kv head, because all blocks of V read the normaliser that is being updated.
 Sums are in an order that depends on the shapes alone: there are no atomics. The gradient is made of the same kernels.
@@ -21,10 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from patchkit.kernels.triton import Launch, Signature
+from patchkit.kernels.linear_attention.inputs import FEATURE_MAPS
+from patchkit.kernels.triton import FLOAT_TYPES, Launch, Signature
 
-_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_MAPS = ("identity", "elu1", "relu")
 # Two for every multiprocessor of an H100.
 _PROGRAMS = 264
 
@@ -90,7 +89,7 @@ def run_step(
 
 
 def _alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Of one dtype, with a contiguous last dimension."""
+    """Tensors of one dtype, with a contiguous last dimension."""
     dtype = tensors[0].dtype if len({x.dtype for x in tensors}) == 1 else torch.float32
     return [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in tensors]
 
@@ -102,8 +101,8 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 def plan(
     b: int, h: int, g: int, t: int, width: int, value_width: int, dtype: torch.dtype, feature_map: str, normalize: bool
 ) -> tuple[tuple[Launch, Launch, Launch], int]:
-    """The three launches of `linear_attention`, and how many tokens a segment has."""
-    # What the registers and the shared memory of every GPU from compute capability 8.0 on hold.
+    """The three launches of `linear_attention`, and the tokens of a segment."""
+    # The largest tiles for the registers and the shared memory of every GPU from compute capability 8.0 on.
     halves, block_f = 2 if dtype == torch.bfloat16 else 1, _block(width)
     block_t = min(32, (16 if block_f > 128 else 32) * halves)
     block_v = min(_block(value_width), (16 if block_f > 128 else 32) * halves)
@@ -111,7 +110,7 @@ def plan(
     segments = max(1, min(triton.cdiv(t, block_t), triton.cdiv(_PROGRAMS, b * h * blocks)))
     segment = triton.cdiv(triton.cdiv(t, segments), block_t) * block_t
     segments = triton.cdiv(t, segment)
-    constants = dict(MAP=_MAPS.index(feature_map), BLOCK_T=block_t, BLOCK_V=block_v)
+    constants = dict(MAP=FEATURE_MAPS.index(feature_map), BLOCK_T=block_t, BLOCK_V=block_v)
     part_f = min(block_f, 64)
     size = width * value_width + width
     return (
@@ -129,7 +128,7 @@ def plan(
 def plan_step(b: int, h: int, g: int, width: int, value_width: int, feature_map: str, normalize: bool) -> Launch:
     """The launch of `linear_attention_step`."""
     constants = dict(
-        SHARED=h // g, MAP=_MAPS.index(feature_map), NORMALIZE=normalize, BLOCK_F=_block(width), BLOCK_V=min(_block(value_width), 16)
+        SHARED=h // g, MAP=FEATURE_MAPS.index(feature_map), NORMALIZE=normalize, BLOCK_F=_block(width), BLOCK_V=min(_block(value_width), 16)
     )
     return Launch(step, (b * g,), constants, _options(8, 2))
 
@@ -144,7 +143,7 @@ def _options(warps: int, stages: int) -> dict[str, Any]:
 
 def signatures() -> Iterator[Signature]:
     """Every kernel for each dtype and for head sizes up to 256, one that no power of two divides included."""
-    for dtype, name in _TRITON_TYPES.items():
+    for dtype, name in FLOAT_TYPES.items():
         for width, value_width, masked in ((128, 128, False), (256, 256, False), (80, 72, True)):
             # The sums of an op that is not normalised are fp32.
             normalize = not (masked and dtype == torch.bfloat16)

@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from patchkit.kernels.triton import Launch, Signature
+from patchkit.kernels.triton import FLOAT_TYPES, Launch, Signature
 
 BLOCK = 2048
-_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Not fused: a product is rounded before it is compared, as torch's are.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _NOTHING = tl.constexpr(-(2**31))
@@ -80,7 +79,7 @@ def _plan_sampled(r: int, t: int, v: int) -> Launch:
 
 def signatures() -> Iterator[Signature]:
     """Every kernel for the usual sizes and dtypes, and for a vocabulary that no power of two divides."""
-    for dtype, name in _TRITON_TYPES.items():
+    for dtype, name in FLOAT_TYPES.items():
         for r, t, v in ((1, 5, 50257), (8, 5, 128256)):
             types = dict(logits=f"*{name}", largest="*i32", where="*i32", T="i32", V="i32", stride_row="i32", stride_position="i32")
             yield Signature(f"{r} x {t} x {v}, {dtype}", plan(r, t, v)[0], types, aligned=v % 16 == 0)

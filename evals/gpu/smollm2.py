@@ -1,31 +1,31 @@
-"""The section of evals/gpu.py on a real pretrained model, SmolLM2-135M-Instruct; skipped with the reason where it is not installed.
+"""A real pretrained model, SmolLM2-135M-Instruct; not measured, with the reason, where it is not installed.
 
 identity  greedy answers in float32, at most 64 tokens: every exact patch must give the tokens of the unpatched model
-demo      `patchkit demo smollm2` in bf16: perplexity of streaming / unpatched within and beyond the model's 8192 positions, ms per token by
-          context, keys recalled
-speed     greedy answers in bf16 through the chat template, each way in turns with plain decoding on each prompt: ms per token from the
-          first token to the last, as in evals/real.py
+speed     greedy answers in bf16 through the chat template, each spec interleaved with plain decoding on each prompt: ms per token from
+          the first token to the last
+demo      `patchkit demo smollm2` in bf16: perplexity of streaming / unpatched within and beyond the model's 8192 positions, ms per token
+          by context, keys recalled
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from evals import real
+from evals.gpu.rows import Cases, NotMeasured, Row
+from evals.gpu.sizes import Sizes
 from patchkit import patch_model, report
 from patchkit.measure.demo import run_demo
+from patchkit.models import SMOLLM2, ModelUnavailable, load_model, smollm2_gguf
 from patchkit.views import twin
-
-Row = dict[str, Any]
-Cases = Iterator[tuple[str, Callable[[], Row]]]
 
 # Each compiled one takes half a minute to compile.
 EXACT = ("speculative", "streaming(window=4092)", "compile", "compile(cudagraphs=True)", "streaming(window=4092) + speculative + compile")
-# In order of interest, should the time run out.
+# The most important first, in case the time runs out.
 TIMED = (
     "compile(cudagraphs=True)",
     "speculative",
@@ -37,6 +37,26 @@ TIMED = (
 )
 
 
+def smollm2(sizes: Sizes, device: torch.device) -> Cases:
+    """Cases of the real model; with tiny sizes those of a bundled model, in few tokens."""
+    if sizes.smollm2_tokens is None:
+        try:
+            smollm2_gguf()
+        except ModelUnavailable as error:
+            yield "smollm2", functools.partial(not_measured, str(error).splitlines()[0])
+            return
+        yield from cases(lambda: load_model(SMOLLM2), device)
+    else:
+        few = sizes.smollm2_tokens
+        load = functools.partial(load_model, "stdlib-1m-draft")
+        yield from cases(load, device, ("speculative",), ("streaming(window=28)",), few, demo=False)
+
+
+def not_measured(reason: str) -> Row:
+    """A case that cannot run here."""
+    raise NotMeasured(reason)
+
+
 def cases(
     load: Callable[[], tuple[Any, Any]],
     device: torch.device,
@@ -45,13 +65,13 @@ def cases(
     new_tokens: int = 64,
     demo: bool = True,
 ) -> Cases:
-    """The rows of the section.
+    """Cases of one model.
 
     Args:
-        load: gives the model in float32, and its tokenizer; called when the first row runs.
-        exact: specs whose answers must be the unpatched ones.
+        load: returns the model in float32, and its tokenizer; called when the first case runs.
+        exact: specs whose answers must equal the unpatched ones.
         timed: specs to time.
-        new_tokens: at most so many per answer.
+        new_tokens: the most tokens of an answer.
         demo: whether to run the demo.
     """
     bench = Bench(load, device, new_tokens)
@@ -64,44 +84,48 @@ def cases(
 
 
 class Bench:
-    """The model in float32 and in bf16 on the device, each loaded when first wanted, and the prompts."""
+    """The model in float32 and in bf16 on the device, each loaded when first needed, and the prompts."""
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], device: torch.device, new_tokens: int) -> None:
         self.load, self.device, self.new_tokens = load, device, new_tokens
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
+        """Model in float32, and its tokenizer."""
         model, tokenizer = self.load()
         return model.to(self.device).eval(), tokenizer
 
     @functools.cached_property
     def half(self) -> Any:
-        """The model to time, in bf16."""
+        """Model in bf16, to be timed."""
         model, _ = self.load()
         return model.to(self.device, torch.bfloat16).eval()
 
     def prompts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Token ids of each text through the chat template."""
         return [real.prompt_ids(self.loaded[1], text).to(self.device) for text in texts]
 
     def answers(self, view: Any) -> list[list[int]]:
-        """To some edits and stories."""
+        """Greedy answers to three edits and three stories."""
         texts = self.prompts((*real.EDITS[:3], *real.STORIES[:3]))
         return [real.answer(view, ids, self.new_tokens).ids for ids in texts]
 
     @functools.cached_property
     def right(self) -> list[list[int]]:
-        """The unpatched model's answers in float32."""
+        """Answers of the unpatched model in float32."""
         return self.answers(self.loaded[0])
 
     def identical(self, spec: str) -> Row:
+        """Answers with an exact patch, compared with the unpatched model's."""
         view = patch_model(twin(self.loaded[0]), spec, verbose=False)
         found = self.answers(view)
         unequal = [index for index, (a, b) in enumerate(zip(found, self.right, strict=True)) if a != b]
         hits = {f"{patch.name}: {key}": value for patch in report(view).patches for key, value in patch.hits.items()}
         row: Row = {"spec": spec, "answers": len(found), "tokens": sum(map(len, found)), "hits": hits}
-        return {**row, "message": f"answers {unequal} are others than the unpatched model's"} if unequal else row
+        return {**row, "message": f"answers {unequal} differ from the unpatched model's"} if unequal else row
 
     def timed(self, spec: str) -> Row:
+        """Milliseconds per token with a spec, on stories and on edits."""
         ways = {real.PLAIN: self.half, spec: patch_model(twin(self.half), spec, verbose=False)}
         row: Row = {"spec": spec}
         for view in ways.values():
@@ -115,6 +139,7 @@ class Bench:
         return row
 
     def demo(self) -> Row:
+        """Figures and printed lines of the demo."""
         demo = run_demo(self.half, self.loaded[1])
         times = [f"{row.name}: ms per token at {row.ms_per_token}, {row.cache_bytes} bytes" for row in demo.rows]
         return demo.to_dict() | {"found": [*demo.ratio_lines(), *demo.recall_lines(), *times]}
