@@ -1,6 +1,6 @@
-"""Whether a change of code that should change nothing changes a bit: logits and greedy texts of every patch on eight families of models.
+"""Find out whether a refactoring changes a bit: logits and greedy tokens of every patch on eight families of models.
 
-    python evals/bit_equal.py before.json               # before the change: write what is there
+    python evals/bit_equal.py before.json               # before the change: write the digests
     python evals/bit_equal.py before.json --compare     # after it: exit 1 and name each case that differs
 
 The models are tiny and random. Each case feeds a left-padded batch whole, in pieces and token by token, then generates. Two commits are
@@ -46,6 +46,7 @@ TOKENS, NEW = 40, 24
 
 
 def digest(tensor: torch.Tensor) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -61,7 +62,7 @@ def fed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pieces: Sequence[int]
 
 
 def computed(family: str, spec: str) -> dict[str, str]:
-    """Digests of what one patch computes on one family; or the refusal, whose words count too."""
+    """Digests of the results of one patch on one family, or its refusal with the message."""
     torch.manual_seed(0)
     model = tiny_model(family)
     ids = torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % 110 + 5
@@ -88,6 +89,7 @@ def computed(family: str, spec: str) -> dict[str, str]:
 
 
 def all_cases() -> Iterator[tuple[str, dict[str, str]]]:
+    """Names and digests of all families with all specs."""
     for family in FAMILIES:
         for spec in SPECS:
             yield f"{family}: {spec}", computed(family, spec)

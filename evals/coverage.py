@@ -5,13 +5,13 @@
     python evals/coverage.py llama gemma2         # these types, prints the table only
     python evals/coverage.py --oracle-only        # no patch: the oracle against the plain forward, prints only
 
-Every type is built tiny with random weights, patched with streaming, run in five ways over 24 tokens, unpatched, and compared
+Every type is built tiny with random weights, patched with streaming, run in five modes over 24 tokens, unpatched, and compared
 with the brute-force oracle of tests/oracle.py. Verdicts:
 
-exact          every way agrees with the oracle; a way that is broken in the unpatched model too is named, not counted
-refused        the patch refused, with a reason, and left the model as it was
-stock broken   no way agrees, and the unpatched model does not agree with itself in the same ways either
-wrong          anything else that ran: another answer, or traces left on the model
+exact          every mode agrees with the oracle; a mode that is broken in the unpatched model too is named, not counted
+refused        the patch refused, with a reason, and left the model unchanged
+stock broken   no mode agrees, and the unpatched model does not agree with itself in these modes either
+wrong          anything else that ran: another result, or traces left on the model
 crashed        an exception that is no refusal, or more than the time limit
 not built      the unpatched model cannot be built or run in this environment
 
@@ -50,7 +50,7 @@ from patchkit import PatchError, StreamingLLM, _compat, patch_model, report, unp
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot
 
 SINKS, WINDOW, LENGTH, CHUNK, PROMPT = 2, 6, 24, 5, 5
-# ids below and above these are special tokens of one type or another
+# ids outside of this range are special tokens of some type
 LOW, HIGH = 3, 99
 TOLERANCE = TOLERANCES[torch.float32]
 VERDICTS = ("exact", "refused", "stock broken", "not built", "wrong", "crashed")
@@ -59,7 +59,7 @@ WAYS = ("step by step", f"chunks of {CHUNK}", "whole", "whole, no cache", "gener
 
 
 class TimedOut(BaseException):
-    """The time limit of one type; no Exception, so that no library handler swallows it."""
+    """The time limit of one type; derived from BaseException, so that no library handler swallows it."""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Row:
 
 
 def build(model_type: str) -> Any:
-    """A tiny model that writes freely: a forced last token would be outside the ids that the oracle is asked about."""
+    """Tiny model without a forced last token, which would be outside the ids that the oracle covers."""
     model = tiny_model(model_type)
     if model.generation_config is not None:
         model.generation_config.forced_eos_token_id = None
@@ -81,12 +81,12 @@ def build(model_type: str) -> Any:
 
 
 def text(length: int = LENGTH) -> torch.Tensor:
-    """Seeded ids ``[1, length]`` without special tokens."""
+    """Random token ids [1, length] without special tokens, always the same."""
     return torch.randint(LOW, HIGH + 1, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def in_chunks(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
-    """Logits ``[1, T, V]`` of one stream that is fed ``size`` tokens at a time."""
+    """Logits [1, T, V] of one sequence that is fed ``size`` tokens at a time."""
     cache, rows = None, []
     for start in range(0, ids.shape[1], size):
         out = model(input_ids=ids[:, start : start + size], use_cache=True, **({} if cache is None else cache))
@@ -99,7 +99,7 @@ def in_chunks(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy text ``[1, LENGTH]`` after the first ``PROMPT`` tokens, and the logits ``[1, LENGTH - PROMPT, V]`` that chose it."""
+    """Greedy tokens [1, LENGTH] after the first PROMPT tokens of ``ids``, and the logits [1, LENGTH - PROMPT, V] that chose them."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     count = LENGTH - PROMPT
     out = model.generate(
@@ -120,16 +120,20 @@ def generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 @dataclasses.dataclass
 class Runs:
-    """What a model answered in every way; an exception where it failed."""
+    """Logits of a model in every mode, or the exception of a mode that failed.
+
+    Attributes:
+        written: the tokens that generate returned.
+        replayed: logits of those tokens, fed one by one to the same model.
+    """
 
     logits: dict[str, torch.Tensor | Exception]
     written: torch.Tensor | None = None
-    # the text that generate wrote, fed token by token to the same model
     replayed: torch.Tensor | None = None
 
 
 def run_all(model: Any, ids: torch.Tensor) -> Runs:
-    """Every way, on the model as it is now."""
+    """Run all modes on the model in its present state."""
     runs = Runs({})
 
     def generate() -> torch.Tensor:
@@ -147,13 +151,13 @@ def run_all(model: Any, ids: torch.Tensor) -> Runs:
     for way, run in zip(WAYS, ways, strict=True):
         try:
             runs.logits[way] = run()
-        except Exception as error:  # a failing way is a result of this survey, not its end
+        except Exception as error:  # a failing mode is a result of this survey, not its end
             runs.logits[way] = error
     return runs
 
 
 def errors_of(runs: Runs, expected: torch.Tensor, continued: torch.Tensor | None) -> dict[str, float]:
-    """The error of every way; infinite where it failed. ``continued`` is what generate should have given."""
+    """Error of every mode, infinite where it failed; ``continued`` are the logits expected of generate."""
     errors = {}
     for way, found in runs.logits.items():
         reference = continued if way == "generate" else expected
@@ -162,12 +166,12 @@ def errors_of(runs: Runs, expected: torch.Tensor, continued: torch.Tensor | None
 
 
 def stock_errors(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """How far the unpatched model is from its own plain forward in each way."""
+    """Error of every mode of the unpatched model, relative to its own plain forward."""
     plain = model(input_ids=ids, use_cache=False).logits
     runs = run_all(model, ids)
     continued = None if runs.written is None else model(input_ids=runs.written, use_cache=False).logits[:, PROMPT - 1 : -1]
     errors = errors_of(runs, plain, continued)
-    # without a cache there is nothing to compare but prefixes: what comes later must not change them
+    # without a cache only prefixes can be compared: later tokens must not change them
     errors["whole, no cache"] = max(
         logit_error(model(input_ids=ids[:, :end], use_cache=False).logits, plain[:, :end]) for end in (1, CHUNK, SINKS + WINDOW, LENGTH - 1)
     )
@@ -175,13 +179,13 @@ def stock_errors(model: Any, ids: torch.Tensor) -> dict[str, float]:
 
 
 def check_type(model_type: str) -> Row:
-    """Build, patch, run, unpatch, compare."""
+    """Verdict on one type: build, patch, run, unpatch, compare."""
     ids = text()
     try:
         model = build(model_type)
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
-    except Exception as error:  # whatever keeps this type from running here is the note of its row
+    except Exception as error:  # the reason is the note of its row
         return Row(model_type, "not built", note=short(error))
     before = snapshot(model)
     try:
@@ -201,7 +205,7 @@ def check_type(model_type: str) -> Row:
 
 
 def untouched(before: Any, model: Any, row: Row) -> Row:
-    """``row``, or "wrong" if the patch left a trace."""
+    """Return ``row``, or the verdict "wrong" if the patch left a trace."""
     try:
         assert_restored(before, model)
     except AssertionError as error:
@@ -210,7 +214,7 @@ def untouched(before: Any, model: Any, row: Row) -> Row:
 
 
 def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs) -> Row:
-    """The verdict on ``runs`` of the patched model; ``model`` is unpatched again."""
+    """Verdict on ``runs`` of the patched model; ``model`` is unpatched again."""
     notes: list[str] = []
     continued: torch.Tensor | None
     try:
@@ -219,7 +223,7 @@ def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs) -> Row:
         if logit_error(expected, model(input_ids=ids, use_cache=False).logits) < TOLERANCE.differs:
             notes.append("streaming changes nothing on this model")
     except OracleUnsupported as error:
-        # weaker: the stock model as long as nothing is evicted, and then the ways against each other
+        # weaker: the stock model as long as nothing is evicted, and then the modes against each other
         notes.append(f"no oracle ({error}); weaker check: the text that fits equals stock, and the ways agree")
         fitting = in_chunks(model, ids[:, : SINKS + WINDOW], 1)
         steps = runs.logits["step by step"]
@@ -244,7 +248,7 @@ def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs) -> Row:
 
 
 def check_oracle(model_type: str) -> Row:
-    """The oracle alone: a text that fills the cache and evicts nothing must give the plain forward."""
+    """Verdict on the oracle alone: tokens that fill the cache and evict nothing must give the plain forward."""
     ids = text()
     try:
         model = build(model_type)
@@ -264,12 +268,12 @@ def check_oracle(model_type: str) -> Row:
 
 
 def limited(check: Callable[[str], Row], model_type: str, seconds: int) -> Row:
-    """``check(model_type)`` within ``seconds`` of processor time; anything that escapes is a crash."""
+    """Row of ``check(model_type)`` within ``seconds`` of processor time; an exception that escapes is a crash."""
 
     def ring(signum: int, frame: FrameType | None) -> None:
         raise TimedOut
 
-    # processor time does not depend on what else the machine does; the clock on the wall stops what waits for ever
+    # processor time does not depend on other work on the machine; wall time stops a check that waits for ever
     previous = {number: signal.signal(number, ring) for number in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.alarm(10 * seconds)
@@ -289,20 +293,20 @@ def limited(check: Callable[[str], Row], model_type: str, seconds: int) -> Row:
 
 
 def short(error: BaseException, name: bool = True, limit: int = 300) -> str:
-    """One line of an exception that can stand in a table cell."""
+    """Exception as one line for a table cell."""
     line = " ".join(str(error).split()).replace("|", "/").replace(str(ROOT), ".")
     line = f"{type(error).__name__}: {line}" if name else line
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def where(error: BaseException) -> str:
-    """``short(error)`` and the place that raised it."""
+    """Exception as one line, with the file and line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{short(error)} ({Path(last.filename).name}:{last.lineno})"
 
 
 def document(rows: list[Row], seconds: float) -> str:
-    """docs/coverage.md."""
+    """Content of docs/coverage.md."""
     count = Counter(row.verdict for row in rows)
     meanings = {
         "exact": "every way that is sound in the unpatched model agrees with the oracle",
@@ -335,7 +339,7 @@ def document(rows: list[Row], seconds: float) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """One line per type, failures first."""
+    """Markdown table with one row per type, failures first."""
     lines = ["| type | verdict | max error | what was patched, or the reason |", "|---|---|---:|---|"]
     for row in sorted(rows, key=lambda row: (row.verdict not in FAILURES, row.model_type)):
         error = "" if row.error is None else f"{row.error:.1e}"
@@ -344,7 +348,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Run the survey; the exit status tells whether any type is wrong or crashed."""
+    """Run the survey; the exit status is 1 if any type is wrong or crashed."""
     parser = argparse.ArgumentParser(description="Which causal-LM types of transformers stream exactly.")
     parser.add_argument("types", nargs="*", help="model types; all of them, and docs/coverage.md is written, if none is given")
     parser.add_argument("--oracle-only", action="store_true", help="patch nothing: check the oracle against the plain forward")

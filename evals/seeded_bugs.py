@@ -1,13 +1,13 @@
 # ruff: noqa: E402  (the path is set before patchkit is imported)
-"""Does the fast layer of the tests catch what a thinner suite might miss? Writes evals/results/seeded_bugs.json.
+"""Seed bugs into copies of the tree, and count those that the fast layer of the tests catches. Writes evals/results/seeded_bugs.json.
 
     python evals/seeded_bugs.py                         # make seeded-bugs
     python evals/seeded_bugs.py --only "window one token too long" --only "sinks rotated the wrong way"
 
-Each bug is one edit of patchkit's own code, made in a copy of the tree; product code knows nothing of it. In the copy, the fast layer (no
-case of the matrix) of the test files named with the bug runs up to its first failure. Naming files keeps this affordable, and is stricter
-than the whole layer: what one of these files catches, the whole catches too. At the end the tests that failed are run on an unedited copy,
-where they have to pass. Exit status 1 if a bug escapes.
+Each bug is one edit of patchkit's own code, made in a copy of the tree. In the copy, the fast layer (no case of the matrix) of the test
+files named with the bug runs up to its first failure. Naming files keeps this affordable, and is stricter than the whole layer: a bug that
+one of these files catches is caught by the whole layer too. At the end the tests that failed are run on an unedited copy, where they have
+to pass. The exit status is 1 if a bug escapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from patchkit.measure.environment import environment
 
 RESULTS = ROOT / "evals" / "results" / "seeded_bugs.json"
-# Of one bug; a fast layer that hangs has not caught it.
+# For the tests of one bug; a fast layer that hangs has not caught it.
 LIMIT_S = 1800
 
 
@@ -253,7 +253,7 @@ BUGS = [
 
 @dataclass
 class Found:
-    """What became of one bug: the test that failed, the first line of why, and seconds from the start of pytest."""
+    """Result of one bug: the test that failed, the first line of its message, and seconds from the start of pytest."""
 
     bug: str
     file: str
@@ -267,7 +267,7 @@ class Found:
 
 
 def place_of(bug: Bug) -> Path:
-    """The file that holds ``bug.old``.
+    """File that contains ``bug.old``.
 
     Raises:
         SystemExit: none does, or it is there several times: the code has moved on, and the seed has to follow.
@@ -280,7 +280,7 @@ def place_of(bug: Bug) -> Path:
 
 
 def copy_of_the_tree(place: Path) -> None:
-    """The files that git knows, or would, as hard links where that goes."""
+    """Copy all files that git tracks or would track, as hard links where possible."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -295,7 +295,7 @@ def copy_of_the_tree(place: Path) -> None:
 
 
 def run_tests(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest on the copy at ``place``, with one thread."""
+    """Run pytest on the copy at ``place``, with one thread."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environ = {**os.environ, **threads, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", *arguments]
@@ -325,7 +325,7 @@ def try_one(bug: Bug) -> Found:
 
 
 def confirm(all_found: list[Found]) -> None:
-    """Without any bug, the tests that failed pass."""
+    """Run the tests that failed on a copy without any bug, and record whether they pass."""
     caught = [found for found in all_found if found.caught_by]
     with tempfile.TemporaryDirectory(prefix="unseeded-") as name:
         copy_of_the_tree(Path(name))
@@ -336,7 +336,7 @@ def confirm(all_found: list[Found]) -> None:
     for found in caught:
         found.confirmed = found.caught_by not in failed
         if not found.confirmed:
-            print(f"{found.caught_by} fails without any bug, so it says nothing about {found.bug!r}")
+            print(f"{found.caught_by} fails without any bug, so it is no evidence about {found.bug!r}")
 
 
 def main() -> int:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (the path is set before the modules of evals/ are imported)
 """Train the bundled models, ``stdlib-7m`` and ``stdlib-1m-draft``, on the standard library of this Python.
 
     python evals/train_stdlib.py tokenizer
@@ -12,16 +13,21 @@
 
 Matrices are trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), everything
 else with Adam; the learning rate warms up, stays, and falls linearly over the last 40 % of the steps.
-Everything is seeded; a GPU is used when there is one.
+Everything is seeded; a GPU is used if there is one.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 import rich
 import torch
@@ -31,27 +37,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
+from evals.stdlib_tokens import BOUNDARY, CONTEXT, MODELS, batch_of, load_tokens
 from patchkit import _compat
 from patchkit.measure.environment import environment
-from patchkit.measure.stdlib_text import Split, read_texts, stdlib_files
+from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.training.heads import accepted_by_position, agreement, optimizers_of, train_heads
 from patchkit.training.linearize import linearize
 
-CONTEXT = 512
 VOCABULARY = 4096
-BOUNDARY = "<|endoftext|>"
 SHAPES = {
     "stdlib-7m": dict(hidden_size=256, intermediate_size=672, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
     "stdlib-1m-draft": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
 }
 STEPS = {"stdlib-7m": 900, "stdlib-1m-draft": 1080}
-SEQUENCES = 16  # per step, of CONTEXT tokens each
 TAUGHT = 0.1  # the last part of the draft's steps, in which it learns from the target too
 WRITTEN = 256  # tokens of a prompt with the target's continuation
-TOP = 8  # of the target's distribution at each of these tokens, what is kept
+TOP = 8  # most likely tokens that are kept of the target's distribution at each position
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = ROOT / "patchkit" / "models"
 WORK = ROOT / "evals" / "work"
 CONTINUATIONS = WORK / "continuations"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +63,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
 @app.command()
 def tokenizer() -> None:
-    """Fit the byte-level BPE on the training files and write it beside both models."""
+    """Fit the byte-level BPE on the training files and write it into the folders of both models."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -81,7 +83,7 @@ def target(steps: int = STEPS["stdlib-7m"], seed: int = 0) -> None:
 
 @app.command()
 def draft(steps: int = STEPS["stdlib-1m-draft"], seed: int = 1) -> None:
-    """Train stdlib-1m-draft on the text, and at the end half on the target's predictions."""
+    """Train stdlib-1m-draft on the text and, in the last steps, half on the target's predictions."""
     teacher = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE).eval()
     train("stdlib-1m-draft", steps, seed, teacher=teacher)
 
@@ -145,7 +147,7 @@ def distill(
     seed: int = 3,
     out: Path = MODELS / "stdlib-1m-draft",
 ) -> None:
-    """Train stdlib-1m-draft to say what stdlib-7m says about its own continuations."""
+    """Distill the predictions of stdlib-7m on its own continuations into stdlib-1m-draft."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-1m-draft", dtype=torch.float32).to(DEVICE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -194,7 +196,7 @@ def distill(
 
 @app.command()
 def heads(kind: str = "eagle", steps: int = 350, depth: int = 3, batch: int = 16, seed: int = 4) -> None:
-    """Train heads for stdlib-7m on its own continuations, write them beside it, and show how held-out drafts are accepted."""
+    """Train heads for stdlib-7m on its own continuations, write them into its folder, and print the acceptance of held-out drafts."""
     model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE)
     written = torch.cat([torch.load(file, weights_only=True)["tokens"] for file in sorted(CONTINUATIONS.glob("*.pt"))])
     trained = train_heads(
@@ -204,7 +206,7 @@ def heads(kind: str = "eagle", steps: int = 350, depth: int = 3, batch: int = 16
     agrees = agreement(trained, model, heldout_continuations(), max(depth, 6) if kind == "eagle" else depth, first=127)
     result: dict[str, Any] = {"accepted_by_position": accepted_by_position(agrees).tolist()}
     for k in range(2, len(agrees) + 1):
-        # Of the first token after the prompt the target's own forward takes care; every later round begins where one ended.
+        # The target's own forward gives the first token after the prompt; every later round begins where one ended.
         runs = agrees[:k].int().cumprod(0).sum(0).tolist()
         result[f"tokens_per_step_k{k}"] = tokens_per_step([[run + 1 for run in row] for row in runs])
     print(json.dumps(result, indent=2))
@@ -214,7 +216,7 @@ def heads(kind: str = "eagle", steps: int = 350, depth: int = 3, batch: int = 16
 def linear(
     transfer_steps: int = 40, lora_steps: int = 200, batch: int = 4, length: int = 1024, distill: float = 0.5, seed: int = 0
 ) -> None:
-    """Convert stdlib-7m to linear attention, and record what each stage gained."""
+    """Convert stdlib-7m to linear attention, and record the gain of each stage."""
     model = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE)
     heldout, _ = load_tokens("heldout")
     WORK.mkdir(exist_ok=True)
@@ -242,13 +244,13 @@ def linear(
 
 @app.command()
 def acceptance(draft: Path = MODELS / "stdlib-1m-draft") -> None:
-    """How the draft does on the target's greedy continuations of held-out prompts."""
+    """Print the acceptance of the draft on the target's greedy continuations of held-out prompts."""
     print(json.dumps(acceptance_of(LlamaForCausalLM.from_pretrained(draft, dtype=torch.float32).to(DEVICE)), indent=2))
 
 
 @torch.inference_mode()
 def acceptance_of(draft: LlamaForCausalLM, prompts: int = 100) -> dict[str, float]:
-    """Agreement on 128 greedily chosen tokens after each of ``prompts`` held-out prompts of 128, and tokens per target step."""
+    """Share of equal greedy tokens, 128 after each of ``prompts`` held-out prompts of 128 tokens, and tokens per target step."""
     written = heldout_continuations(prompts)
     choice = draft(input_ids=written.to(DEVICE), use_cache=False).logits[:, 127:-1].argmax(-1).cpu()
     agrees = (choice == written[:, 128:]).tolist()
@@ -263,7 +265,7 @@ def acceptance_of(draft: LlamaForCausalLM, prompts: int = 100) -> dict[str, floa
 
 
 def tokens_per_step(gains: list[list[int]]) -> float:
-    """Tokens per target step over texts, if a round that begins at position i of one gains ``gains[text][i]`` tokens."""
+    """Tokens per target step, where a round that begins at position i of a text gains ``gains[text][i]`` tokens."""
     n_steps = 0
     for row in gains:
         position = 0
@@ -274,7 +276,7 @@ def tokens_per_step(gains: list[list[int]]) -> float:
 
 
 def heldout_continuations(prompts: int = 100) -> torch.Tensor:
-    """[prompts, 256]: 128 tokens of held-out text and 128 that stdlib-7m chooses greedily after them."""
+    """Tokens [prompts, 256]: 128 of held-out text and 128 that stdlib-7m chooses greedily after them."""
     file = WORK / f"heldout_continuations_{prompts}.pt"
     if not file.exists():
         teacher = LlamaForCausalLM.from_pretrained(MODELS / "stdlib-7m", dtype=torch.float32).to(DEVICE).eval()
@@ -288,8 +290,10 @@ def heldout_continuations(prompts: int = 100) -> torch.Tensor:
 def continued(
     model: LlamaForCausalLM, prompts: torch.Tensor, length: int, temperature: float = 0.0, random: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``prompts`` [B, n], continued by the model to ``length`` tokens: [B, length] uint16, and of the model's distribution
-    of the token after each (but the last), the most likely tokens [B, length - 1, TOP] uint16 and their probabilities, float16.
+    """Continuations of ``prompts`` [B, n] by the model, and its distribution at each position but the last.
+
+    Returns:
+        Tokens [B, length] uint16; the most likely tokens [B, length - 1, TOP] uint16, and their probabilities, float16.
     """
     cache = StaticCache(config=model.config, max_cache_len=length)
     fed, parts, top_tokens, top_probabilities = prompts.to(DEVICE), [prompts], [], []
@@ -307,6 +311,7 @@ def continued(
 
 
 def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) -> None:
+    """Train one of SHAPES from random weights, with a checkpoint every 100 steps, and write it into patchkit/models/."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -342,7 +347,7 @@ def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) ->
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps)
-        # A teacher costs several times the student's own step, so it comes when the text alone has taught what it can.
+        # A teacher costs several times the student's own step, so it is used in the last steps only.
         loss = loss_on(model, batch, teacher if step >= (1 - TAUGHT) * steps else None)
         loss.backward()
         for optimizer in optimizers:
@@ -364,7 +369,7 @@ def train(name: str, steps: int, seed: int, teacher: LlamaForCausalLM | None) ->
 
 
 def loss_on(model: LlamaForCausalLM, batch: torch.Tensor, teacher: LlamaForCausalLM | None) -> torch.Tensor:
-    """Mean next-token cross-entropy over ``batch`` [B, T], averaged with the one against the teacher's distribution."""
+    """Mean next-token cross-entropy over ``batch`` [B, T]; with a teacher, its average with the one against the teacher's distribution."""
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     if teacher is None:
@@ -375,29 +380,8 @@ def loss_on(model: LlamaForCausalLM, batch: torch.Tensor, teacher: LlamaForCausa
 
 
 def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate's highest value: warm-up, constant, linear decay."""
     return min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
-
-
-def batch_of(tokens: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-    """Blocks [SEQUENCES, CONTEXT] of a permuted epoch; every epoch cuts the text at other places."""
-    per_epoch = (len(tokens) - CONTEXT) // CONTEXT // SEQUENCES
-    epoch, index = divmod(step, per_epoch)
-    random = torch.Generator().manual_seed(1000 * seed + epoch)
-    offset = int(torch.randint(CONTEXT, (), generator=random))
-    order = torch.randperm(per_epoch * SEQUENCES, generator=random)[index * SEQUENCES : (index + 1) * SEQUENCES]
-    return torch.stack([tokens[offset + i * CONTEXT : offset + (i + 1) * CONTEXT] for i in order.tolist()]).long()
-
-
-def load_tokens(split: Split) -> tuple[torch.Tensor, int]:
-    """All files of a split as one token stream [N] (uint16), each file preceded by the boundary token, and its bytes."""
-    bpe = Tokenizer.from_file(str(MODELS / "stdlib-7m" / "tokenizer.json"))
-    boundary = bpe.token_to_id(BOUNDARY)
-    ids: list[int] = []
-    n_bytes = 0
-    for text in read_texts(stdlib_files(split)):
-        ids += [boundary, *bpe.encode(text).ids]
-        n_bytes += len(text.encode())
-    return torch.tensor(ids, dtype=torch.uint16), n_bytes
 
 
 if __name__ == "__main__":

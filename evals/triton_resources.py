@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (the path is set before patchkit is imported)
-"""What every Triton kernel costs on a GPU that need not be there: registers, spills, shared memory. Writes evals/results/.
+"""Registers, spills and shared memory of every Triton kernel; needs no GPU. Writes evals/results/triton_resources.json.
 
     python evals/triton_resources.py
 
@@ -31,7 +31,7 @@ CAPABILITIES = (80, 90)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel: per thread, registers and bytes spilled to memory; per block, bytes of shared memory."""
+    """Resources of one compiled kernel: registers and bytes spilled to memory per thread, bytes of shared memory per block."""
 
     registers: int
     spilled_bytes: int
@@ -40,14 +40,14 @@ class Resources:
 
 
 def signatures() -> Iterator[tuple[str, Signature]]:
-    """(module: label, signature) of every Triton kernel, found by folder."""
+    """Pairs of name and signature of every Triton kernel, found by folder."""
     for module in pkgutil.iter_modules(folder.__path__):
         for signature in importlib.import_module(f"{folder.__name__}.{module.name}").signatures():
             yield f"{module.name}.{signature.launch.kernel.__name__}: {signature.label}", signature
 
 
 def compiled(signature: Signature, capability: int) -> Resources:
-    """Compile for a GPU that need not be there."""
+    """Compile a kernel for a compute capability; no GPU is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -65,13 +65,13 @@ def compiled(signature: Signature, capability: int) -> Resources:
     attributes = {places[name]: [["tt.divisibility", 16]] for name in divisible} if signature.aligned else {}
     source = ASTSource(kernel, types, {places[name]: value for name, value in constants.items()}, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=signature.launch.options)
-    said = _assembler_says(made.asm["ptx"], capability)
-    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
-    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
+    printed = _assembler_output(made.asm["ptx"], capability)
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", printed))
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", printed))
     return Resources(registers, spilled, made.metadata.shared, len(made.asm["cubin"]))
 
 
-def _assembler_says(ptx: str, capability: int) -> str:
+def _assembler_output(ptx: str, capability: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas
 
     try:
@@ -88,7 +88,7 @@ def _assembler_says(ptx: str, capability: int) -> str:
 
 
 def main() -> None:
-    """Compile all, print a table, write the JSON."""
+    """Compile all kernels, print a table, write the JSON."""
     import triton
 
     rows = []

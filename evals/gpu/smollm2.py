@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from evals import real
+from evals.answers import PLAIN, answer, compared, interleaved, median_of, prompt_ids
 from evals.gpu.rows import Cases, NotMeasured, Row
 from evals.gpu.sizes import Sizes
+from evals.prompts import EDITS, STORIES, WARM_UP
 from patchkit import patch_model, report
 from patchkit.measure.demo import run_demo
 from patchkit.models import SMOLLM2, ModelUnavailable, load_model, smollm2_gguf
@@ -103,12 +104,12 @@ class Bench:
 
     def prompts(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Token ids of each text through the chat template."""
-        return [real.prompt_ids(self.loaded[1], text).to(self.device) for text in texts]
+        return [prompt_ids(self.loaded[1], text).to(self.device) for text in texts]
 
     def answers(self, view: Any) -> list[list[int]]:
         """Greedy answers to three edits and three stories."""
-        texts = self.prompts((*real.EDITS[:3], *real.STORIES[:3]))
-        return [real.answer(view, ids, self.new_tokens).ids for ids in texts]
+        texts = self.prompts((*EDITS[:3], *STORIES[:3]))
+        return [answer(view, ids, self.new_tokens).ids for ids in texts]
 
     @functools.cached_property
     def right(self) -> list[list[int]]:
@@ -126,15 +127,15 @@ class Bench:
 
     def timed(self, spec: str) -> Row:
         """Milliseconds per token with a spec, on stories and on edits."""
-        ways = {real.PLAIN: self.half, spec: patch_model(twin(self.half), spec, verbose=False)}
+        ways = {PLAIN: self.half, spec: patch_model(twin(self.half), spec, verbose=False)}
         row: Row = {"spec": spec}
         for view in ways.values():
-            for text in self.prompts((real.WARM_UP, real.EDITS[0])):
-                real.answer(view, text, 24)
-        for group, texts in (("stories", real.STORIES), ("edits", real.EDITS)):
+            for text in self.prompts((WARM_UP, EDITS[0])):
+                answer(view, text, 24)
+        for group, texts in (("stories", STORIES), ("edits", EDITS)):
             prompts = self.prompts(texts)
-            found = real.in_turns(ways, prompts, self.new_tokens, rounds=2)
-            row[group] = real.compared(found, spec, len(prompts)) | {"plain_ms_per_token": real.median_of(found[real.PLAIN])}
+            found = interleaved(ways, prompts, self.new_tokens, rounds=2)
+            row[group] = compared(found, spec, len(prompts)) | {"plain_ms_per_token": median_of(found[PLAIN])}
         row["hits"] = {f"{patch.name}: {key}": value for patch in report(ways[spec]).patches for key, value in patch.hits.items()}
         return row
 

@@ -32,8 +32,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from answers import prompt_ids  # noqa: E402
 from peer import Answer, Made  # noqa: E402
-from real import EDITS, STORIES, WARM_UP, prompt_ids  # noqa: E402
+from prompts import EDITS, STORIES, WARM_UP  # noqa: E402
 from rich.console import Console  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
@@ -52,7 +53,7 @@ FAMILIES = {
     "patchkit": ("torch", "transformers", "patchkit"),
 }
 REFERENCE = ("transformers", "plain")
-# Of the stories and edits of evals/real.py, so many each; then a text that is longer than every window.
+# The number of stories and of edits of evals/prompts.py; then a text that is longer than every window.
 PROMPTS, NEW_TOKENS = 2, 48
 LONG, AFTER_LONG = 2048, 32
 CACHED = (1000, 8000)

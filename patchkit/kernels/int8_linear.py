@@ -112,8 +112,8 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
 # -- CPU -------------------------------------------------------------------------------------------------------------------------
 #
 # Both backends multiply integers. "float" activations become 16-bit integers per token, as two rows of bytes: 256 times finer than
-# "int8", 2e-5 of a row's largest value, far below the error of int8 weights. That is twice the arithmetic, which a few rows do
-# not notice, because they wait for the weights. The two give the same bits, so a token's result does not depend on the batch.
+# "int8", 2e-5 of a row's largest value, far below the error of int8 weights. That is twice the arithmetic, which costs nothing for a
+# few rows, because they are bound by reading the weights. The two give equal bits, so a token's result does not depend on the batch.
 
 
 @functools.cache

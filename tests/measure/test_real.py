@@ -1,4 +1,4 @@
-"""evals/real.py on a tiny model: what it writes. What it measures on the real one is `make real`."""
+"""evals/real.py and evals/answers.py on a tiny model: the results that are written. `make real` measures the real model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from evals import answers
 from patchkit.models import load_model
 from patchkit.testing import assert_restored, snapshot
 
@@ -46,18 +47,18 @@ def test_speed_of_every_way(model_dir: Path) -> None:
     assert found["prepared"]["compile(backend='eager')"]["graphs_compiled"] == 1
 
 
-def test_ratios_are_of_the_same_answer_and_the_order_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_are_of_the_same_answer_and_the_order_rotates(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
     def answer(model: str, ids: int, new_tokens: int) -> Any:
         asked.append((model, ids))
         milliseconds = {"unpatched": 4.0 * ids, "fast": 2.0 * ids, "one": None}[model]
-        return real.Answered([ids, 7 if model == "fast" and ids == 2 else 5], milliseconds)
+        return answers.Answered([ids, 7 if model == "fast" and ids == 2 else 5], milliseconds)
 
-    monkeypatch.setattr(real, "answer", answer)
-    found = real.in_turns({name: name for name in ("unpatched", "fast")}, [1, 2, 3], 8, rounds=2)
+    monkeypatch.setattr(answers, "answer", answer)
+    found = answers.interleaved({name: name for name in ("unpatched", "fast")}, [1, 2, 3], 8, rounds=2)
     assert asked[:6] == [("unpatched", 1), ("fast", 1), ("fast", 2), ("unpatched", 2), ("unpatched", 3), ("fast", 3)] and len(asked) == 12
-    figures = real.compared(found, "fast", 3)
+    figures = answers.compared(found, "fast", 3)
     assert figures["plain_over_this"]["value"] == 2.0 and figures["ms_per_token"] == 4.0
     assert figures["identical"] == 2 and figures["prompts"] == 3 and figures["tokens"] == 6
 

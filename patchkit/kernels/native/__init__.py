@@ -1,7 +1,7 @@
-"""C++ kernels, compiled for this very processor when they are first needed, in a second or two, and kept on disk.
+"""C++ kernels, compiled for the processor of this machine when they are first needed, in a second or two, and kept on disk.
 
-A kernel is one file in this folder with one ``extern "C"`` function. Without a compiler nothing breaks: the backend that needs
-the kernel refuses, with the reason, and another one serves.
+A kernel is one file in this folder with one ``extern "C"`` function. Without a compiler the backend that needs the kernel refuses, with
+the reason, and another one serves.
 """
 
 from __future__ import annotations
@@ -19,18 +19,24 @@ from typing import Any
 
 import torch
 
-# No -ffast-math: what is exact in the source stays so. Contracted products would round differently from torch's.
+# No -ffast-math, which would change exact arithmetic. Contracted products would round differently from torch's.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/patchkit``, by default ``~/.cache/patchkit``."""
+    """Folder of the compiled kernels: ``$XDG_CACHE_HOME/patchkit``, by default ``~/.cache/patchkit``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkit"
 
 
 def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
-    """The function ``patchkit_<name>`` of ``<name>.cpp``, which takes ctypes ``signature`` and returns an int, and None; or None,
-    and why it cannot be had here."""
+    """Load the function ``patchkit_<name>`` of ``<name>.cpp``, which returns an int.
+
+    Args:
+        signature: ctypes of its arguments.
+
+    Returns:
+        The function and None; or None and the reason why it is not available on this machine.
+    """
     if platform.system() != "Linux":
         return None, f"C++ kernels are compiled on Linux only, this is {platform.system()}"
     source = Path(__file__).with_name(f"{name}.cpp")

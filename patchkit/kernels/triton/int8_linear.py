@@ -2,11 +2,11 @@
 
 Shapes: M rows (tokens), K input and N output features. x [M, K], weight int8 [N, K], scale fp32 [N] or [N, K // group], y [M, N].
 
-* `one_to_four_rows`: decoding. It waits for the weights, so all that matters is that 16-byte loads of them are always under way. Each
-  program owns BLOCK_N output features and all of K; weights go to registers through a pipeline of stages, and are multiplied there
+* `one_to_four_rows`: decoding. It is bound by reading the weights, so 16-byte loads of them have to be in flight all the time. Each
+  program computes BLOCK_N output features over all of K; weights go to registers through a pipeline of stages, and are multiplied there
   in fp32 (int32 for int8 rows): tensor cores would have to be fed from shared memory, and took 5 to 80 % longer on an H100.
-* `few_rows`, 5 to 16: a handful to verify. The multiplications of 16 rows are too many without tensor cores. The warps of a program
-  share K out among them: a batched tl.dot, one batch entry per warp, added up once at the end. Rows are padded to 16.
+* `few_rows`, 5 to 16: a handful to verify. The multiplications of 16 rows are too many without tensor cores. K is divided among the warps
+  of a program: a batched tl.dot, one batch entry per warp, added up once at the end. Rows are padded to 16.
   Neither of the two has a workspace or atomics, and M is an argument of both, not a constant: each output row comes from its own input
   row by the same operations in the same order, so that a token's result does not depend on the other tokens, nor on their
   number within 1 to 4 and within 5 to 16. int8 rows give the same bits in all kernels: their sums are of integers.

@@ -32,7 +32,7 @@ def plan(b: int, g: int, t: int, k: int, v: int) -> Launch:
     """One program for every head of a row and up to 16 tokens."""
     tokens = min(16, triton.next_power_of_2(t))
     constants = dict(BLOCK_T=tokens, BLOCK_K=triton.next_power_of_2(k), BLOCK_V=triton.next_power_of_2(v))
-    return Launch(append, (b * g, triton.cdiv(t, tokens)), constants, dict(num_warps=4))
+    return Launch(append, (b * g, triton.cdiv(t, tokens)), constants, dict(num_warps=4, enable_fp_fusion=False))
 
 
 def signatures() -> Iterator[Signature]:

@@ -2,14 +2,14 @@
 
 Shapes: R rows, T positions, V tokens in the vocabulary. logits and target [R, T, V], draft [R, T - 1].
 
-* `largest_of_part` waits for the logits: R * T * V of them, read once. A handful of positions is too few for all multiprocessors, so
-  every position is shared out among SPLITS programs, each of which leaves the largest logit of its part and where it is.
-* `count_prefix`, one program per row, takes the largest of the parts and compares with the draft.
+* `largest_of_part` is bound by reading the logits, R * T * V of them, once. A handful of positions is too few for all multiprocessors, so
+  every position is divided among SPLITS programs, each of which stores the largest logit of its part and the index of it.
+* `count_prefix`, one program per row, finds the largest of the parts and compares it with the draft.
 * `accept_or_resample`, one program per row, reads the drafted tokens' probabilities, then one position, twice: for the total of the
   weights, and for the index at which their cumulative sum exceeds a share of it.
 
-An argmax must not depend on the order of comparisons. A logit is therefore compared as an integer with the same order, in which both
-zeros are the same, a NaN is the largest and nothing is the smallest; of equal ones the lowest index is taken, explicitly.
+An argmax must not depend on the order of comparisons. Logits are therefore compared as integers in the order of the floats, in which both
+zeros are equal, a NaN is the largest, and the value of an empty lane the smallest; of equal ones the lowest index is taken, explicitly.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run_sampled(
 
 
 def plan(r: int, t: int, v: int) -> tuple[Launch, Launch]:
-    """The two launches of `verify_prefix`: at least 512 programs where there is so much to read."""
+    """The two launches of `verify_prefix`: 512 programs or more, where there are as many blocks of logits."""
     blocks = triton.cdiv(v, BLOCK)
     splits = min(triton.next_power_of_2(blocks), triton.next_power_of_2(triton.cdiv(512, r * t)))
     scan = Launch(largest_of_part, (r * t, splits), dict(PART=triton.cdiv(blocks, splits) * BLOCK, BLOCK=BLOCK), _OPTIONS)
@@ -150,13 +150,13 @@ def accept_or_resample(
     p = tl.load(target + (row * T + t) * V + token, mask=known, other=0)
     q = tl.load(draft_probabilities + (row * (T - 1) + t) * V + token, mask=known, other=0)
     draw = tl.load(accept_draws + row * (T - 1) + t, mask=known, other=0)
-    stand = tl.min(tl.where(known & (draw * q < p), BLOCK_T, t), 0)
-    tl.store(accepted + row, stand.to(tl.int64))
+    length = tl.min(tl.where(known & (draw * q < p), BLOCK_T, t), 0)
+    tl.store(accepted + row, length.to(tl.int64))
 
-    weights = target + (row * T + stand) * V
-    subtracted = draft_probabilities + (row * (T - 1) + stand) * V
+    weights = target + (row * T + length) * V
+    subtracted = draft_probabilities + (row * (T - 1) + length) * V
     # Up to where there is something to subtract.
-    limit = tl.where(stand < count, V, 0)
+    limit = tl.where(length < count, V, 0)
     lane = tl.arange(0, BLOCK)
     of_target = tl.zeros((BLOCK,), tl.float64)
     of_residual = tl.zeros((BLOCK,), tl.float64)
