@@ -20,7 +20,6 @@ from evals.gpu.rows import Cases, NotMeasured, Row
 from evals.gpu.sizes import Sizes
 from evals.prompts import EDITS, STORIES, WARM_UP
 from patchkit import patch_model, report
-from patchkit.measure.demo import run_demo
 from patchkit.models import SMOLLM2, ModelUnavailable, load_model, smollm2_gguf
 from patchkit.views import twin
 
@@ -141,6 +140,8 @@ class Bench:
 
     def demo(self) -> Row:
         """Figures and printed lines of the demo."""
+        from patchkit.measure.demo import run_demo  # it needs rich, which the other cases do not
+
         demo = run_demo(self.half, self.loaded[1])
         times = [f"{row.name}: ms per token at {row.ms_per_token}, {row.cache_bytes} bytes" for row in demo.rows]
         return demo.to_dict() | {"found": [*demo.ratio_lines(), *demo.recall_lines(), *times]}
