@@ -152,8 +152,8 @@ BUGS = [
     ),
     Bug(
         "token after the drafts is the last position's",
-        "[self._append(row, chosen[row][: n + 1]) for row, n in enumerate(lengths)]",
-        "[self._append(row, [*chosen[row][:n], chosen[row][-1]]) for row, n in enumerate(lengths)]",
+        "[chosen[: n + 1] for chosen, n in zip(choice.tolist(), accepted.tolist(), strict=True)]",
+        "[[*chosen[:n], chosen[-1]] for chosen, n in zip(choice.tolist(), accepted.tolist(), strict=True)]",
         EXACT,
     ),
     Bug("drafts that fell are kept in the cache", "self.cache.keep(count, counts)", "self.cache.keep(count, [count] * len(counts))", EXACT),
