@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import Patch
+from patchkit.patch import Patch, available_patches
 from patchkit.record import Report
 from patchkit.spec import Given, resolve
 
@@ -150,13 +150,14 @@ def report(model: Any) -> Report:
 
 
 def _drafting(chosen: list[Patch]) -> list[Patch]:
-    """The patch whose draft is the model patched with ``chosen``."""
-    from patchkit.patches.speculative import Speculative
-    from patchkit.speculation.drafters.self_draft import SelfDraft
-
-    if any(isinstance(patch, Speculative) for patch in chosen):
-        raise PatchConflict("lossless=True verifies with speculative already: leave speculative out, its text is the model's own as it is")
-    return [Speculative(draft=SelfDraft(tuple(chosen)))]
+    """The patch under which the model patched with ``chosen`` only drafts."""
+    verifying = {name: patch for name, cls in available_patches().items() if (patch := cls.drafting(tuple(chosen))) is not None}
+    for patch in chosen:
+        if patch.name in verifying:
+            raise PatchConflict(
+                f"lossless=True verifies with {patch.name} already: leave {patch.name} out, its text is the model's own as it is"
+            )
+    return [next(iter(verifying.values()))]
 
 
 def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:

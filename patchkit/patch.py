@@ -1,19 +1,17 @@
-"""Patch, its registry, and spec strings such as "streaming(sinks=4, window=1020) + mlp_int8"."""
+"""Patch, and the registry of patches."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import enum
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from patchkit.errors import PatchConflict
-from patchkit.spelled import Spelled, is_word, options_of
+from patchkit.registered import import_folder
+from patchkit.spelled import Spelled, is_required, is_word, options_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +66,23 @@ class Promises:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """A patch's row in the table of patches that `patchkit patches --markdown` prints, as Markdown without links to files.
+
+    Attributes:
+        goal: what one wants who wants this patch.
+        exact: whether outputs are those of the unpatched model; empty: "yes" or "no", by `Patch.exact`.
+        cost: costs and limits, whether it can be undone among them.
+        source: the paper, or where the method comes from.
+    """
+
+    goal: str = ""
+    exact: str = ""
+    cost: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Patch(Spelled):
     """One technique with its options. Options are frozen fields, validated in `__post_init__`; a patch holds no run-time state.
 
@@ -80,15 +95,21 @@ class Patch(Spelled):
             factor: float = 0.5
 
     `__post_init__` raises a ValueError that names the value and the remedy.
+
+    Attributes:
+        stage: when it is applied.
+        exact: whether logits are those of the model without the patch, up to rounding. A patch that is not exact must be seen to act.
+        acts: the run-time counters (`handle.record.hits`) of which one moves when the patch does what it is for; empty: any that it keeps.
+        example: a spec under which the patch acts on 30 tokens of a tiny model; the bare name unless the class sets it.
+        evaluated: the spec that `patchkit eval --every-patch` evaluates, on texts of some 500 tokens; None: the bare name.
+        facts: its row in the table of patches.
     """
 
     stage: ClassVar[Stage]
-    # Whether logits stay those of the model without the patch, up to rounding. A patch that is not exact must be seen to act.
     exact: ClassVar[bool] = False
-    # The run-time counters (`handle.record.hits`) of which one moves when the patch does what it is for; empty: any that it keeps.
     acts: ClassVar[tuple[str, ...]] = ()
-    # A spec under which the patch shows what it does on texts of some 500 tokens; None: its defaults do.
-    example: ClassVar[str | None] = None
+    evaluated: ClassVar[str | None] = None
+    facts: ClassVar[Facts] = Facts()
 
     def check(self, target: Target) -> None:
         """Refuse a model that this patch cannot serve, by raising a `PatchError`. Must not touch the model."""
@@ -108,9 +129,15 @@ class Patch(Spelled):
     @classmethod
     def candidates(cls, target: Target) -> Sequence[Patch]:
         """The options that `patchkit tune` tries on this model; none where the patch needs what only the user has."""
-        missing = dataclasses.MISSING
-        required = [name for name, field in options_of(cls).items() if field.default is missing and field.default_factory is missing]
-        return [] if required else [cls()]
+        return [] if _required(cls) else [cls()]
+
+    @classmethod
+    def drafting(cls, patches: tuple[Patch, ...]) -> Patch | None:
+        """The patch under which the model patched with ``patches`` only drafts for the model itself; None if this class cannot do that.
+
+        `patch_model(lossless=True)` applies it.
+        """
+        return None
 
     @property
     def irreversible(self) -> bool:
@@ -125,14 +152,19 @@ _registry: dict[str, type[Patch]] = {}
 _discovered = False
 
 
+def _required(cls: type[Patch]) -> list[str]:
+    return [name for name, field in options_of(cls).items() if is_required(field)]
+
+
 def register_patch(name: str) -> Callable[[type[P]], type[P]]:
     """Class decorator: the class becomes a patch, known to spec strings, the command line and the contract tests as `name`.
 
     Defining the same class again (a notebook cell run twice, a reload) replaces it.
 
     Raises:
-        ValueError: `name` is not an identifier.
-        TypeError: the class is not a frozen dataclass derived from `Patch`, or has no `stage`.
+        ValueError: `name` is not an identifier, or the class's `example` is a spec of another patch.
+        TypeError: the class is not a frozen dataclass derived from `Patch`, has no `stage`, or has an option without a default and no
+            `example`.
         PatchConflict: another class has this name.
     """
     if not is_word(name):
@@ -152,7 +184,15 @@ def register_patch(name: str) -> Callable[[type[P]], type[P]]:
                 f"the patch name {name!r} belongs to {holder.__module__}.{holder.__qualname__}: "
                 f"register {cls.__qualname__} under another name"
             )
-        cls.name = name
+        example = cls.__dict__.get("example", name)  # an example that is inherited is one of another patch
+        if "example" not in cls.__dict__ and _required(cls):
+            raise TypeError(
+                f"{cls.__qualname__} has no example, and {', '.join(_required(cls))} no default: "
+                f"set `example = '{name}(...)'` in its body, a spec under which it acts on 30 tokens of a tiny model"
+            )
+        if example.partition("(")[0].strip() != name:
+            raise ValueError(f"the example of {cls.__qualname__} is {example!r}, which is no spec of it: start it with {name!r}")
+        cls.name, cls.example = name, example
         _registry[name] = cls
         return cls
 
@@ -163,9 +203,7 @@ def available_patches() -> dict[str, type[Patch]]:
     """All patches by spec name, sorted. The first call imports every module of `patchkit/patches/`; there is no list to edit."""
     global _discovered
     if not _discovered:
-        package = importlib.import_module("patchkit.patches")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        import_folder("patchkit.patches")
         _discovered = True
     return dict(sorted(_registry.items()))
 

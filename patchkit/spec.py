@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from patchkit.errors import PatchConflict, SpecError
 from patchkit.patch import NO_PATCH, Patch, available_patches, declared
-from patchkit.spelled import keywords_of, listed, made, unknown
+from patchkit.spelled import keywords_of, listed, made, refuse_unnamed, summands, unknown
 
 T = TypeVar("T")
 
@@ -23,8 +23,8 @@ def parse_spec(text: str) -> list[Patch]:
     """Read a spec string: `streaming(sinks=4, window=1020) + mlp_int8`.
 
     Option values are Python literals (int, float, string, list, tuple, dict, None, True, False); a bare word is a string. Options that
-    take objects are written as calls: `streaming(refresh=reencode(every=64))`, `speculative(k=adaptive(target=0.8))`. `none` is no patch,
-    and `@FILE` what the file says (`read_spec`).
+    take objects are written as calls: `streaming(refresh=reencode(every=64))`, `speculative(k=adaptive(target=0.8), draft=eagle)`;
+    `patchkit.spelled` has the grammar. `none` is no patch, and `@FILE` is the spec in that file (`read_spec`).
 
     Raises:
         SpecError: bad syntax, an unknown patch or option (with the nearest valid name), or a value that the patch refuses.
@@ -121,24 +121,16 @@ def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
         raise SpecError(f"empty spec: name at least one patch, or write none; available: {listed(known)}")
     if isinstance(tree.body, ast.Name) and tree.body.id == NO_PATCH:
         return []
-    return list(_summands(tree.body))
+    return summands(tree.body)
 
 
 def _check_names(text: str, known: dict[str, tuple[str, ...] | None]) -> None:
     for node in _terms(text, known):
         name = _name_of(node, text, known)
         options = known[name]
-        if options is not None:
+        if options is not None and isinstance(node, ast.Call):
+            refuse_unnamed(name, node.args, options)
             keywords_of(name, node, options)
-
-
-def _summands(node: ast.expr) -> Iterable[ast.expr]:
-    terms: list[ast.expr] = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        terms.append(node.right)
-        node = node.left
-    terms.append(node)
-    return reversed(terms)
 
 
 def _patch_of(node: ast.expr, text: str) -> Patch:

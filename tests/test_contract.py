@@ -20,14 +20,13 @@ from patchkit.patch import Stage
 from patchkit.spec import parse_spec
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
 
-# Options that make a patch act on 30 tokens of a tiny model, where its defaults would not. A patch without a row uses its defaults.
-SMALL = {"linear": "linear(window=6)", "streaming": "streaming(sinks=2, window=6)"}
 PATCHES = [name for name, cls in available_patches().items() if cls.__module__.startswith("patchkit.")]
 DIFFERS = TOLERANCES[torch.float32].differs
 
 
 def small(name: str) -> Patch:
-    return parse_spec(SMALL.get(name, name))[0]
+    """The patch with options under which it acts on 30 tokens of a tiny model."""
+    return parse_spec(available_patches()[name].example)[0]
 
 
 def tokens() -> torch.Tensor:

@@ -31,6 +31,7 @@ class Dummy(Patch):
 @dataclass(frozen=True)
 class NeedsDraft(Patch):
     stage = Stage.GENERATION
+    example = "t_needs_draft(draft=small)"
 
     draft: object
     tags: list[str] = field(default_factory=list)
@@ -182,6 +183,31 @@ def test_only_frozen_dataclass_patches_with_a_stage_are_registered() -> None:
         with pytest.raises(ValueError, match="use a Python identifier"):
             register_patch(name)
     assert not {"t_plain", "t_stageless", "t_not_a_patch"} & set(available_patches())
+
+
+def test_the_example_of_a_patch_is_its_own() -> None:
+    @dataclass(frozen=True)
+    class Larger(Dummy):
+        pass
+
+    @dataclass(frozen=True)
+    class Exampleless(Patch):
+        stage = Stage.WEIGHTS
+        factor: float
+
+    @dataclass(frozen=True)
+    class Borrowed(Patch):
+        stage = Stage.WEIGHTS
+        example = "t_dummy(size=3)"
+
+    assert Dummy.example == "t_dummy"
+    assert NeedsDraft.example == "t_needs_draft(draft=small)"
+    assert register_patch("t_larger")(Larger).example == "t_larger"  # not the one that it inherits
+    with pytest.raises(TypeError, match=r"Exampleless has no example, and factor no default: set `example = 't_exampleless\(\.\.\.\)'`"):
+        register_patch("t_exampleless")(Exampleless)
+    with pytest.raises(ValueError, match=r"'t_dummy\(size=3\)', which is no spec of it: start it with 't_borrowed'"):
+        register_patch("t_borrowed")(Borrowed)
+    assert not {"t_exampleless", "t_borrowed"} & set(available_patches())
 
 
 def test_a_patch_without_apply_says_so() -> None:

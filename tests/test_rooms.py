@@ -16,6 +16,7 @@ FLOORS = (
     {"attention", "kernels"},
     {"anatomy", "models"},
     {"spelled", "definitions"},
+    {"registered"},
     {"patch"},
     {"spec"},
     {"attention_function", "static_step", "int8"},

@@ -97,7 +97,7 @@ def evaluate(
         raise UsageError(f"--limit {limit:g} leaves no documents: give a number, or below 1 a share")
     chosen = {name: spec for spec in patches or [] if (name := " + ".join(patch.spec for patch in parse(spec)))}
     if every_patch:
-        examples = {name: cls.example or name for name, cls in available_patches().items()}
+        examples = {name: cls.evaluated or name for name, cls in available_patches().items()}
         chosen = {parse_spec(example)[0].spec: example for example in examples.values()} | chosen
     if baseline or not chosen:
         chosen = {BASELINE: "", **chosen}

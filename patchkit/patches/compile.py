@@ -38,7 +38,7 @@ from patchkit.compiled.generate import prepare_cache
 from patchkit.compiled.steps import Steps
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
-from patchkit.patch import Patch, Stage, register_patch
+from patchkit.patch import Facts, Patch, Stage, register_patch
 from patchkit.streaming.runtime import runtime_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -65,6 +65,13 @@ class Compile(Patch):
     stage = Stage.COMPILE
     exact = True
     acts = ("compiled steps",)
+    example = "compile(backend=eager)"
+    facts = Facts(
+        goal="no Python between kernels",
+        exact="yes, to rounding",
+        cost="compilation, once per kind of step: reported, and kept on disk",
+        source="[torch.compile](https://docs.pytorch.org/docs/stable/torch.compiler.html)",
+    )
 
     mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     fullgraph: bool = True

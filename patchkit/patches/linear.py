@@ -26,7 +26,7 @@ from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.install import install_hybrid
 from patchkit.linear.plan_hybrid import plan_hybrid
 from patchkit.linear.state import StateDict
-from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.streaming.plans import check_layers
 
 # A window that a short text fills several times.
@@ -55,6 +55,14 @@ class LinearAttention(Patch):
 
     stage = Stage.ATTENTION
     acts = ("tokens taken into the state",)
+    example = "linear(window=6)"
+    facts = Facts(
+        goal="constant memory that keeps a trace of everything, after `patchkit linearize`",
+        exact="no: another function than the model's, computed alike however tokens are fed",
+        cost="today no better than its window alone, and worse without a converted `state_dict`. No key of an old token is kept",
+        source="Zhang et al. 2024, [2410.10254](https://arxiv.org/abs/2410.10254); Katharopoulos et al. 2020, "
+        "[2006.16236](https://arxiv.org/abs/2006.16236)",
+    )
 
     feature_map: str = "elu1"
     window: int = 64

@@ -30,7 +30,7 @@ from patchkit.int8.linears import Int8Linear, make_saveable
 from patchkit.int8.report_speed import report_speed
 from patchkit.int8.saving import put_back
 from patchkit.int8.timing import choose_activations
-from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 
 
 @register_patch("mlp_int8")
@@ -52,6 +52,13 @@ class MLPInt8(Patch):
     """
 
     stage = Stage.WEIGHTS
+    facts = Facts(
+        goal="fewer bytes per token",
+        exact="no: weights are rounded; the signal-to-noise ratio of each module is in the report",
+        cost="none at run time; patching times itself, and warns where it is slower. With `keep_original=False` it cannot be undone",
+        source="[torchao](https://github.com/pytorch/ao) (format); Dettmers et al. 2022, "
+        "[2208.07339](https://arxiv.org/abs/2208.07339) (why not attention)",
+    )
 
     mode: Literal["auto", "weight_only", "dynamic"] = "auto"
     keep_original: bool = True

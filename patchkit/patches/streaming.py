@@ -28,7 +28,7 @@ from patchkit.anatomy.target import Target
 from patchkit.definitions import window_logits
 from patchkit.errors import PatchConflict
 from patchkit.handle import Handle
-from patchkit.patch import Patch, Promises, Stage, register_patch
+from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.install import install_window
 from patchkit.streaming.plan_window import plan_window
@@ -66,7 +66,13 @@ class StreamingLLM(Patch):
 
     stage = Stage.ATTENTION
     acts = ("tokens evicted",)
-    example = "streaming(window=252)"
+    example, evaluated = "streaming(sinks=2, window=6)", "streaming(window=252)"
+    facts = Facts(
+        goal="a chat or stream without end, at constant memory",
+        exact="the StreamingLLM rule, to rounding; the unpatched model while a text fits the window",
+        cost="what left the window is forgotten. One token: rotates `sinks` keys; several: twice the key dimension",
+        source="Xiao et al. 2023, [2309.17453](https://arxiv.org/abs/2309.17453)",
+    )
 
     sinks: int = 4
     window: int = 1020

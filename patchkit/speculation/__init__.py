@@ -1,19 +1,23 @@
 """Speculative generation: a drafter proposes, the model verifies several tokens in one forward, the text stays the model's own.
 
-What a user of `Speculative` needs is here: drafters, policies of acceptance, controllers of the number of drafts, and statistics.
+What a user of `Speculative` needs is here: drafters, acceptance policies, controllers of the number of drafts, and statistics; and
+what a drafter of your own is made of, `Drafter`, `Session`, `State` and `Proposal`.
 """
 
 from patchkit.speculation.acceptance import Acceptance as Acceptance
-from patchkit.speculation.acceptance import ConfThreshold as ConfThreshold
-from patchkit.speculation.acceptance import Exact as Exact
-from patchkit.speculation.acceptance import LongestPrefix as LongestPrefix
-from patchkit.speculation.acceptance import TopKAgree as TopKAgree
-from patchkit.speculation.acceptance import Typical as Typical
-from patchkit.speculation.cost_model import CostModel as CostModel
-from patchkit.speculation.draft_lengths import Adaptive as Adaptive
-from patchkit.speculation.draft_lengths import Controller as Controller
-from patchkit.speculation.draft_lengths import Fixed as Fixed
+from patchkit.speculation.acceptance.conf_threshold import ConfThreshold as ConfThreshold
+from patchkit.speculation.acceptance.exact import Exact as Exact
+from patchkit.speculation.acceptance.longest_prefix import LongestPrefix as LongestPrefix
+from patchkit.speculation.acceptance.topk_agree import TopKAgree as TopKAgree
+from patchkit.speculation.acceptance.typical import Typical as Typical
+from patchkit.speculation.controllers import Controller as Controller
+from patchkit.speculation.controllers.adaptive import Adaptive as Adaptive
+from patchkit.speculation.controllers.cost_model import CostModel as CostModel
+from patchkit.speculation.controllers.fixed import Fixed as Fixed
 from patchkit.speculation.drafter import Drafter as Drafter
+from patchkit.speculation.drafter import Proposal as Proposal
+from patchkit.speculation.drafter import Session as Session
+from patchkit.speculation.drafter import State as State
 from patchkit.speculation.drafters.chain import Chain as Chain
 from patchkit.speculation.drafters.draft_model import DraftModel as DraftModel
 from patchkit.speculation.drafters.eagle import Eagle as Eagle

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patchkit.registered import Registered
+
 if TYPE_CHECKING:
     from patchkit.anatomy.target import Target
 
@@ -127,10 +129,13 @@ class Session(ABC):
         """Go on with these rows only: the others have finished."""
 
 
-class Drafter(ABC):
-    """Options of a way to draft: a frozen dataclass, validated in `__post_init__`, without run-time state."""
+class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.drafters"):
+    """Options of one method of drafting: a frozen dataclass, validated in `__post_init__`, without run-time state.
 
-    def check(self, target: Target) -> None:  # noqa: B027 (some serve every model)
+    A subclass with ``name="name"`` is known to spec strings: `speculative(draft=name)`. Its ``example`` drafts for any model.
+    """
+
+    def check(self, target: Target) -> None:
         """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""
 
     def prepared(self, target: Target) -> Drafter:

@@ -15,7 +15,7 @@ from patchkit.exclusive import Exclusive
 from patchkit.handle import Handle
 from patchkit.record import Warnings
 from patchkit.speculation.acceptance import Acceptance
-from patchkit.speculation.draft_lengths import ControllerSession
+from patchkit.speculation.controllers import ControllerSession
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.statistics import RunStatistics
 

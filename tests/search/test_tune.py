@@ -388,9 +388,10 @@ def test_candidates_come_from_the_patches() -> None:
 
 
 def test_only_the_bundled_model_is_tried_with_what_was_trained_for_it() -> None:
-    assert [patch.draft for patch in Speculative.candidates(Target(tiny_model("llama")))] == ["prompt_lookup"]
+    assert [patch.spec for patch in Speculative.candidates(Target(tiny_model("llama")))] == ["speculative"]
     bundled = Speculative.candidates(Target(load_model("bundled")[0]))
-    assert [patch.draft for patch in bundled] == ["prompt_lookup", "eagle", "medusa", "stdlib-1m-draft"]
+    drafts = ("draft=eagle", "draft=medusa", "draft='stdlib-1m-draft'")
+    assert [patch.spec for patch in bundled] == ["speculative", *(f"speculative({draft})" for draft in drafts)]
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from patchkit.errors import SpecError
-from patchkit.speculation.controllers import controller
-from patchkit.speculation.cost_model import CostModel
-from patchkit.speculation.draft_lengths import Adaptive, Controller, ControllerSession, Fixed
+from patchkit.speculation.controllers import Controller, ControllerSession, controller
+from patchkit.speculation.controllers.adaptive import Adaptive
+from patchkit.speculation.controllers.cost_model import CostModel
+from patchkit.speculation.controllers.fixed import Fixed
 from patchkit.speculation.statistics import StepRecord
 
 Cost = Callable[[int], float]
@@ -263,7 +264,7 @@ def test_controller_reads_numbers_texts_and_objects() -> None:
         ("fixed(2.5)", "whole number"),
         ("fixed", r"needs k: write fixed\(k=...\)"),
         ("fixd(4)", "did you mean 'fixed'"),
-        ("cost_model(bound=(0, 8))", "takes bounds, look_every, budget"),
+        ("cost_model(bound=(0, 8))", "'bound', did you mean 'bounds'\\? available: bounds, look_every, budget"),
         ("cost_model(bounds=(4, 2))", "smaller first"),
         ("cost_model(bounds=8)", "two whole numbers"),
         ("cost_model(budget=2)", "between 0 and 1"),
@@ -271,7 +272,10 @@ def test_controller_reads_numbers_texts_and_objects() -> None:
         ("adaptive(target=1.5)", "between 0 and 1"),
         ("adaptive(window=0)", "at least 1"),
         ("fixed(1, 2)", "takes k"),
-        ("fixed(k=four)", "literals"),
+        ("fixed(1, k=2)", "'k' is given twice"),
+        ("2.5", "k is 2.5: give a whole number"),
+        ("fixed(k=four)", "k is 'four': give a whole number"),
+        ("fixed(k=f(4))", "k=f\\(4\\) is not a literal"),
         ("fixed(4", "cannot read"),
     ],
 )

@@ -6,18 +6,18 @@ family and every drafter once, over 52.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from speculation import FEW, NEW, Bush, Silent, always, plain_text, text_of, told
 from support import matrix
-from transformers import PreTrainedModel
 
 from patchkit import patched
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation import statistics_of
+from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.chain import Chain
 from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.speculation.drafters.eagle import Eagle
@@ -30,16 +30,14 @@ from patchkit.testing import tiny_model
 FAMILIES = ("llama", "gpt_neox", "gemma3_text", "mistral", "mixtral", "deepseek_v3", "bloom", "opt", "qwen3_next", "falcon")
 STREAMED = ("llama", "gpt_neox", "gemma3_text", "mixtral", "deepseek_v3", "glm", "cohere2", "gpt_oss")
 
-DRAFTERS: dict[str, Callable[[PreTrainedModel], Any]] = {
-    "another model": lambda model: DraftModel(tiny_model("llama", seed=7)),
-    "prompt lookup": lambda model: PromptLookup(min_ngram=1),
-    "window": lambda model: SelfDraft("streaming(sinks=1, window=6)"),
-    "int8": lambda model: SelfDraft("mlp_int8(mode=weight_only)"),
-    "layer skip": lambda model: SelfDraft(skip_layers=(1,)),
-    "medusa": lambda model: Medusa(n_heads=3, init="random"),
-    "medusa tree": lambda model: Medusa(n_heads=2, init="tie", tree=((0,), (1,), (0, 0), (0, 1), (1, 0))),
-    "eagle lite": lambda model: Eagle(),
-    "chain": lambda model: Chain((PromptLookup(), Eagle())),
+# The example of every drafter that spec strings can name, and other options; a drafter, its spec string, or a function that makes one.
+DRAFTERS: dict[str, Any] = {
+    "another model": lambda: DraftModel(tiny_model("llama", seed=7)),
+    **{name: cls.example for name, cls in Drafter.available().items() if cls.__module__.startswith("patchkit.")},
+    "window": SelfDraft("streaming(sinks=1, window=6)"),
+    "int8": SelfDraft("mlp_int8(mode=weight_only)"),
+    "medusa tree": Medusa(n_heads=2, init="tie", tree=((0,), (1,), (0, 0), (0, 1), (1, 0))),
+    "chain": Chain((PromptLookup(), Eagle())),
 }
 
 
@@ -58,7 +56,7 @@ def in_turns(families: Sequence[str], drafters: Sequence[str]) -> Iterator[Any]:
 def speculate_like_plain(family: str, draft: Any, batch: int, new: int, streaming: bool = False) -> Any:
     """Generate with ``draft``, compare with plain text, and return the statistics."""
     model = tiny_model(family)
-    patches = [Speculative(draft=draft(model), k=4), *(["streaming(sinks=2, window=10)"] if streaming else [])]
+    patches = [Speculative(draft=draft() if callable(draft) else draft, k=4), *(["streaming(sinks=2, window=10)"] if streaming else [])]
     with patched(model, *patches, verbose=False):
         text = text_of(model, batch, new)
         statistics = statistics_of(model)
@@ -75,7 +73,7 @@ def test_greedy_text_is_the_same(family: str, drafter: str, batch: int, new: int
 
 @pytest.mark.parametrize(
     ("family", "drafter", "batch", "new"),
-    list(in_turns(STREAMED, ("another model", "prompt lookup", "window", "medusa", "eagle lite"))),
+    list(in_turns(STREAMED, ("another model", "prompt_lookup", "window", "medusa", "eagle"))),
 )
 def test_greedy_text_of_a_stream_is_the_same(family: str, drafter: str, batch: int, new: int) -> None:
     speculate_like_plain(family, DRAFTERS[drafter], batch, new, streaming=True)
@@ -87,7 +85,7 @@ def test_greedy_text_of_a_stream_is_the_same(family: str, drafter: str, batch: i
     + [matrix(family, batch, NEW) for family in FAMILIES for batch in (1, 4)],
 )
 def test_the_same_model_is_always_accepted(family: str, batch: int, new: int) -> None:
-    statistics = speculate_like_plain(family, lambda model: DraftModel(tiny_model(family)), batch, new)
+    statistics = speculate_like_plain(family, lambda: DraftModel(tiny_model(family)), batch, new)
     assert statistics.acceptance_rate >= (0.97 if batch == 1 or family not in ("qwen3_next", "falcon", "lfm2") else 0.9)
 
 
@@ -95,9 +93,9 @@ def test_the_same_model_is_always_accepted(family: str, batch: int, new: int) ->
 @pytest.mark.parametrize(("batch", "new"), [(1, FEW), (4, FEW), matrix(1, NEW), matrix(4, NEW)])
 def test_drafts_with_a_known_answer(batch: int, new: int, streaming: bool) -> None:
     text = plain_text("llama", batch, streaming, new)
-    right = speculate_like_plain("llama", lambda model: told(text), batch, new, streaming)
+    right = speculate_like_plain("llama", told(text), batch, new, streaming)
     assert right.acceptance_rate == 1 and right.tokens_per_target_step > 4.5
-    wrong = speculate_like_plain("llama", lambda model: told(text, shift=1), batch, new, streaming)
+    wrong = speculate_like_plain("llama", told(text, shift=1), batch, new, streaming)
     assert wrong.acceptance_rate == 0 and wrong.tokens_per_target_step == 1
 
 

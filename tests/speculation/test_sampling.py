@@ -20,11 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from patchkit import patched
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation import statistics_of
+from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.draft_model import DraftModel
-from patchkit.speculation.drafters.eagle import Eagle
-from patchkit.speculation.drafters.medusa import Medusa
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup
-from patchkit.speculation.drafters.self_draft import SelfDraft
 
 VOCABULARY, PROMPT = 6, (1, 2, 3, 1, 2, 4, 1, 2)
 TEXTS, FEW_TEXTS = 50_000, 8_000
@@ -114,13 +112,11 @@ def drawn_texts(draft: Any, temperature: float, top_p: float, texts: int, **opti
             return counts, statistics_of(model)
 
 
+# Functions that make a drafter, or its spec string; of every drafter that spec strings can name its example.
 DRAFTERS: dict[str, Callable[[], Any]] = {
     "another model": lambda: DraftModel(small_model(1)),
     "another model, deterministic": lambda: DraftModel(small_model(1), sample=False),
-    "prompt lookup": lambda: PromptLookup(min_ngram=1),
-    "medusa": lambda: Medusa(n_heads=2, init="random"),
-    "eagle lite": lambda: Eagle(),
-    "layer skip": lambda: SelfDraft(skip_layers=(1,)),
+    **{name: functools.partial(str, cls.example) for name, cls in Drafter.available().items() if cls.__module__.startswith("patchkit.")},
 }
 
 
@@ -128,13 +124,13 @@ SETTINGS = [(1.0, 1.0), (0.7, 0.9), (1.5, 0.7)]
 WHOLE = [
     matrix(drafter, temperature, top_p, TEXTS)
     for drafter in DRAFTERS
-    for temperature, top_p in (SETTINGS if drafter in ("another model", "medusa", "eagle lite") else [(0.8, 0.95)])
+    for temperature, top_p in (SETTINGS if drafter in ("another model", "medusa", "eagle") else [(0.8, 0.95)])
 ]
 # Drafts that are drawn, by a second model and by heads, and drafts that are chosen, from the text.
 FAST = [
     ("another model", 0.7, 0.9, FEW_TEXTS),
     ("medusa", 1.0, 1.0, FEW_TEXTS),
-    ("prompt lookup", 0.8, 0.95, FEW_TEXTS),
+    ("prompt_lookup", 0.8, 0.95, FEW_TEXTS),
 ]
 
 

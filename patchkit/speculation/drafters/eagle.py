@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from patchkit.speculation.heads import EagleHead, KeyValues, TrainedFor, heads_f
 
 
 @dataclass(frozen=True)
-class Eagle(Drafter):
+class Eagle(Drafter, name="eagle"):
     """EAGLE (Li et al. 2024, https://arxiv.org/abs/2401.15077): continues the model's last hidden states, under its own LM head.
 
     In sampled runs tokens are drawn from the head's distribution. A model that scales or caps its logits after the LM head is served
@@ -25,17 +25,23 @@ class Eagle(Drafter):
 
     Args:
         heads: a file that `patchkit train-heads` wrote, "bundled" for the one that ships for stdlib-7m, or an `EagleHead`; None:
-            extrapolation, ``h + alpha (h - h_prev)``, which needs no training and seldom guesses right.
+            extrapolation, ``h + alpha (h - h_prev)``, which needs no training and seldom guesses right. In spec strings `eagle` is
+            `eagle(heads=bundled)`, and `eagle()` extrapolates.
         alpha: how far to extrapolate; 0 repeats the last hidden state.
 
     Raises:
         ValueError: alpha is not finite.
     """
 
+    bare: ClassVar[dict[str, str]] = {"heads": "bundled"}
+    example = "eagle()"
+
     heads: str | Path | EagleHead | None = None
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, Path):
+            object.__setattr__(self, "heads", str(self.heads))
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha={self.alpha} is no number to extrapolate with: give a finite one, such as 1.0")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,7 +16,7 @@ from patchkit.speculation.heads import Init, MedusaHeads, TrainedFor, heads_for
 
 
 @dataclass(frozen=True)
-class Medusa(Drafter):
+class Medusa(Drafter, name="medusa"):
     """Medusa (Cai et al. 2024, https://arxiv.org/abs/2401.10774): every drafted token comes from a head of its own, at once.
 
     In sampled runs a chain's tokens are drawn from the heads' distributions; a tree's are always the likeliest ones. A model that
@@ -24,7 +24,7 @@ class Medusa(Drafter):
 
     Args:
         heads: a file that `patchkit train-heads` wrote, "bundled" for those that ship for stdlib-7m, or `MedusaHeads`; None:
-            untrained ones.
+            untrained ones. In spec strings `medusa` is `medusa(heads=bundled)`, and `medusa()` has untrained ones.
         tree: None for a chain of each head's best token; else the nodes as paths of ranks, every node after its parent, such as
             ``((0,), (1,), (0, 0))``: the first head's two best tokens, and the second's best after the better one.
         init: of untrained heads: "tie", "copy" or "random", see `MedusaHeads.start`.
@@ -34,12 +34,17 @@ class Medusa(Drafter):
         ValueError: a tree with a node whose parent does not come before it, an unknown ``init``, or no heads.
     """
 
+    bare: ClassVar[dict[str, str]] = {"heads": "bundled"}
+    example = "medusa(n_heads=3, init=random)"
+
     heads: str | Path | MedusaHeads | None = None
     tree: tuple[tuple[int, ...], ...] | None = None
     init: Init = "tie"
     n_heads: int = 4
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, Path):
+            object.__setattr__(self, "heads", str(self.heads))
         if self.init not in ("tie", "copy", "random"):
             raise ValueError(f"init={self.init!r} is no way to start heads: use 'tie', 'copy' or 'random'")
         if self.n_heads < 1:

@@ -15,7 +15,7 @@ from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 
 
 @dataclass(frozen=True)
-class PromptLookup(Drafter):
+class PromptLookup(Drafter, name="prompt_lookup"):
     """Draft from the prompt and the text so far. Costs next to nothing, also where nothing is found.
 
     Args:
@@ -25,6 +25,8 @@ class PromptLookup(Drafter):
     Raises:
         ValueError: not 1 <= min_ngram <= max_ngram.
     """
+
+    example = "prompt_lookup(min_ngram=1)"
 
     max_ngram: int = 4
     min_ngram: int = 2

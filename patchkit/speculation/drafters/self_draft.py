@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +16,18 @@ from torch import nn
 
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchError
-from patchkit.patch import Patch
+from patchkit.patch import Patch, available_patches
 from patchkit.spec import resolve
 from patchkit.speculation.drafter import Drafter, Session, State
 from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.views import twin
 
 
-@dataclass(frozen=True, eq=False)
-class SelfDraft(Drafter):
+@dataclass(frozen=True)
+class SelfDraft(Drafter, name="self_draft"):
     """The target, patched, drafts for the target as it is. Weights are shared; what patches add (int8 copies, a window) is not.
+
+    In spec strings: `self_draft(streaming(window=252) + mlp_int8)`.
 
     Args:
         patches: patches or spec strings, such as "streaming(window=252) + mlp_int8".
@@ -34,15 +36,17 @@ class SelfDraft(Drafter):
 
     Raises:
         ValueError: neither patches nor layers are given.
+        SpecError: a spec string that does not read.
     """
 
-    patches: tuple[Patch | str, ...] | Patch | str = ()
+    example = "self_draft(skip_layers=(1,))"
+
+    patches: tuple[Patch | str, ...] | Patch | str = field(default=(), metadata={"objects": available_patches})
     skip_layers: tuple[int, ...] = ()
     sample: bool = True
 
     def __post_init__(self) -> None:
-        given = self.patches if isinstance(self.patches, tuple | list) else (self.patches,)
-        object.__setattr__(self, "patches", tuple(given))
+        object.__setattr__(self, "patches", tuple(resolve([self.patches])) if self.patches else ())
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         if not self.patches and not self.skip_layers:
             raise ValueError("SelfDraft() would draft with the target itself: give patches='streaming(window=252)' or skip_layers=(...)")
@@ -55,25 +59,26 @@ class SelfDraft(Drafter):
         if self.patches:
             if target.patch is None:
                 raise PatchError("SelfDraft needs to patch a view of the model: check it through patch_model, or give Target a `patch`")
-            target.patch(view, self._resolved())
+            target.patch(view, list(self._patches))
         DraftModel(view).check(target)
         target.views[id(self)] = view
 
     def prepared(self, target: Target) -> Drafter:
         # What a window would drop need not be fed.
-        context = next((patch.window for patch in self._resolved() if patch.name == "streaming"), None)  # type: ignore[attr-defined]
+        context = next((patch.window for patch in self._patches if patch.name == "streaming"), None)  # type: ignore[attr-defined]
         return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
 
     def begin(self, model: Any, state: State) -> Session:
         raise NotImplementedError("SelfDraft drafts through what prepared(target) returns")
 
     def __str__(self) -> str:
-        parts = [patch.spec for patch in self._resolved()]
+        parts = [patch.spec for patch in self._patches]
         parts += [f"without layers {list(self.skip_layers)}"] if self.skip_layers else []
         return f"self_draft({' + '.join(parts)})"
 
-    def _resolved(self) -> list[Patch]:
-        return resolve([self.patches]) if self.patches else []
+    @property
+    def _patches(self) -> tuple[Patch, ...]:
+        return self.patches  # type: ignore[return-value]  # `__post_init__` has read them
 
 
 class _Skipped(nn.Module):

@@ -1,4 +1,12 @@
-"""The controller that measures what drafts cost and bring, and drafts where that pays."""
+"""The controller that measures what drafts cost and bring, and drafts where that pays: `CostModel`.
+
+It maximises, over K, expected tokens per millisecond of a whole round:
+
+    (1 + a_1 + a_1 a_2 + ... + a_1...a_K) / (draft(K) + verify(K) + overhead(K))
+
+with the terms of Leviathan et al. 2023 (arXiv 2211.17192, section 3.3). Differs from the paper in that acceptance is estimated by
+position, costs are measured while generating, and K = 0, a plain step, competes with the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +14,13 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from patchkit.speculation.cost_curve import Costs, Rate
-from patchkit.speculation.draft_lengths import Bounds, Controller, ControllerSession, checked_bounds
+from patchkit.speculation.controllers import Bounds, Controller, ControllerSession, checked_bounds
+from patchkit.speculation.controllers.cost_curve import Costs, Rate
 from patchkit.speculation.statistics import StepRecord
 
 
 @dataclass(frozen=True)
-class CostModel(Controller):
+class CostModel(Controller, name="cost_model"):
     """The K with the best expected tokens per millisecond, as measured; 0 where drafting does not pay.
 
     The first rounds draft twice and take a plain step or two. Afterwards what is not in use is looked at now and then: while drafting,
