@@ -12,7 +12,7 @@ PEERS := llama_cpp transformers economize kvpress
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage docs clean help
+.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage tables docs clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,6 +71,9 @@ gpu:  ## every check and benchmark on one H100 or H200, with the machine's own t
 docs: $(VENV)/.installed  ## the site, strictly: a broken link or an unknown name fails; writes site/
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+tables: $(VENV)/.installed  ## the tables of README.md and docs/patches.md that registries fill
+	$(BIN)/patchkit patches --markdown README.md docs/patches.md
 
 coverage: $(VENV)/.installed  ## every causal LM type of transformers, built tiny: writes docs/coverage.md
 	$(BIN)/python evals/coverage.py $(ARGS)

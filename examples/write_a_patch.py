@@ -1,5 +1,6 @@
 """Write a patch: first one attention function, then a class with an option. Both can be undone, both work in spec strings."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,19 +27,21 @@ class Hotter(Patch):
 
     def apply(self, target, handle):
         head = target.model.get_output_embeddings()
-        handle.hook(head, _divide, with_kwargs=False)
+        handle.hook(head, functools.partial(_divide, handle.hits))
         handle.set_attribute(head, "temperature", self.temperature)
         handle.record.changed("language-model heads", 1)
 
 
-def _divide(head, args, logits):
+def _divide(hits, head, args, logits):
+    hits["forwards"] += 1  # the report shows that the patch acts
     return logits / head.temperature
 
 
-model, tokenizer = load_model("bundled")
-ids = tokenizer("import os\nimport sys\n\n\ndef main(argv):\n    ", return_tensors="pt").input_ids
-with torch.no_grad(), patched(model, nearest(), "hotter(temperature=4.0)"):
-    print(report(model))
-    print("top token, patched:  ", repr(tokenizer.decode(model(ids).logits[0, -1].argmax())))
-with torch.no_grad():
-    print("top token, unpatched:", repr(tokenizer.decode(model(ids).logits[0, -1].argmax())))
+if __name__ == "__main__":
+    model, tokenizer = load_model("bundled")
+    ids = tokenizer("import os\nimport sys\n\n\ndef main(argv):\n    ", return_tensors="pt").input_ids
+    with torch.no_grad(), patched(model, nearest(), "hotter(temperature=4.0)"):
+        print(report(model))
+        print("top token, patched:  ", repr(tokenizer.decode(model(ids).logits[0, -1].argmax())))
+    with torch.no_grad():
+        print("top token, unpatched:", repr(tokenizer.decode(model(ids).logits[0, -1].argmax())))

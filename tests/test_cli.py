@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from patchkit import available_patches, patch_model
 from patchkit.cli import app
+from patchkit.cli.tables import tables
 from patchkit.kernels import available_ops
 from patchkit.measure import demo as show
 from patchkit.measure import demo_plan
@@ -45,8 +46,18 @@ def test_patches_lists_every_registered_patch() -> None:
     listed = run_json("patches")
     assert set(listed) == set(available_patches())
     assert listed["streaming"]["options"] == {"sinks": 4, "window": 1020, "positions": "cache", "layers": None, "refresh": None}
+    assert listed["speculative"]["options"] == {"draft": "prompt_lookup", "k": "cost_model", "acceptance": "exact"}
     plain = run("patches").stdout
     assert all(name in plain for name in listed)
+
+
+def test_patches_prints_and_writes_the_table_of_the_documents(tmp_path: Path) -> None:
+    printed = run("patches", "--markdown").stdout
+    assert printed == tables()["patches"] and all(f"| `{name}` |" in printed for name in available_patches())
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: patches -->\n<!-- end of table -->\n")
+    assert run("patches", "--markdown", page).exit_code == 0 and printed in page.read_text()
+    assert "add it to write" in run("patches", page).stderr
 
 
 def test_kernels_says_what_runs_and_why_not() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from patchkit import errors
+from patchkit import available_patches, errors
+from patchkit.cli.common import UsageError
+from patchkit.cli.tables import fill, filled_in, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -37,6 +39,30 @@ def test_every_error_has_a_cause_and_a_remedy() -> None:
     assert len(classes) > 5
     for each in classes:
         assert each is errors.PatchError or f"## {each.__name__}\n" in text, each.__name__
+
+
+@pytest.mark.parametrize(("page", "held"), [("README.md", {"patches"}), ("docs/patches.md", set(tables()))])
+def test_tables_are_those_of_the_registries(page: str, held: set[str]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == held
+    assert filled_in(text) == text, f"run: patchkit patches --markdown {page}"
+
+
+def test_a_table_has_a_row_for_every_class_and_goes_where_its_place_is(tmp_path: Path) -> None:
+    known = available_patches()
+    assert all(len(tables()[name].splitlines()) == 2 + len(known) for name in ("patches", "options"))
+    assert all(f"| `{name}` |" in tables()["patches"] for name in known)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: patches -->\nold\n<!-- end of table -->\nafter\n", encoding="utf-8")
+    assert fill(page) and not fill(page)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "\n".join(lines[3:-3]) + "\n" == tables()["patches"]
+    for text, message in (("no table\n", "has no place for a table"), ("<!-- table: x -->\n<!-- end of table -->", "no table 'x'")):
+        page.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match=message):
+            fill(page)
+    with pytest.raises(UsageError, match="cannot be read"):
+        fill(tmp_path / "missing.md")
 
 
 def test_the_readme_and_the_glossary_are_short() -> None:

@@ -14,6 +14,7 @@ import pytest
 from support import fast_first
 
 from patchkit import available_patches
+from patchkit.speculation import Drafter
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -21,6 +22,8 @@ SAYS = {
     "quickstart.py": ["streaming(window=60): 2 attention layers", "tokens evicted", "bit by bit"],
     "bench_linear_attention.py": ["tokens: naive", "tokens per second"],
     "speculate.py": ["prompt_lookup:", "stdlib-1m-draft:", "the same text every time"],
+    "write_a_drafter.py": ["tokens per step and row", "drafts accepted"],
+    "write_a_patch.py": ["nearest: ", "hotter(temperature=4.0): 1 language-model heads", "top token, unpatched"],
     "streaming_chat.py": ["tokens so far", "MiB of cache"],
 }
 # Instead of a model's folder.
@@ -48,12 +51,13 @@ def as_a_program(name: str, arguments: list[str], said: str, tmp_path: Path) -> 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str, list[str], str], str]:
-    """`run(name, arguments, said)`: what the example prints, in this process; a patch that it registers is forgotten afterwards."""
+    """`run(name, arguments, said)`: what the example prints, in this process; what it registers is forgotten afterwards."""
 
     def run(name: str, arguments: list[str], said: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(said))
         monkeypatch.setattr("patchkit.patch._registry", dict(available_patches()))
+        monkeypatch.setattr(Drafter, "_classes", dict(Drafter.available()))
         monkeypatch.chdir(tmp_path)
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         return capsys.readouterr().out

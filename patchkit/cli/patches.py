@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
-from patchkit.cli.common import (
-    JsonOption,
-    app,
-    emit,
-    print_table,
-)
-
-if TYPE_CHECKING:
-    pass
+from patchkit.cli.common import JsonOption, UsageError, app, emit, print_table, stderr
+from patchkit.cli.tables import default_of, fill, summary, tables
+from patchkit.spelled import Spelled, is_required, options_of, spell
 
 
 @app.command()
-def patches(as_json: JsonOption = False) -> None:
+def patches(
+    pages: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PAGE]...", help="With --markdown: pages whose tables to write anew, instead of printing one."),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The table of README.md: what each patch is for, exactness, costs, source.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List the patches that --patches can name, with their options."""
     from patchkit.patch import available_patches
 
+    if pages and not markdown:
+        raise UsageError(f"{pages[0]} is given without --markdown: add it to write the tables of pages anew")
+    for page in pages or []:
+        stderr().print(f"{page}: {'written' if fill(page) else 'as it was'}", markup=False, highlight=False, soft_wrap=True)
+    if pages:
+        return
+    if markdown:
+        print(tables()["patches"], end="")
+        return
     listed: dict[str, dict[str, Any]] = {
         name: {
-            "summary": (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else "",
+            "summary": summary(cls),
             "stage": cls.stage.name.lower(),
-            "options": {field.name: _default_of(field) for field in dataclasses.fields(cls) if field.init},
+            "options": {option: _default_of(field) for option, field in options_of(cls).items()},
+            "example": cls.example,
         }
         for name, cls in available_patches().items()
     }
@@ -35,13 +49,19 @@ def patches(as_json: JsonOption = False) -> None:
         emit(listed)
         return
     rows = [
-        [name, entry["stage"], ", ".join(f"{option}={value!r}" for option, value in entry["options"].items()), entry["summary"]]
-        for name, entry in listed.items()
+        [name, listed[name]["stage"], ", ".join(_option(*option) for option in options_of(cls).items()), listed[name]["summary"]]
+        for name, cls in available_patches().items()
     ]
     print_table(Console(), None, ["patch", "stage", "options", "what it does"], rows)
 
 
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return "required" if field.default is dataclasses.MISSING else field.default
+def _option(name: str, field: Any) -> str:
+    return f"{name}=required" if is_required(field) else f"{name}={spell(default_of(field))}"
+
+
+def _default_of(field: Any) -> Any:
+    """The default of an option as JSON: objects as their spec strings, "required" for none."""
+    if is_required(field):
+        return "required"
+    default = default_of(field)
+    return default.spec if isinstance(default, Spelled) else default

@@ -67,8 +67,8 @@ class Speculative(Patch):
     acts = ("proposed",)
     example = evaluated = "speculative(k=4)"
     facts = Facts(
-        goal="the same text from `generate`, faster",
-        exact="yes: the same greedy text in fp32, the same distribution when sampling; lossy policies of `acceptance` are not",
+        goal="the same text from `generate`, faster: drafted by prompt lookup, a smaller model, EAGLE or Medusa heads, or a patched view",
+        exact="yes: the same greedy text in fp32, the same distribution when sampling; not under a lossy `acceptance`",
         cost="measures itself: plain steps where drafting does not pay",
         source="Leviathan et al. 2023, [2211.17192](https://arxiv.org/abs/2211.17192)",
     )

@@ -19,13 +19,7 @@ from patchkit._compat import CACHE, cache_of
 from patchkit.models import load_model
 from patchkit.testing import tiny_model
 
-SINKS, WINDOW = 2, 6
-SPECS = {
-    "compile": "compile(backend=eager)",
-    "linear": f"linear(window={WINDOW})",
-    "speculative": "speculative(k=4)",
-    "streaming": f"streaming(sinks={SINKS}, window={WINDOW})",
-}
+SINKS, WINDOW = 2, 6  # of the examples of streaming and linear
 PATCHES = [name for name, cls in available_patches().items() if cls.__module__.startswith("patchkit.")]
 FAMILIES = ["llama", "gpt_neox", "gemma3_text", "mixtral"]
 PROMPT, NEW = 20, 24
@@ -50,7 +44,7 @@ def prompt(rows: int = 1, tokens: int = PROMPT) -> torch.Tensor:
 
 
 def patched(name: str, family: str) -> Any:
-    return patch_model(tiny_model(family), SPECS.get(name, name), verbose=False)
+    return patch_model(tiny_model(family), available_patches()[name].example, verbose=False)
 
 
 def hits(model: Any) -> dict[str, int]:
