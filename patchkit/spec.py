@@ -36,13 +36,13 @@ def read_spec(path: str | os.PathLike[str]) -> list[Patch]:
     """Read the spec string in a UTF-8 file, such as `patchkit tune` writes: over one line or several, with comments after `#`.
 
     Raises:
-        SpecError: the file cannot be read, or what it says.
+        SpecError: the file cannot be read, or its text is no spec.
     """
     return _in_file(path, _parsed)
 
 
 def resolve(patches: Sequence[Any]) -> list[Patch]:
-    """Patch objects from whatever the user gave, in the order of application."""
+    """Return the patch objects that the user's objects, specs, files and lists of these name, in the order of application."""
     if not any(True for _ in _flat(patches)):
         raise SpecError(f"no patch given: name at least one, available: {', '.join(available_patches())}, or {NO_PATCH!r}")
     chosen: list[Patch] = []
@@ -81,7 +81,7 @@ def check_spelling(text: str) -> None:
     are for `parse_spec`.
 
     Raises:
-        SpecError: as `parse_spec`.
+        SpecError: bad syntax, or an unknown patch or option.
     """
     known = declared()
     if known is None:
@@ -108,7 +108,7 @@ def _parsed(text: str) -> list[Patch]:
 
 
 def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
-    """What is joined with '+' in a spec; nothing in the spec of no patch."""
+    """The terms that a spec joins with '+'; an empty list for the spec of no patch."""
     try:
         # In brackets, so that a spec may run over several lines (YAML).
         tree = ast.parse(f"({text.strip()}\n)", mode="eval")

@@ -1,4 +1,4 @@
-"""What a drafter is: options (`Drafter`), one `Session` per call of generate, and the `Proposal` of one round.
+"""The interface of drafters: options (`Drafter`), one `Session` per call of generate, and the `Proposal` of one round.
 
 Shapes: R rows still generating, n proposed tokens (K at most), V vocabulary, D hidden size.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class State:
-    """Where a generation stands, as drafters see it.
+    """The state of a generation, as drafters see it.
 
     Attributes:
-        tokens: [R, room] int64; row r's text is ``tokens[r, pads[r] : lengths[r]]``. Its last token was not fed to the target yet.
+        tokens: [R, room] int64; the sequence of row r is ``tokens[r, pads[r] : lengths[r]]``. Its last token was not fed to the target yet.
         lengths, pads: of each row; lengths count the padding.
         sampler: None in greedy runs; else ``sampler(drafted, logits)`` is the distribution [R, V] float32 from which the token after
-            the texts and ``drafted`` [R, n] would be drawn, given logits [R, V], with the run's temperature, top-p and so on.
+            the sequences and ``drafted`` [R, n] would be drawn, given logits [R, V], with the run's temperature, top-p and so on.
     """
 
     tokens: torch.Tensor
@@ -36,16 +36,16 @@ class State:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, always."""
+        """Whether the run takes the most likely token every time."""
         return self.sampler is None
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Number of rows R."""
         return len(self.lengths)
 
     def text(self, row: int) -> torch.Tensor:
-        """[length] int64, the row's tokens without padding."""
+        """The row's tokens [length] int64, without padding."""
         return self.tokens[row, self.pads[row] : self.lengths[row]]
 
 
@@ -87,12 +87,12 @@ class Draws:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """[R, n] int64."""
+        """The tokens drafted so far, [R, n] int64."""
         return torch.stack(self._tokens, 1)
 
     @property
     def probabilities(self) -> torch.Tensor | None:
-        """[R, n, V] float32, the distribution of each draw; None in greedy runs."""
+        """The distribution of each draw, [R, n, V] float32; None in greedy runs."""
         return torch.stack(self._probabilities, 1) if self._probabilities else None
 
     def draw(self, logits: torch.Tensor) -> None:
@@ -117,12 +117,14 @@ class Session(ABC):
 
     @abstractmethod
     def propose(self, state: State, k: int) -> Proposal | None:
-        """At most ``k >= 1`` tokens for every row; None, or rows of count 0, where there is nothing to propose."""
+        """Return at most ``k >= 1`` tokens for every row; None, or rows of count 0, where there is nothing to propose."""
 
     def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:  # noqa: B027 (most drafters want no hidden states)
-        """After a target forward: the last hidden states [R, T, D] of the T tokens fed, of which the first ``counts[r]`` stand.
+        """Take note of a target forward; the first call is the prompt, padding included.
 
-        The first call is the prompt, padding included.
+        Args:
+            hidden: the last hidden states [R, T, D] of the T tokens fed.
+            counts: of each row, how many of these tokens are part of the text.
         """
 
     def select_rows(self, rows: list[int]) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)
@@ -139,9 +141,9 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
         """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""
 
     def prepared(self, target: Target) -> Drafter:
-        """What drafts for this model, made once, when the patch is applied, if that is not the options themselves."""
+        """Return the drafter for this model, made once, when the patch is applied; the options themselves unless a subclass prepares more."""
         return self
 
     @abstractmethod
     def begin(self, model: Any, state: State) -> Session:
-        """A session for one call of generate of ``model``."""
+        """Return a session for one call of generate of ``model``."""

@@ -129,7 +129,7 @@ def test_a_left_padded_batch(name: str) -> None:
 def test_pipeline(name: str) -> None:
     """As somebody uses it who never sees a cache; on the bundled model, since it needs a tokenizer."""
     model, tokenizer = load_model("bundled")
-    patch_model(model, SPECS.get(name, name), verbose=False)
+    patch_model(model, available_patches()[name].example, verbose=False)
     text = "import os\nimport os\nimport os\nimport"
     generate: Callable[..., Any] = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (answer,) = generate(text, max_new_tokens=NEW, do_sample=False)

@@ -29,7 +29,7 @@ _NO_CHANGE = 0.01
 
 
 class Rate:
-    """A running share that forgets."""
+    """Exponentially decaying share of hits."""
 
     def __init__(self, hits: float = 0.0, total: float = 0.0) -> None:
         self.hits, self.total = hits, total
@@ -46,7 +46,7 @@ class Rate:
         return (self.hits + _NEIGHBOUR_WEIGHT * prior) / (self.total + _NEIGHBOUR_WEIGHT)
 
     def forget(self, remembered: float) -> None:
-        """Let what was seen weigh no more than so many outcomes."""
+        """Reduce the weight of past outcomes to at most that of ``remembered`` outcomes."""
         if self.total > remembered:
             self.hits, self.total = self.hits * remembered / self.total, remembered
 
@@ -115,7 +115,7 @@ class Costs:
             (self.draft_after_gap if gap else self.draft).add(record.k, record.draft_ms)
 
     def once(self) -> Costs:
-        """The same figures, each as if measured once."""
+        """Return a copy in which each typical time counts as one measurement."""
         result = Costs(self.largest)
         for name in ("target", "draft", "draft_after_gap"):
             for k, ms in getattr(self, name).typical.items():
@@ -124,7 +124,7 @@ class Costs:
 
 
 def _typical(times: Iterable[float]) -> float:
-    """The mean, but what is far above the upper quartile counts as that; of two the smaller."""
+    """Winsorised mean: times over 1.5 x the upper quartile count as that bound. The smaller one of two times."""
     ordered = sorted(times)
     if len(ordered) < 3:
         return ordered[0]

@@ -203,7 +203,7 @@ class _CostModelSession(ControllerSession):
         )
 
     def _look_beside(self, best: int) -> int:
-        """In turns a few more drafts, one less, and a plain step; of what the bounds leave."""
+        """Return another K to measure: by turns K + 1, K - 1, K + 2 and 0, where the bounds allow it; else ``best``."""
         k = (best + 1, best - 1, best + 2, 0)[self.looks % 4]
         return k if self.smallest <= k <= self.largest else best
 

@@ -24,7 +24,7 @@ class DraftModel(Drafter):
     Args:
         model: the draft, loaded, on the target's device; it is not changed.
         sample: in sampled runs, draw drafts from the draft's own distribution under the run's processors and accept them by the
-            rejection rule. False proposes its most likely tokens: they stand less often at high temperatures, but leave the text
+            rejection rule. False proposes its most likely tokens: they are accepted less often at high temperatures, but leave the text
             that a seed gives what it is without drafts.
         context: feed only the first 4 and the last ``context`` tokens of a longer prompt; None feeds all of it.
 
@@ -79,7 +79,7 @@ class DraftModel(Drafter):
 
 
 def vocabulary(model: Any) -> int:
-    """Tokens that the model can be given and can give."""
+    """Vocabulary size of the model: tokens that it takes and gives."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
@@ -132,7 +132,7 @@ class DraftModelSession(Session):
         self.cached.keep([min(counts)] * len(counts) if self.aligned else counts)
 
     def _catch_up(self, state: State) -> torch.Tensor:
-        """Feed what is known and was not fed yet; logits [R, V] after the last known token."""
+        """Feed the known tokens that were not fed yet; return the logits [R, V] after the last known token."""
         unfed = [length - self.skipped - fed for length, fed in zip(state.lengths, self.cached.fed, strict=True)]
         first = self.cached.fed[0] == 0
         if first and self.skipped:

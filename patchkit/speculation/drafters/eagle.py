@@ -52,11 +52,11 @@ class Eagle(Drafter, name="eagle"):
             heads_for(target.model, self.heads, EagleHead).check_fits(target.model)
 
     def prepared(self, target: Target) -> Drafter:
-        """With the head loaded, on the model's device and in its precision."""
+        """Return the drafter with its head loaded, on the model's device and in its precision."""
         return self if self.heads is None else dataclasses.replace(self, heads=heads_for(target.model, self.heads, EagleHead))
 
     def begin(self, model: Any, state: State) -> Session:
-        """See `Drafter.begin`."""
+        """Return a session for one call of generate of ``model``."""
         if self.heads is None:
             return _LiteSession(model.get_output_embeddings(), self.alpha, state)
         return _EagleSession(heads_for(model, self.heads, EagleHead), model, state)
@@ -145,7 +145,7 @@ class _EagleSession(_FeatureSession):
         self.memory.select_rows(rows)
 
     def _catch_up(self, state: State, new: list[int]) -> torch.Tensor:
-        """Run the head on the last ``new`` hidden states of each row, which it has not seen; what it makes of the last, [R, 1, D]."""
+        """Run the head on the last ``new`` hidden states of each row, which it has not seen; return its output for the last, [R, 1, D]."""
         assert self.features is not None
         slots = self._slots([known - count for known, count in zip(self.known, new, strict=True)], 0, max(new))
         self.memory.reserve(max(self.known) + max(new))

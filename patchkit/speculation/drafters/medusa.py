@@ -46,7 +46,7 @@ class Medusa(Drafter, name="medusa"):
         if isinstance(self.heads, Path):
             object.__setattr__(self, "heads", str(self.heads))
         if self.init not in ("tie", "copy", "random"):
-            raise ValueError(f"init={self.init!r} is no way to start heads: use 'tie', 'copy' or 'random'")
+            raise ValueError(f"init={self.init!r} starts no heads: use 'tie', 'copy' or 'random'")
         if self.n_heads < 1:
             raise ValueError(f"n_heads={self.n_heads}: give at least one head")
         if self.tree is not None:
@@ -67,11 +67,11 @@ class Medusa(Drafter, name="medusa"):
             raise PatchError(f"the tree is {max(map(len, self.tree))} deep, and there are {heads.options['n_heads']} heads: cut the tree")
 
     def prepared(self, target: Target) -> Drafter:
-        """With the heads loaded or made, on the model's device and in its precision."""
+        """Return the drafter with its heads loaded or made, on the model's device and in its precision."""
         return dataclasses.replace(self, heads=self._heads(target.model))
 
     def begin(self, model: Any, state: State) -> Session:
-        """See `Drafter.begin`."""
+        """Return a session for one call of generate of ``model``."""
         return _MedusaSession(self._heads(model), model.get_output_embeddings(), self.tree)
 
     def _heads(self, model: Any) -> MedusaHeads:

@@ -1,7 +1,7 @@
-"""What followed the last few tokens when they came before is proposed again.
+"""Prompt lookup: propose the tokens that followed the last occurrence of the current n-gram.
 
 Saxena 2023, "Prompt Lookup Decoding" (https://github.com/apoorvumang/prompt-lookup-decoding). Differs from it in that n-grams are
-looked up in an index instead of compared with the whole text, longest first, and that the latest occurrence is taken.
+looked up in an index instead of compared with the whole text, the longest first, and that the latest occurrence is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A patched view of the target drafts for the target itself: the same weights, another way to run them.
+"""A patched view of the target drafts for the target itself: the same weights, run differently.
 
 Sun et al. 2024, "TriForce" (https://arxiv.org/abs/2404.11912) and Chen et al. 2024, "MagicDec" (https://arxiv.org/abs/2408.11049)
 draft with a window of the cache; Zhang et al. 2024, "Draft & Verify" (https://arxiv.org/abs/2309.08168) by leaving out layers.
@@ -82,7 +82,7 @@ class SelfDraft(Drafter, name="self_draft"):
 
 
 class _Skipped(nn.Module):
-    """In the place of a decoder layer: hidden states pass through, in a tuple with ``extra`` Nones where the layer gave a tuple."""
+    """A decoder layer that is skipped: hidden states pass through, in a tuple with ``extra`` Nones where the layer gave a tuple."""
 
     def __init__(self, extra: int | None) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Skipped(nn.Module):
 
 
 def _extra_outputs(model: Any, layer: nn.Module) -> int | None:
-    """How many values a layer returns beside hidden states; None if it returns those alone, not in a tuple."""
+    """Number of values that a layer returns after the hidden states; None if it returns those alone, not in a tuple."""
     outputs: list[Any] = []
     hook = layer.register_forward_hook(functools.partial(_note, outputs))
     try:
