@@ -236,8 +236,8 @@ BUGS = [
     ),
     Bug(
         "the third option of a spec is dropped",
-        "for argument in call.keywords if call else []:",
-        "for argument in call.keywords[:2] if call else []:",
+        "for argument in node.keywords:",
+        "for argument in node.keywords[:2]:",
         ("tests/test_patch.py",),
     ),
     # -- gates

@@ -141,7 +141,7 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
         """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""
 
     def prepared(self, target: Target) -> Drafter:
-        """Return the drafter for this model, made once, when the patch is applied; the options themselves unless a subclass prepares more."""
+        """Return the drafter for this model, made once, when the patch is applied; by default the options themselves."""
         return self
 
     @abstractmethod
