@@ -27,7 +27,7 @@ class Hotter(Patch):
 
     def apply(self, target, handle):
         head = target.model.get_output_embeddings()
-        handle.hook(head, functools.partial(_divide, handle.hits))
+        handle.hook(head, functools.partial(_divide, handle.record.hits))
         handle.set_attribute(head, "temperature", self.temperature)
         handle.record.changed("language-model heads", 1)
 
