@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 # From the ground up. A name is a module or a folder of patchkit/; what is on one floor knows nothing of its neighbours.
 FLOORS = (
     {"errors", "tolerance"},
-    {"_compat", "record", "exclusive"},
+    {"_compat"},
+    {"record", "exclusive"},
     {"handle", "views", "trained_for", "chat"},
     {"attention", "kernels"},
     {"anatomy", "models"},

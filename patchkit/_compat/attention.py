@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from patchkit._compat.declared import Names
 from patchkit._compat.names import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -14,6 +15,19 @@ from patchkit._compat.names import (
     PreTrainedConfig,
     causal_mask_function,
 )
+
+RELIED_ON: Names = {
+    "transformers:AttentionInterface.register": ("key", "value"),
+    "transformers:AttentionMaskInterface.register": ("key", "value"),
+    "transformers:PreTrainedConfig()._attn_implementation": None,
+    "transformers:PreTrainedConfig()._attn_implementation_internal": None,
+    "transformers:PreTrainedConfig.sub_configs": None,
+    "transformers:PreTrainedModel._supports_sdpa": None,
+}
+
+# The attribute of a config in which transformers keeps the name of the attention implementation. Its property of another name,
+# `_attn_implementation`, hands what it is given on to the sub-configs.
+ATTENTION_NAME = "_attn_implementation_internal"
 
 
 def register_attention(name: str, attention: Any, mask: Any) -> None:
@@ -57,14 +71,30 @@ def attention_configs(model: Any) -> list[Any]:
     return list(configs.values())
 
 
+def attention_named(config: Any) -> str | None:
+    """The name of the attention implementation of a config, None where it names none (transformers' ``_attn_implementation``)."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def name_attention(config: Any, name: str | None) -> None:
+    """Set the attention implementation of one config, and of no other (transformers' ``_attn_implementation_internal``)."""
+    config._attn_implementation_internal = name
+
+
+def supports_sdpa(model: Any) -> bool:
+    """Whether ``model`` can run the attention implementation "sdpa" (transformers' ``_supports_sdpa``)."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
 @contextlib.contextmanager
 def attention_set_to(model: Any, names: Callable[[str], str]) -> Iterator[None]:
     """Within this context every config of ``model`` names ``names(implementation)`` instead of its implementation."""
-    before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
+    before = [(config, attention_named(config)) for config in attention_configs(model)]
     try:
         for config, implementation in before:
-            config._attn_implementation_internal = names(implementation or "eager")
+            name_attention(config, names(implementation or "eager"))
         yield
     finally:
         for config, implementation in before:
-            config._attn_implementation_internal = implementation
+            name_attention(config, implementation)

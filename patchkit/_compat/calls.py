@@ -7,7 +7,21 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from patchkit._compat.declared import Names
 from patchkit._compat.names import DynamicLayer, GenerationMixin, LinearAttentionLayer
+
+RELIED_ON: Names = {
+    "transformers.cache_utils:Cache.__init__": None,
+    "transformers.cache_utils:Cache.crop": ("self", "tokens_to_remove"),
+    "transformers.cache_utils:Cache.activate_past_recording": ("self",),
+    "transformers.cache_utils:CacheLayerMixin.lazy_initialization": ("self", "key_states", "value_states"),
+    "transformers.cache_utils:CacheLayerMixin.update": ("self", "key_states", "value_states", "args", "kwargs"),
+    "transformers.cache_utils:CacheLayerMixin.get_mask_sizes": ("self", "query_length"),
+    "transformers.cache_utils:CacheLayerMixin.get_seq_length": ("self",),
+    "transformers.cache_utils:CacheLayerMixin.get_max_length": ("self",),
+    "transformers.cache_utils:DynamicLayer.crop": ("self", "tokens_to_remove"),
+    "transformers.generation:GenerationMixin._supports_default_dynamic_cache": None,
+}
 
 _OLD_CACHE = "past_key_values"
 

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from typing import Any
 
 import torch
 from packaging.version import Version
 
+from patchkit._compat.declared import Names, check_when_used
 from patchkit._compat.names import REMEDY
-from patchkit._compat.versions import changed_names
-from patchkit.errors import PatchError
+
+RELIED_ON: Names = {"torch.compiler:reset": ()}
+
+RELIED_ON_WHEN_USED: Names = {
+    "torch.nn:Module._compiled_call_impl": None,
+    "torch.compiler:cudagraph_mark_step_begin": (),
+    "torch.compiler:list_backends": None,
+    "torch._dynamo:mark_static_address": ("t", "guard"),
+    "torch._dynamo.exc:TorchDynamoException": None,
+    "torch._dynamo.utils:counters": None,
+    "torch._inductor.runtime.cache_dir_utils:cache_dir": (),
+}
+
+MAY_BE_MISSING = {
+    "_compiled_call": "what `generate` of transformers compiles; it is taken away where it is there",
+    "_last_compile_config": "of transformers too; it is taken away where it is there",
+}
 
 
 class CompiledCalls:
@@ -56,17 +71,6 @@ def _forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-COMPILER_NAMES: dict[str, tuple[str, ...] | None] = {
-    "torch.nn:Module._call_impl": None,
-    "torch.nn:Module._compiled_call_impl": None,
-    "torch.compiler:cudagraph_mark_step_begin": (),
-    "torch.compiler:list_backends": None,
-    "torch._dynamo:mark_static_address": ("t", "guard"),
-    "torch._dynamo.exc:TorchDynamoException": None,
-    "torch._dynamo.utils:counters": None,
-    "torch._inductor.runtime.cache_dir_utils:cache_dir": (),
-}
-
 # Guards of dynamo that ask whether hooks were added, attributes were set on a module, or functions were replaced.
 _DROPPED_GUARDS = {
     "EMPTY_NN_MODULE_HOOKS_DICT",
@@ -81,16 +85,13 @@ _DROPPED_GUARDS = {
 }
 
 
-@lru_cache(maxsize=1)
 def compiler_check() -> None:
-    """`self_check` for what the patch `compile` touches.
+    """Check the names of torch.compile that the patch `compile` relies on, once.
 
     Raises:
         PatchError: a name is missing or has changed.
     """
-    changed = changed_names(COMPILER_NAMES)
-    if changed:
-        raise PatchError(f"torch {torch.__version__} differs from what patchkit's compile stands on: {'; '.join(changed)}. {REMEDY}")
+    check_when_used("compiler", "torch", REMEDY)
 
 
 def compiler_backends() -> list[str]:

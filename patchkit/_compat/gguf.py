@@ -12,6 +12,11 @@ import transformers
 # on a model whose weights are ordinary tensors.
 _MARKS_OF_GGUF = ("hf_quantizer", "quantization_method", "is_quantized")
 
+MAY_BE_MISSING = {
+    "_is_quantized": "it is taken away where it is there",
+    "_model_name_or_path": "transformers before 5.24, or of another file, does not write it",
+}
+
 _MARKS_ON_CONFIG = ("quantization_config", "_is_quantized")
 
 
@@ -51,6 +56,11 @@ def forget_quantizer(model: Any) -> Callable[[], None]:
     marks = {name: vars(model).pop(name) for name in _MARKS_OF_GGUF if name in vars(model)}
     on_config = {name: vars(model.config).pop(name) for name in _MARKS_ON_CONFIG if name in vars(model.config)}
     return functools.partial(_remember_quantizer, model, marks, on_config)
+
+
+def forget_title(config: Any) -> None:
+    """Take the title that a GGUF file gives its model from a config (``_model_name_or_path``), which would be saved as an option."""
+    vars(config).pop("_model_name_or_path", None)
 
 
 def _remember_quantizer(model: Any, marks: dict[str, Any], on_config: dict[str, Any]) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
+from patchkit._compat.declared import Names
+from patchkit._compat.modules import forward_pre_hooks_of
 from patchkit._compat.names import Cache
+
+RELIED_ON: Names = {"transformers:PreTrainedModel.get_decoder": None}
+
+MAY_BE_MISSING = {
+    "_tp_size": "only models that are spread over processes need it",
+    "_adapter_names_pre_forward_hook": "peft's hook, looked for by name; a model has it only within a forward with adapter_names=",
+}
 
 
 def means_nothing_to_a_model(value: Any) -> bool:
@@ -30,7 +39,7 @@ def is_shared_by_processes(model: Any) -> bool:
 
 def has_adapters_by_row(model: Any) -> bool:
     """Whether PEFT's hooks are in place that give every row of the batch an adapter of its own."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = (hook for module in model.modules() for hook in forward_pre_hooks_of(module))
     return any(getattr(getattr(hook, "func", None), "__name__", "") == "_adapter_names_pre_forward_hook" for hook in hooks)
 
 

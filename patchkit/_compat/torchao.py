@@ -7,7 +7,22 @@ from typing import Any
 
 import torch
 
+from patchkit._compat.declared import Names, check_when_used
 from patchkit.errors import PatchError
+
+RELIED_ON_WHEN_USED: Names = {
+    "torchao.quantization:Int8Tensor": None,
+    "torchao.quantization:PerRow": None,
+    "torchao.quantization:FqnToConfig": None,
+    "torchao.quantization:Int8WeightOnlyConfig": frozenset({"version"}),
+    "torchao.quantization:Int8DynamicActivationInt8WeightConfig": frozenset({"version"}),
+    "torchao.quantization.quantize_.workflows:QuantizeTensorToInt8Kwargs": frozenset({"granularity"}),
+    "transformers:TorchAoConfig": None,
+    "transformers.quantizers.auto:AutoHfQuantizer.from_config": None,
+}
+
+
+_REMEDY = 'Install a supported torchao: pip install "torchao>=0.17"'
 
 
 def has_torchao() -> bool:
@@ -33,10 +48,11 @@ def to_torchao(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, dy
     """The torchao `Int8Tensor` of int8 values [N, K] and fp32 scales [N].
 
     Raises:
-        PatchError: torchao is not installed.
+        PatchError: torchao is not installed, or lacks a name that patchkit relies on.
     """
     if not has_torchao():
         raise PatchError("saving int8 weights needs torchao: pip install torchao, or unpatch_model(model) and save the original")
+    check_when_used("torchao", "torchao", _REMEDY)
     from torchao.quantization import Int8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
@@ -53,6 +69,7 @@ def to_torchao(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, dy
 
 def torchao_quantizer(dynamic: dict[str, bool]) -> tuple[Any, Any]:
     """transformers' quantization config and quantizer for the linear layers named; their values say which quantise activations."""
+    check_when_used("torchao", "torchao", _REMEDY)
     from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer

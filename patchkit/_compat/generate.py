@@ -1,0 +1,42 @@
+"""What `generate` of transformers keeps and calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patchkit._compat.declared import Names
+
+RELIED_ON: Names = {
+    "transformers.generation:GenerationMixin._prepare_cache_for_generation": (
+        "self",
+        "generation_config",
+        "model_kwargs",
+        "generation_mode",
+        "batch_size",
+        "max_cache_length",
+    ),
+    "transformers.generation:GenerationMixin.generate": frozenset({"custom_generate"}),
+    "transformers:GenerationConfig._pad_token_tensor": None,
+}
+
+MAY_BE_MISSING = {"_mask_length": "only transformers from 5.24 on keeps the length of a prompt's mask"}
+
+# The method with which `generate` makes the cache of a call. A patch puts its own in its place.
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+def prepare_stock_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Put the cache that ``model`` would use unpatched into ``model_kwargs`` (``GenerationMixin._prepare_cache_for_generation``)."""
+    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+
+
+def padding_token(generation_config: Any) -> int | None:
+    """The token that fills texts that have ended, None if there is none; within a call of `generate` (``_pad_token_tensor``)."""
+    token = generation_config._pad_token_tensor
+    return None if token is None else int(token)
+
+
+def mask_length(generation_config: Any, default: int) -> int:
+    """The length of the prompt's attention mask within a call of `generate`, ``default`` where it had none (``_mask_length``)."""
+    length: int = getattr(generation_config, "_mask_length", default)
+    return length
