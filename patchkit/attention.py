@@ -55,13 +55,13 @@ def alias_of(implementation: str) -> str:
 
 def original_name(config: Any) -> str:
     """The attention implementation that ``config`` names, or that the alias stands for which it names."""
-    name = config._attn_implementation or "eager"
+    name = _compat.attention_named(config) or "eager"
     return _aliased.get(name, name)
 
 
 def names_alias(config: Any) -> bool:
     """Whether ``config`` names one of patchkit's aliases."""
-    return (config._attn_implementation or "").startswith(_PREFIX)
+    return (_compat.attention_named(config) or "").startswith(_PREFIX)
 
 
 def named_alias(implementation: str, suffix: str, mask: MaskBuilder) -> str:
@@ -76,7 +76,7 @@ def set_alias(handle: Handle, config: Any, alias: str) -> None:
     """Name ``alias`` in a config, until the last patched model that shares it is unpatched."""
     # A copy of a patched model may have left an alias of which nobody knows who put it there.
     original = original_name(config) if names_alias(config) else None
-    handle.set_shared(config, "_attn_implementation_internal", alias, original)
+    handle.set_shared(config, _compat.ATTENTION_NAME, alias, original)
 
 
 def set_attention(handle: Handle, module: nn.Module, function: AttentionFunction) -> None:
@@ -99,7 +99,7 @@ def attending(functions: Iterable[tuple[nn.Module, AttentionFunction]]) -> Itera
 
 def has_own_mask(config: Any) -> bool:
     """Whether ``config`` names the alias of an `AttentionPatch`, which makes its masks itself."""
-    return names_alias(config) and config._attn_implementation != alias_of(original_name(config))
+    return names_alias(config) and _compat.attention_named(config) != alias_of(original_name(config))
 
 
 def refuse_other_attention(configs: Sequence[Any]) -> None:
@@ -109,7 +109,7 @@ def refuse_other_attention(configs: Sequence[Any]) -> None:
         StreamError: another implementation was set since; the patch would be off without a word.
     """
     for config in configs:
-        implementation = config._attn_implementation
+        implementation = _compat.attention_named(config)
         if not (implementation or "").startswith(_PREFIX):
             raise StreamError(
                 f"the attention implementation was set to {implementation!r} after the model was patched, which puts the patch's own "
@@ -150,18 +150,18 @@ def masks_from(configs: list[Any], builder: MaskBuilder | None) -> Iterator[None
     alias already are left as they are, so that another thread may run a model with the same config.
     """
     outer, grouped = swap_mask_builder(Masks(builder, tuple(configs))), getattr(_this_thread, "grouped", False)
-    configs = [config for config in configs if not (config._attn_implementation_internal or "").startswith(_PREFIX)]
-    before = [config._attn_implementation_internal for config in configs]
+    configs = [config for config in configs if not names_alias(config)]
+    before = [_compat.attention_named(config) for config in configs]
     _this_thread.grouped = True
     try:
         for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = alias_of(implementation or "eager")
+            _compat.name_attention(config, alias_of(implementation or "eager"))
         yield
     finally:
         _this_thread.grouped = grouped
         swap_mask_builder(outer)
         for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+            _compat.name_attention(config, implementation)
 
 
 @contextlib.contextmanager

@@ -236,7 +236,7 @@ def hybrid_logits(
         # Behind attention the two rows are the same again.
         return output[:1].expand(query.shape[0], -1, -1, -1).contiguous(), None
 
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
+    implementation = _compat.attention_named(model.config.get_text_config(decoder=True)) or "eager"
     if implementation not in ("eager", "sdpa"):
         raise NoDefinition(f"another patch, or {implementation!r}, computes attention beside it")
     original = _compat.attention_function("sdpa")
@@ -299,7 +299,7 @@ def rounded_logits(
             dynamic, linear = about["mode"] == "dynamic", getattr(module, "weight", None) is not None
             if dynamic and not linear:
                 raise NoDefinition(f"{name} rounds what goes between its experts' layers, which cannot be done from outside")
-            for key, parameter in list(module._parameters.items()):
+            for key, parameter in list(_compat.parameters_of(module).items()):
                 if parameter is None or parameter.ndim < 2 or (key != "weight" and parameter.ndim != 3):
                     continue
                 if type(parameter) is not nn.Parameter:
@@ -308,7 +308,7 @@ def rounded_logits(
                 if isinstance(module, _compat.Conv1D) or getattr(module, "is_transposed", False):
                     across -= 1
                 originals.append((module, key, parameter))
-                module._parameters[key] = nn.Parameter(_rounded(parameter.detach(), across), requires_grad=False)
+                _compat.parameters_of(module)[key] = nn.Parameter(_rounded(parameter.detach(), across), requires_grad=False)
             if dynamic or unsure is not None:
                 hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, dynamic, unsure)))
         with _removed(hooks):
@@ -317,7 +317,7 @@ def rounded_logits(
         for hook in hooks:
             hook.remove()
         for module, key, parameter in originals:
-            module._parameters[key] = parameter
+            _compat.parameters_of(module)[key] = parameter
 
 
 def _input_rounded(dynamic: bool, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

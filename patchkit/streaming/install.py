@@ -101,4 +101,4 @@ def masked_implementation(target: Target) -> str:
     own = target.attention_implementation
     if own in ("eager", "sdpa"):
         return own
-    return "sdpa" if getattr(target.model, "_supports_sdpa", False) else "eager"
+    return "sdpa" if _compat.supports_sdpa(target.model) else "eager"

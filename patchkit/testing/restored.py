@@ -11,21 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from patchkit._compat.attention import attention_named
+from patchkit._compat.hooks import HOOK_REGISTRIES
 from patchkit.tolerance import logit_error
 
-_HOOK_DICTS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 _PROBE_LENGTH = 12
 
 
@@ -52,7 +41,7 @@ def snapshot(model: PreTrainedModel) -> Snapshot:
     return Snapshot(
         modules=dict(model.named_modules()),
         attributes={name: dict(vars(module)) for name, module in model.named_modules()},
-        hooks={(name, kind): dict(getattr(module, kind, {})) for name, module in model.named_modules() for kind in _HOOK_DICTS},
+        hooks={(name, kind): dict(getattr(module, kind, {})) for name, module in model.named_modules() for kind in HOOK_REGISTRIES},
         tensors={key: (tensor.data_ptr(), tensor.detach().clone()) for key, tensor in model.state_dict().items()},
         buffers={key: tensor.detach().clone() for key, tensor in model.named_buffers()},
         configs={name: _config_values(config) for name, config in _configs(model)},
@@ -91,7 +80,7 @@ def _differences(before: Snapshot, model: PreTrainedModel) -> Iterator[str]:
             new = vars(now[name]).get(key, old)
             if (callable(old) or callable(new) or isinstance(old, bool)) and new is not old:
                 yield f"attribute {key!r} of {label} is {new!r}, was {old!r}"
-        for kind in _HOOK_DICTS:
+        for kind in HOOK_REGISTRIES:
             old_hooks, new_hooks = before.hooks[name, kind], getattr(now[name], kind, {})
             if old_hooks != dict(new_hooks):
                 added = [_name_of(hook) for key, hook in new_hooks.items() if key not in old_hooks]
@@ -161,8 +150,8 @@ def _configs(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 def _config_values(config: Any) -> dict[str, Any]:
     """A copy of the fields of one config, sub-configs left out."""
     values = {key: copy.deepcopy(value) for key, value in vars(config).items() if not isinstance(value, PreTrainedConfig)}
-    if hasattr(config, "_attn_implementation"):
-        values["_attn_implementation"] = config._attn_implementation
+    if isinstance(config, PreTrainedConfig):
+        values["attention implementation"] = attention_named(config)
     return values
 
 
