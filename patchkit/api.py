@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from patchkit._compat.modules import is_compiled_copy
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Patch, available_patches
@@ -213,7 +214,7 @@ def _causal_lm(model: Any) -> Any:
     base = _unwrapped(model)
     if isinstance(model, str):
         raise UnsupportedModel(f"{model!r} is a name, not a model: use patchkit.from_pretrained({model!r}, patches=...)")
-    if hasattr(model, "_orig_mod"):
+    if is_compiled_copy(model):
         raise UnsupportedModel("this is the result of torch.compile: patch the model first, then compile it")
     if not _is_transformers_model(base):
         if _is_transformers_model(getattr(model, "module", None)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
+from patchkit._compat.frames import is_in_call_of
 from patchkit.errors import StreamError
 
 
@@ -61,11 +61,4 @@ class Exclusive:
 
 def _is_running(thread: threading.Thread, module: Any) -> bool:
     """Whether a thread is alive and, if a module is given, in a call of it. Looked at only where two threads meet."""
-    if not thread.is_alive() or module is None or thread.ident is None:
-        return thread.is_alive()
-    frame = sys._current_frames().get(thread.ident)
-    while frame is not None:
-        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
+    return thread.is_alive() and (module is None or is_in_call_of(thread, module))

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from patchkit._compat.modules import registry_with
 from patchkit.errors import IrreversiblePatch, PatchError
 from patchkit.record import Named, Record
 
@@ -82,12 +83,12 @@ class Handle:
                 f"the value of {name} is a method bound to the object it is set on, which pickle cannot store: "
                 f"use functools.partial({value.__func__.__qualname__}, obj)."
             )
-        for registry in ("_parameters", "_buffers", "_modules"):
-            if name in getattr(obj, registry, ()):
-                raise PatchError(
-                    f"{type(obj).__name__}.{name} is in {registry}: set_attribute is for plain attributes. "
-                    "Swap it in that dictionary and give handle.on_undo the way back."
-                )
+        registry = registry_with(obj, name)
+        if registry is not None:
+            raise PatchError(
+                f"{type(obj).__name__}.{name} is in {registry}: set_attribute is for plain attributes. "
+                "Swap it in that dictionary and give handle.on_undo the way back."
+            )
         attributes = vars(obj)
         old = attributes[name] if name in attributes else getattr(obj, name, None)
         existed = name in attributes

@@ -55,6 +55,11 @@ class Target:
     def _probe(self) -> Probe:
         return run_probe(self)
 
+    @property
+    def attention_calls(self) -> list[dict[str, Any]]:
+        """The arguments of each call of transformers' attention interface in a short forward, and the layer's index in the cache."""
+        return self._probe.calls
+
     @cached_property
     def position_limit(self) -> int | None:
         """Positions (exclusive) up to which the rotary frequencies are those of a short text; None without a limit."""

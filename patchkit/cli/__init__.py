@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from patchkit._compat.loggers import LOUD_AT_IMPORT
 from patchkit.cli.common import app
 
 
@@ -33,8 +34,7 @@ def _show_version(wanted: bool) -> None:
 def _before(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False,
 ) -> None:
-    # transformers imports torchao where it is installed, and that says which of its CUDA libraries did not load.
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in LOUD_AT_IMPORT:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

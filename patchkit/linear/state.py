@@ -179,7 +179,7 @@ def head_sizes(target: Target) -> dict[int, HeadSizes]:
     """The sizes of each layer that calls transformers' attention interface, by its index in the cache."""
     return {
         call["layer"]: HeadSizes(call["query"].shape[1], call["key"].shape[1], call["query"].shape[-1], call["value"].shape[-1])
-        for call in target._probe.calls
+        for call in target.attention_calls
     }
 
 

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit._compat.modules import parameters_of
 from patchkit.errors import PatchConflict
 from patchkit.handle import Handle
 
 
 def adapt(module: Any, a: torch.Tensor, b: torch.Tensor, handle: Handle) -> None:
     """Put W + B A in the place of the weight W; what is saved stays W."""
-    original: nn.Parameter = module._parameters["weight"]
+    original: nn.Parameter = parameters_of(module)["weight"]
     change = (b.float() @ a.float()).to(original.device)
     if not isinstance(module, nn.Linear):  # transformers' Conv1D keeps [in, out]
         change = change.mT
     handle.on_undo(functools.partial(_put_back, module, original))
-    module._parameters["weight"] = nn.Parameter(
+    parameters_of(module)["weight"] = nn.Parameter(
         (original.detach().float() + change).to(original.dtype), requires_grad=original.requires_grad
     )
     handle.state_dict_hook(module, functools.partial(_save_original, original))
@@ -32,10 +33,10 @@ def _remove(guard: Any) -> None:
 
 
 def _put_back(module: Any, original: nn.Parameter) -> None:
-    adapted = module._parameters["weight"]
+    adapted = parameters_of(module)["weight"]
     if (adapted.dtype, adapted.device) != (original.dtype, original.device):  # the model was moved meanwhile
         original.data = original.data.to(adapted.device, adapted.dtype)
-    module._parameters["weight"] = original
+    parameters_of(module)["weight"] = original
 
 
 def _save_original(original: nn.Parameter, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -34,9 +34,8 @@ class Frequencies:
 
     def follow(self) -> None:
         """Read the buffer again if it is another one, or was written to."""
-        buffer: Any = self.module._buffers[self.name]
-        version = 0 if buffer.is_inference() else buffer._version  # such tensors have none
-        now = id(buffer), buffer.data_ptr(), buffer.dtype, version
+        buffer: Any = _compat.buffers_of(self.module)[self.name]
+        now = id(buffer), buffer.data_ptr(), buffer.dtype, _compat.version_of(buffer)
         if now != self.read:
             self.read = now
             self.rotary.follow(buffer)
