@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from patchkit import _compat
 from patchkit.static_step import FixedCache
@@ -54,10 +53,6 @@ def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
         return "they are given a mask that is not [batch, tokens]"
     return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def is_new_text(kwargs: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from patchkit import _compat
@@ -23,15 +24,17 @@ def prepare_cache(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    """`prepare_stock_cache`, with our cache where it would make a dynamic or static one."""
     if generation_config.use_cache is False:
         steps.warnings.add("steps of this model run uncompiled: generate was called with use_cache=False")
+    prepare = functools.partial(
+        _compat.prepare_stock_cache, model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
     given, kind = model_kwargs.get(_compat.CACHE), generation_config.cache_implementation
-    prepare = type(model)._prepare_cache_for_generation
     if given is not None or kind not in (None, "dynamic", "static"):
-        return prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+        return prepare(*args, **kwargs)
     generation_config.cache_implementation = None
-    result = prepare(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    result = prepare(*args, **kwargs)
     generation_config.cache_implementation = kind
     if model_kwargs.get(_compat.CACHE) is not None:
         # A limit far beyond what will be generated must not cost memory, nor make every step read it.

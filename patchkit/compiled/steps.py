@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.compiled.eligibility import TENSORS, autocast_of, has_hooks, is_new_text, wants_cache, why_eager
+from patchkit.compiled.eligibility import TENSORS, autocast_of, is_new_text, wants_cache, why_eager
 from patchkit.errors import UnsupportedModel
 from patchkit.exclusive import Exclusive
 from patchkit.record import Warnings
@@ -69,7 +69,7 @@ class Steps:
     hooked: set[int] = field(default_factory=set)
 
     def calls(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """Each module with what stands in its ``_compiled_call_impl``."""
+        """Each module with what stands in its `COMPILED_CALL`."""
         layers = [(layer, functools.partial(_call_layer, self, index)) for index, layer in enumerate(self.layers)]
         return [(self.decoder, functools.partial(_call_decoder, self)), *layers]
 
@@ -117,12 +117,12 @@ class Steps:
     def forget_if_changed(self) -> None:
         """Compile again where modules or hooks were added or taken away, which compiled code does not look at (`_compat.guard_options`)."""
         modules = tuple(self.decoder.modules())
-        now = tuple((id(module), *module._forward_pre_hooks, *module._forward_hooks) for module in modules)
+        now = tuple((id(module), *_compat.forward_hooks_of(module)) for module in modules)
         if self.compiled and now != self.seen:
             self.compiled.clear()
             _logger.info("patchkit: modules or hooks of %s have changed, so its steps will be compiled again", type(self.decoder).__name__)
         if now != self.seen:
-            self.hooked = {index for index, layer in enumerate(self.layers) if any(map(has_hooks, layer.modules()))}
+            self.hooked = {index for index, layer in enumerate(self.layers) if any(map(_compat.forward_hooks_of, layer.modules()))}
         self.seen = now
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Steps:
         # Modules leave this attribute out of their state, so a copy gets it back here; the modules themselves may not be filled yet.
         vars(self).update(state)
         for module, call in self.calls():
-            vars(module)["_compiled_call_impl"] = call
+            vars(module)[_compat.COMPILED_CALL] = call
 
 
 def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     steps.exclusive.take(f"a forward of this {type(steps.decoder).__name__}")
     attributes["forward"] = functools.partial(_forward, steps)
     try:
-        return steps.decoder._call_impl(*args, **kwargs)
+        return _compat.run_hooks_and_forward(steps.decoder, *args, **kwargs)
     finally:
         attributes.pop("forward", None)
         steps.exclusive.give_back()
@@ -199,7 +199,7 @@ def _call_layer(steps: Steps, index: int, *args: Any, **kwargs: Any) -> Any:
     layer: Any = steps.layers[index]
     step = steps.step
     if step is None:
-        return layer._call_impl(*args, **kwargs)
+        return _compat.run_hooks_and_forward(layer, *args, **kwargs)
     mine = LayerOfStep(step, index)
     args = tuple(mine if value is step else value for value in args)
     kwargs = {name: mine if value is step else value for name, value in kwargs.items()}
@@ -214,7 +214,7 @@ def _run_forward(decoder: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _run_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return layer._call_impl(*args, **kwargs)
+    return _compat.run_hooks_and_forward(layer, *args, **kwargs)
 
 
 def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | None:

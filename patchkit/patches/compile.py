@@ -131,10 +131,10 @@ class Compile(Patch):
         steps = Steps(self, decoder, layers, cache_layers, handle.record.hits, handle.record.warnings)
         handle.set_attribute(decoder, "_patchkit_compile", steps)  # for copies: see `Steps.__setstate__`
         for module, call in steps.calls():
-            handle.set_attribute(module, "_compiled_call_impl", call)
+            handle.set_attribute(module, _compat.COMPILED_CALL, call)
         if runtime is None:
             prepare = functools.partial(prepare_cache, target.model, steps)
-            handle.set_attribute(target.model, "_prepare_cache_for_generation", prepare)
+            handle.set_attribute(target.model, _compat.PREPARE_CACHE, prepare)
         handle.record.changed("decoder layers" if layers else "decoders", len(layers) or 1)
 
 

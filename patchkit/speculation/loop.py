@@ -205,7 +205,7 @@ class _Run:
         self.speculation.runs.append(self.statistics)
         longest = max(map(len, rows.finished))
         # Without an EOS token there may be no padding token either, and all rows are as long (`refuse_call`).
-        pad = 0 if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)
+        pad = _compat.padding_token(self.config) or 0
         sequences = torch.stack([torch.nn.functional.pad(each, (0, longest - len(each)), value=pad) for each in rows.finished])
         if not self.config.return_dict_in_generate:
             return sequences

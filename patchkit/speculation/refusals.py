@@ -71,7 +71,7 @@ def refuse_call(call: Call, has_streamer: bool) -> None:
             # There the stock method goes on with rows that have stopped, until all have.
             raise Unserved(f"{', '.join(sorted(kinds - {'MaxLengthCriteria'}))} on a batch without an EOS token")
     past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
-    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
+    length = mask.shape[1] if mask is not None else _compat.mask_length(config, input_ids.shape[1])
     if past and (length != input_ids.shape[1] or past >= length):
         raise Unserved("a prompt that leaves out what the cache holds")
     if mask is not None:

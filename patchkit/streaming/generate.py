@@ -11,9 +11,9 @@ from patchkit.streaming.runtime import Runtime
 
 
 def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """`GenerationMixin._prepare_cache_for_generation`, with our cache where it would make a dynamic or static one."""
+    """`prepare_stock_cache`, with our cache where it would make a dynamic or static one."""
     if _compat.decoder_of(model).training:  # it runs unpatched, and says so
-        return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+        return _compat.prepare_stock_cache(model, generation_config, model_kwargs, *args, **kwargs)
     given = model_kwargs.get(_compat.CACHE)
     if given is not None and not isinstance(given, StreamingCache):
         raise StreamError(
@@ -25,7 +25,7 @@ def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kw
             f"cache_implementation={kind!r} would replace the streaming cache: leave it out, a window of keys is small already"
         )
     generation_config.cache_implementation = None
-    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    result = _compat.prepare_stock_cache(model, generation_config, model_kwargs, *args, **kwargs)
     generation_config.cache_implementation = kind
     if generation_config.use_cache is False:
         runtime.warnings.add("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")

@@ -56,7 +56,7 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
     keep_runtime(handle, target.decoder, runtime)
     handle.pre_hook(target.decoder, before_forward, with_kwargs=True, prepend=True)
     handle.hook(target.decoder, after_forward, with_kwargs=True, always_call=True)
-    handle.set_attribute(target.model, "_prepare_cache_for_generation", functools.partial(prepare_cache, target.model, runtime))
+    handle.set_attribute(target.model, _compat.PREPARE_CACHE, functools.partial(prepare_cache, target.model, runtime))
     for name in _compat.continuous_batching(target.model):
         handle.set_attribute(target.model, name, functools.partial(refuse_continuous_batching, name))
     for config in configs:
