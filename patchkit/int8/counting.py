@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit import _compat
 from patchkit.handle import Handle
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.linears import Int8Linear
@@ -33,6 +34,6 @@ def count_forward(hits: Counter[str], warnings: Warnings, modules: list[nn.Modul
     if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
         return
     hits["forwards"] += 1
-    replaced = sum(not isinstance(module._parameters.get("weight"), Int8Weight) for module in modules)
+    replaced = sum(not isinstance(_compat.parameters_of(module).get("weight"), Int8Weight) for module in modules)
     if replaced:
         warnings.add(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and run over that")

@@ -64,7 +64,7 @@ class Int8Experts:
         return x, chosen, torch.full((rows, active), 1 / active, device=parameter.device, dtype=parameter.dtype)
 
     def run_original(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return _compat.experts_forward(self.module, self.module.config._experts_implementation or "eager")(self.module, *inputs)
+        return _compat.experts_forward(self.module, _compat.experts_named(self.module.config))(self.module, *inputs)
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor:
         return _run_experts(self.module, self.weights, *inputs)
@@ -75,17 +75,16 @@ class Int8Experts:
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
         handle.set_attribute(self.module, _WEIGHTS, self.weights)
         config = self.module.config
-        implementation = config._experts_implementation or "eager"
-        implementation = implementation.removeprefix(_EXPERTS)
+        implementation = _compat.experts_named(config).removeprefix(_EXPERTS)
         # Once for every module, which does no harm: undo waits for the last.
-        handle.set_shared(config, "_experts_implementation_internal", register_experts_for(implementation))
+        handle.set_shared(config, _compat.EXPERTS_NAME, register_experts_for(implementation))
         for key, weights in self.weights.items():
             original = getattr(self.module, key)
             weights.implementation = implementation
             handle.record.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
             originals.append((self.module, key, original))
             freed = FreedWeight(original.shape, original.dtype, original.device)
-            self.module._parameters[key] = nn.Parameter(freed, requires_grad=False)
+            _compat.parameters_of(self.module)[key] = nn.Parameter(freed, requires_grad=False)
             handle.state_dict_hook(self.module, functools.partial(save_plain, key, original if keep_original else None, weights))
 
 
@@ -162,7 +161,7 @@ def _run_experts(
         bias = getattr(module, f"{key}_bias") if module.has_bias else None
         y = int8_experts_linear(y, experts, weight.values, weight.scale, bias, weight.activation)
         if key == "gate_up_proj":
-            y = module._apply_gate(y)
+            y = _compat.apply_gate(module, y)
         elif key == "up_proj":
             y = module.act_fn(y)
     if getattr(module, "has_post_expert_norm", False):  # not in every supported transformers

@@ -78,7 +78,7 @@ class Int8Linear:
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
-        self.module._parameters["weight"] = nn.Parameter(self.weight, requires_grad=False)
+        _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)
         saved: Any = save_torchao
         if self.transposed:
             saved = functools.partial(save_plain, "weight", self.original if keep_original else None, self.weight)

@@ -13,10 +13,10 @@ from patchkit.int8.weight import Int8Weight
 
 def put_back(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
     for module, key, original in reversed(originals):
-        now = module._parameters[key]
+        now = _compat.parameters_of(module)[key]
         if now is not None:  # the patched model may have been moved, or cast
             original.data = original.data.to(now.device, now.dtype)
-        module._parameters[key] = original
+        _compat.parameters_of(module)[key] = original
 
 
 def save_torchao(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

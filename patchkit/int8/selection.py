@@ -35,8 +35,8 @@ def selected(patterns: tuple[str, ...] | None, names: list[str], model: str) -> 
 def obstacle_of(module: Any) -> str | None:
     if getattr(module, "quantization_scheme", None) is not None:
         return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
-    weight = module.weight
-    if module._parameters.get("weight") is not weight:
+    weight: torch.Tensor = module.weight
+    if _compat.parameters_of(module).get("weight") is not weight:
         return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
     if _compat.torchao_int8(weight) is not None:
         return None
@@ -49,7 +49,7 @@ def obstacle_of(module: Any) -> str | None:
 
 def left_experts(path: str, module: Any, left: dict[str, str]) -> bool:
     parameter = module.down_proj
-    if getattr(module, "_is_expert_parallel", False):
+    if _compat.is_expert_parallel(module):
         left[path] = "its experts are spread over several processes"
     elif not torch.is_tensor(parameter) or not parameter.is_floating_point() or parameter.ndim != 3:
         left[path] = "its experts are already quantised"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from patchkit._compat.tensor_subclass import TO_COPY, is_parameter, without_torch_function, wrapper_tensor
 from patchkit.errors import KernelError
 from patchkit.kernels.int8_linear import int8_linear
 
@@ -45,7 +46,7 @@ class Int8Weight(torch.Tensor):
         transposed: bool = False,
     ) -> Int8Weight:
         shape = torch.Size(reversed(qdata.shape)) if transposed else qdata.shape
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device, requires_grad=False)
+        made = wrapper_tensor(cls, shape, dtype, scale.device)
         made.qdata, made.scale, made.activation, made.transposed = qdata, scale, activation, transposed
         return made
 
@@ -94,7 +95,7 @@ class Int8Weight(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        parts = self.qdata.clone(), self.scale.clone(), self.dtype, self.activation, self.transposed, hasattr(self, "_is_param")
+        parts = self.qdata.clone(), self.scale.clone(), self.dtype, self.activation, self.transposed, is_parameter(self)
         return _unpickled, parts
 
     @classmethod
@@ -109,7 +110,7 @@ class Int8Weight(torch.Tensor):
                 return weight.linear(args[0], None)
             if func is torch.addmm and len(args) == 3 and weight.transposed:
                 return weight.linear(args[1], args[0])
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -117,7 +118,7 @@ class Int8Weight(torch.Tensor):
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default):
             return args[0]._rebuilt()
-        if func is _aten._to_copy.default:
+        if func is TO_COPY:
             return args[0]._rebuilt(kwargs.get("device"), kwargs.get("dtype"))
         raise KernelError(
             f"{func} is not available on an int8 weight: only the linear layer that holds it may use it. "
@@ -143,7 +144,7 @@ class FreedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> FreedWeight:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+        return wrapper_tensor(cls, shape, dtype, device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FreedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -158,7 +159,7 @@ class FreedWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten._to_copy.default):
+        if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default, TO_COPY):
             return cls(args[0].shape, kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or args[0].device)
         raise KernelError(f"{func} is not available on a weight that runs as int8 elsewhere: unpatch_model(model) first")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from patchkit._compat.products import has_vnni, int8_product
 from patchkit.kernels import native, triton
 from patchkit.kernels.op import op
 from patchkit.kernels.refusals import not_on_cpu
@@ -119,7 +120,7 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
 @functools.cache
 def _multiplies_bytes() -> bool:
     # Without these instructions oneDNN adds pairs of products in 16 bits, which overflow.
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    return torch.backends.mkldnn.is_available() and has_vnni()
 
 
 @functools.cache
@@ -188,11 +189,11 @@ def _(
     step = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_LEVELS[activation])
     whole = (rows / step).round_()
     if activation == "int8":
-        y = torch._int_mm(whole.to(torch.int8), weight.T) * scale.float()
+        y = int8_product(whole.to(torch.int8), weight.T) * scale.float()
     else:
         high = ((whole + 128) / 256).floor_()  # so that both fit a signed byte
         planes = torch.cat([whole.sub_(high, alpha=256), high]).to(torch.int8)
-        low, high = (torch._int_mm(planes, weight.T) * scale.float()).chunk(2)
+        low, high = (int8_product(planes, weight.T) * scale.float()).chunk(2)
         y = low.add_(high, alpha=256)
     y = y.mul_(step)
     if bias is not None:

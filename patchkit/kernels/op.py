@@ -42,6 +42,7 @@ from typing import Any, overload
 
 import torch
 
+from patchkit._compat.products import is_dispatch_watched
 from patchkit.errors import KernelError
 
 VARIABLE = "PATCHKIT_KERNELS"
@@ -102,7 +103,7 @@ class Op:
         if self.mutates and torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args):
             self._no_gradient(None)
         # The dispatcher costs 50 microseconds of Python per call. Nobody but these can want to see the call pass through it.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_dispatch_watched():
             return self._call(*args)
         return self._dispatch(*args)
 
