@@ -146,12 +146,13 @@ def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path
         import patchkit.lm_eval.model  # noqa: F401
     except ImportError as error:
         raise UsageError(str(error)) from error
-    from lm_eval._cli.harness import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
+    from patchkit._compat.lm_eval import parse_options
+
     given = ["run", "--tasks", tasks, "--device", device, *([] if limit is None else ["--limit", str(limit)]), *extra]
-    parsed, unknown = HarnessCLI()._parser.parse_known_args(given)
+    parsed, unknown = parse_options(given)
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}: it is neither one of patchkit eval nor of lm-eval (see lm_eval run --help)")
     for name, remedy in _REFUSED.items():

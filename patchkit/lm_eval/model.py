@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit._compat.lm_eval import batch_size_finder, length_asked, length_set_to, lm_eval_check, set_processes
 from patchkit.api import patch_model, report
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.measure.perplexity import TextError, encode, stream_nll
@@ -37,6 +38,8 @@ try:
     from lm_eval.models.utils import Collator
 except ImportError as error:
     raise ImportError(f"PatchkitLM needs lm-evaluation-harness ({error}): pip install patchkit[eval]") from error
+
+lm_eval_check()
 
 # lm-eval asks for a number where a text may be of any length.
 ANY_LENGTH = 10**9
@@ -84,7 +87,7 @@ class PatchkitLM(HFLM):
         if self.backend != "causal":
             raise UnsupportedModel(f"{type(self.model).__name__} is an encoder-decoder: patchkit evaluates decoder-only models")
         if hasattr(self, "accelerator"):  # lm-eval sees several processes only where there are several GPUs
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            set_processes(self, self.accelerator.process_index, self.accelerator.num_processes)
         if patches:
             patch_model(self.model, patches)
         self.chunk = chunk
@@ -105,7 +108,7 @@ class PatchkitLM(HFLM):
     def max_length(self) -> int:
         """The length beyond which texts are cut: what was asked for, or where the model's table of positions ends."""
         stock: int = super().max_length
-        return stock if self._max_length or has_position_table(self.model, stock) else ANY_LENGTH
+        return stock if length_asked(self) or has_position_table(self.model, stock) else ANY_LENGTH
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._counted(super().loglikelihood, requests, disable_tqdm)
@@ -186,7 +189,7 @@ class PatchkitLM(HFLM):
         automatic = self.batch_size == "auto" and not override_bs
         size = (override_bs or 0) if self.batch_size == "auto" else self.batch_size
         answers = []
-        for batch in ordered.get_batched(n=size, batch_fn=self._batch_scheduler if automatic and len(ordered) else None):
+        for batch in ordered.get_batched(n=size, batch_fn=batch_size_finder(self) if automatic and len(ordered) else None):
             rows = [self._fitting(context + continuation)[:-1] for _, context, continuation in batch]
             logits = self._last_logits(rows, [len(continuation) for *_, continuation in batch])
             for row, scores, (strings, context, continuation) in zip(rows, logits, batch, strict=True):
@@ -244,12 +247,8 @@ class PatchkitLM(HFLM):
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         """As lm-eval's, at the length that the model was made for where no request gives one."""
-        asked = self._max_length
-        self._max_length: int | None = asked or (None if requests else super().max_length)
-        try:
+        with length_set_to(self, length_asked(self) or (None if requests else super().max_length)):
             return super()._detect_batch_size(requests, pos)
-        finally:
-            self._max_length = asked
 
     # -- what the patches did ----------------------------------------------------------------------------------------------
 

@@ -111,8 +111,7 @@ def make_dense(model: PreTrainedModel, facts: Facts) -> None:
     _compat.forget_quantizer(model)
     # As in any checkpoint that was saved.
     model.config.architectures = [type(model).__name__]
-    # The title in the file, which save_pretrained would write as an option of the model.
-    vars(model.config).pop("_model_name_or_path", None)
+    _compat.forget_title(model.config)
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, facts: Facts) -> None:

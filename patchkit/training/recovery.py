@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from patchkit._compat.peft import adapter_parameters, adapter_scaling, insert_adapters
 from patchkit.errors import PatchError
 from patchkit.training.student import Student
 
@@ -31,14 +32,14 @@ class Lora:
         Raises:
             PatchError: peft is not installed, or cannot adapt a projection.
         """
-        try:
-            import peft
-        except ImportError as error:
-            raise PatchError("recovery needs peft: pip install peft, or leave the stage out with lora_steps=0 (--lora-steps 0)") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections), student.model)
+                insert_adapters(student.model, projections, rank)
+            except ImportError as error:
+                raise PatchError(
+                    "recovery needs peft: pip install peft, or leave the stage out with lora_steps=0 (--lora-steps 0)"
+                ) from error
             except ValueError as error:
                 raise PatchError(f"peft cannot adapt the attention projections ({error}): leave the stage out with lora_steps=0") from error
         modules = dict(student.model.named_modules())
@@ -46,17 +47,15 @@ class Lora:
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every adapter, in a fixed order."""
-        return [layer.get_parameter(f"lora_{letter}.default.weight") for layer in self.layers.values() for letter in "AB"]
+        return [parameter for layer in self.layers.values() for parameter in adapter_parameters(layer)]
 
     def weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(A [r, in], B [out, r]) float32 of every projection, scaled: W' = W + B A."""
-        return {
-            name: (
-                layer.lora_A["default"].weight.detach().float().cpu().clone(),
-                (layer.lora_B["default"].weight.detach().float() * layer.scaling["default"]).cpu(),
-            )
-            for name, layer in self.layers.items()
-        }
+        found = {}
+        for name, layer in self.layers.items():
+            a, b = (parameter.detach().float() for parameter in adapter_parameters(layer))
+            found[name] = a.cpu().clone(), (b * adapter_scaling(layer)).cpu()
+        return found
 
 
 def lm_loss(student: Student, texts: torch.Tensor, teacher: Any = None, context: int = 0, share: float = 0.0) -> torch.Tensor:
