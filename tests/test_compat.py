@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from patchkit import _compat
+from patchkit._compat.declared import check_when_used
 from patchkit.errors import PatchError
 
 
@@ -104,6 +109,53 @@ def test_missing_and_changed_names_are_listed(monkeypatch: pytest.MonkeyPatch) -
     )
     assert "transformers.cache_utils.DynamicLayer.crop is missing" in message
     assert "GenerationMixin._prepare_cache_for_generation is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted", "problem"),
+    [
+        ("torch.nn:Module()._buffers", None, None),
+        ("torch.nn:Module()._no_such", None, "torch.nn.Module()._no_such is missing"),
+        ("torch.nn:Linear().weight", None, "torch.nn.Linear().weight is missing"),  # no instance without arguments
+        ("transformers:GenerationConfig._pad_token_tensor", None, None),  # annotated only
+        ("transformers:GenerationConfig._no_such", None, "transformers.GenerationConfig._no_such is missing"),
+        ("no_such_library:name", None, "no_such_library.name is missing"),
+        ("transformers.generation:GenerationMixin.generate", frozenset({"custom_generate"}), None),
+        (
+            "transformers.generation:GenerationMixin.generate",
+            frozenset({"custom_generate", "no_such"}),
+            "transformers.generation.GenerationMixin.generate(no_such=) is missing",
+        ),
+        ("torch.nn:Module.eval", ("self",), None),
+        ("torch.nn:Module.eval", (), "torch.nn.Module.eval takes (self), expected ()"),
+    ],
+)
+def test_each_form_of_a_declared_name(path: str, wanted: Any, problem: str | None) -> None:
+    assert _compat.changed_names({path: wanted}) == ([] if problem is None else [problem])
+
+
+@pytest.mark.parametrize("module", [path.stem for path in sorted(Path(_compat.__file__).parent.glob("[!_]*.py"))])
+def test_a_name_that_any_module_declares_is_checked(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module(f"patchkit._compat.{module}"), "RELIED_ON", {"torch:_planted": None}, raising=False)
+    with pytest.raises(PatchError, match=r"torch\._planted is missing.*pip install"):
+        _compat.self_check()
+
+
+@pytest.mark.parametrize(("module", "library"), [("compiler", "torch"), ("torchao", "torchao"), ("peft", "peft"), ("lm_eval", "lm_eval")])
+def test_names_of_optional_libraries_are_checked_when_they_are_used(module: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(library)
+    check_when_used.cache_clear()
+    with monkeypatch.context() as context:
+        context.setattr(f"patchkit._compat.{module}.RELIED_ON_WHEN_USED", {f"{library}:_planted": None})
+        _compat.self_check()
+        with pytest.raises(PatchError, match=rf"^{library} {re.escape(version(library))} .*{library}\._planted is missing\. Install it$"):
+            check_when_used(module, library, "Install it")
+    check_when_used(module, library, "Install it")
+
+
+def test_kernels_load_no_transformers() -> None:
+    code = "import sys, patchkit.kernels.int8_linear, patchkit.int8.weight; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_import_without_a_name_says_which_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:

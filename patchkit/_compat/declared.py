@@ -59,7 +59,7 @@ def _problem(path: str, wanted: tuple[str, ...] | frozenset[str] | None) -> str 
     module, _, name = path.partition(":")
     try:
         found: Any = functools.reduce(_part, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError):  # an instance may need arguments
         return f"{module}.{name} is missing"
     if wanted is None:
         return None
