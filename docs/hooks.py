@@ -1,37 +1,49 @@
-"""What `make docs` adds to the pages of docs/: the README as the first page, and a page of the API for every public name.
+"""Pages that `make docs` adds to those of docs/: the README as the first page, and one page of the API for every public name.
 
-Links into the rest of the repository become plain paths, after a look whether they lead anywhere.
+Links into the rest of the repository become plain paths, after a check that the path exists.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
+# Modules whose names users import, apart from patchkit itself.
+OPEN_MODULES = ("speculation", "testing")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
+    from mkdocs.structure.files import File
+
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    # The README stands one folder above the pages.
+    # The README is one folder above the pages.
     moved = {"](docs/": "](", **{f"]({folder}": f"](../{folder}" for folder in ("patchkit/", "examples/", "CONTRIBUTING.md")}}
     for inside, outside in moved.items():
         readme = readme.replace(inside, outside)
     files.append(File.generated(config, "index.md", content=readme))
-    names = public_names()
-    for name, place in names.items():
-        files.append(File.generated(config, f"api/{name}.md", content=f"# {name}\n\n::: {place}\n"))
-    listed = "\n".join(f"* [`{name}`]({name}.md)" for name in names)
-    files.append(File.generated(config, "api/index.md", content=f"# API\n\nWhat `from patchkit import ...` gives.\n\n{listed}\n"))
+    index = "# API\n"
+    for module, names in public_names().items():
+        folder = module.removeprefix("patchkit").replace(".", "")
+        index += f"\n## from {module} import ...\n\n"
+        for name, place in names.items():
+            page = f"{folder}/{name}.md" if folder else f"{name}.md"
+            files.append(File.generated(config, f"api/{page}", content=f"# {name}\n\n::: {place}\n"))
+            index += f"* [`{name}`]({page})\n"
+    files.append(File.generated(config, "api/index.md", content=index))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    from mkdocs.exceptions import PluginError
+
     def path_of(match: re.Match[str]) -> str:
         picture, text, target, _ = match.groups()
         if "://" in target or not target.startswith("../") or page.file.src_uri.startswith("api/"):
@@ -45,11 +57,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return _LINK.sub(path_of, markdown)
 
 
-def public_names() -> dict[str, str]:
-    """Every public name of patchkit, with the module that defines it."""
+def public_names() -> dict[str, dict[str, str]]:
+    """Every public name, as {module: {name: path of its definition}}: those of patchkit, and of `OPEN_MODULES`."""
     import patchkit
     from patchkit.patch import available_patches
 
     found = {name: f"patchkit.{home}.{name}" for name, home in patchkit._HOME_OF.items()}
     found |= {cls.__name__: f"{cls.__module__}.{cls.__name__}" for cls in available_patches().values()}
-    return dict(sorted(found.items()))
+    return {"patchkit": dict(sorted(found.items()))} | {f"patchkit.{each}": _names_of(f"patchkit.{each}") for each in OPEN_MODULES}
+
+
+def _names_of(name: str) -> dict[str, str]:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", None) or [
+        each for each, value in vars(module).items() if not each.startswith("_") and not inspect.ismodule(value)
+    ]
+    return {each: f"{name}.{each}" for each in sorted(public)}

@@ -1,8 +1,10 @@
-"""The documents: their links lead somewhere, the README is short, and every error has its place in docs/troubleshooting.md."""
+"""The documents: links lead somewhere, the README is short, every error is in docs/troubleshooting.md, every public name has a page."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,30 @@ def test_the_readme_and_the_glossary_are_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
     rows = [line for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     assert len(rows) - 1 <= 30
+
+
+def test_the_reading_guide_names_what_exists() -> None:
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d+\. .*\n(?:   .*\n)*", text, re.MULTILINE)
+    assert len(steps) > 12
+    for path in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / path).exists() or (ROOT / "patchkit" / path).exists(), path
+    for step in steps:
+        code = "".join((ROOT / "patchkit" / path).read_text(encoding="utf-8") for path in re.findall(r"`([\w/]+\.py)`", step))
+        for name in re.findall(r"`(\w+)\(\)`", step):
+            assert f"def {name}(" in code, f"{name} is in no file of this step: {step}"
+        for name in re.findall(r"`([A-Z]\w+)`", step):
+            assert f"class {name}" in code or f"class {name}" in (ROOT / "patchkit" / "patch.py").read_text(encoding="utf-8"), name
+
+
+def test_the_site_has_a_page_for_every_public_name() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["public_names"]()
+    assert set(pages) == {"patchkit", "patchkit.speculation", "patchkit.testing"}
+    for name, paths in pages.items():
+        module = importlib.import_module(name)
+        exported = set(re.findall(r"import (\w+) as \1$", Path(module.__file__ or "").read_text(encoding="utf-8"), re.MULTILINE))
+        exported |= set(getattr(module, "__all__", ()))
+        assert exported and not exported - set(paths), name
+        for public, path in paths.items():
+            home, _, attribute = path.rpartition(".")
+            assert getattr(importlib.import_module(home), attribute) is getattr(module, public), path
