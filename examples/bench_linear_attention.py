@@ -2,8 +2,8 @@
 
 python examples/bench_linear_attention.py [FOLDER] [--lengths 256 1024 4096 16384] [--device cuda] [--dtype bfloat16]
 
-Leaves linear_attention.csv and, where matplotlib is installed, linear_attention.png in FOLDER. Milliseconds are medians of rounds in
-which the forms take turns; the explicit softmax is left out where its scores would take more than 4 GiB.
+Leaves linear_attention.csv and, where matplotlib is installed, linear_attention.png in FOLDER. Milliseconds are medians of interleaved
+rounds; the explicit softmax is left out where its scores would take more than 4 GiB.
 """
 
 import argparse

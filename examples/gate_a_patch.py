@@ -1,4 +1,4 @@
-"""Gate a patch: timed in turns with the unpatched model, scored on real text, and passed only if the intervals show what is asked.
+"""Gate a patch: timed interleaved with the unpatched model, scored on real text, and passed only if the intervals keep every bound.
 
 python examples/gate_a_patch.py [MODEL]; in a test suite the fixture `patch_gate` of patchkit's pytest plug-in does the same.
 """

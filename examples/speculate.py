@@ -22,7 +22,7 @@ def timed() -> tuple[torch.Tensor, float]:
 plain, plain_seconds = timed()
 for draft in ("prompt_lookup", "stdlib-1m-draft"):
     with patched(model, Speculative(draft=draft), verbose=False):
-        timed()  # the cost model looks around
+        timed()  # the cost model measures costs
         text, seconds = timed()
         print(f"{draft}: {plain_seconds:.2f} s -> {seconds:.2f} s; {statistics_of(model)}")
     assert torch.equal(text, plain)

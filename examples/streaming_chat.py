@@ -20,7 +20,7 @@ model, tokenizer = load_model(name)
 patch_model(model, StreamingLLM(sinks=4, window=window))
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 messages, seen, cache = [], torch.empty(1, 0, dtype=torch.long), None
-LAST_REPLY = "\0"  # stands for it in the conversation: its tokens are in the cache
+LAST_REPLY = "\0"  # a placeholder in the conversation: the tokens of the reply are in the cache
 
 while message := input("> ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n"):
     text = message + "\n"
