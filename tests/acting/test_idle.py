@@ -49,7 +49,7 @@ def test_a_model_in_training_mode(spec: str, caplog: pytest.LogCaptureFixture) -
 def test_training_itself_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     model = patch_model(tiny_model("llama").train(), STREAMING)
     model(input_ids=prompt(), labels=prompt(), use_cache=False).loss.backward()
-    assert report(model).patches[0].warnings == {}
+    assert not any(report(model).patches[0].warnings.values())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_few_eager_forwards_are_nothing_to_speak_of() -> None:
         for _ in range(30):
             model(input_ids=prompt(40), use_cache=False)  # a scoring run
     generated(model)
-    assert report(model).patches[0].warnings == {}
+    assert not any(report(model).patches[0].warnings.values())
 
 
 def test_speculative_without_anything_to_propose(caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_speculative_without_anything_to_propose(caplog: pytest.LogCaptureFixtur
 def test_speculative_with_no_drafts_wanted() -> None:
     model = patch_model(tiny_model("llama"), "speculative(k=0)")
     generated(model, new=40)
-    assert report(model).patches[0].warnings == {}
+    assert not any(report(model).patches[0].warnings.values())
 
 
 def test_int8_layers_that_were_given_other_weights(caplog: pytest.LogCaptureFixture) -> None:
