@@ -26,7 +26,7 @@ from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.kv_append import kv_append
 from patchkit.kernels.op import Backend, available_ops
 from patchkit.kernels.verify_prefix import verify_prefix
-from patchkit.measure.latency import Stream
+from patchkit.measure.latency import DecodeStream
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -152,7 +152,7 @@ def test_other_tokens_than_the_eager_ones_fail(monkeypatch):
     with torch.no_grad():
         other.model.get_output_embeddings().weight.neg_()
     view = patch_model(other.model, bench.specs["streaming"], verbose=False)
-    bench.streams[name] = Stream(view, None)
+    bench.streams[name] = DecodeStream(view, None)
     assert "no near ties" in bench.compare(name)["message"]
     bench.streams[name] = bench.stream("streaming")
     assert bench.compare(name)["largest_logit_error"] == 0 and "message" not in bench.compare(name)

@@ -14,7 +14,7 @@ from evals.gpu.sizes import Sizes
 from evals.gpu.timing import copy_bandwidth, synchronize
 from patchkit import _compat, patch_model, report
 from patchkit.int8.weight import Int8Weight
-from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.testing import TOLERANCES, logit_error
 from patchkit.views import twin
 
@@ -52,7 +52,7 @@ class Decode:
         }
         # Compiled views, each with the eager view that it must agree with.
         self.eager = {COMPILED: STREAMING, INT8_COMPILED: "streaming + int8", "streaming + compile": STREAMING}
-        self.streams: dict[str, Stream] = {}
+        self.streams: dict[str, DecodeStream] = {}
 
     @functools.cached_property
     def model(self) -> Any:
@@ -62,15 +62,15 @@ class Decode:
         with torch.device(self.device):
             return AutoModelForCausalLM.from_config(GPTNeoXConfig(rope_parameters=rope, **self.sizes.model), dtype=self.dtype).eval()
 
-    def stream(self, name: str) -> Stream:
+    def stream(self, name: str) -> DecodeStream:
         """View with a full cache."""
         if "cudagraphs=True" in self.specs[name] and self.device.type != "cuda":
             raise NotMeasured("CUDA graphs need a GPU")
         if name == UNPATCHED:  # its context grows by a token per step: begin as far below the others' as it will end above
-            return Stream(self.model, filled_cache(self.model, self.context - self.sizes.rounds // 2))
+            return DecodeStream(self.model, filled_cache(self.model, self.context - self.sizes.rounds // 2))
         if name not in self.streams:
             view = patch_model(twin(self.model), self.specs[name], verbose=False)
-            self.streams[name] = Stream(view, self.full_cache(view))
+            self.streams[name] = DecodeStream(view, self.full_cache(view))
         return self.streams[name]
 
     def full_cache(self, view: Any) -> Any:
@@ -93,7 +93,7 @@ class Decode:
         return row
 
     @torch.no_grad()
-    def back_to_back(self, stream: Stream) -> float:
+    def back_to_back(self, stream: DecodeStream) -> float:
         """Milliseconds per token without a synchronisation between tokens."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         synchronize(self.device)

@@ -54,7 +54,7 @@ _IRRELEVANT = (
 
 
 @dataclass
-class Cell:
+class TaskScore:
     """One task under one spec: what lm-eval returned, or why there is no score."""
 
     spec: str
@@ -175,7 +175,7 @@ def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path
     return config, manager
 
 
-def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, manager: Any, out: Path | None) -> Iterator[Cell]:
+def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, manager: Any, out: Path | None) -> Iterator[TaskScore]:
     """Every task under every spec, as they come; what ``out`` holds already is read from there."""
     finished = _finished(out) if out else {}
     lm = None
@@ -183,23 +183,23 @@ def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, 
         lm = lm or _load(model, dtype, config)
         runs = {_label(task): _identity(lm, model, name, _label(task), config) for task in config.tasks}
         if all(_key(run) in finished for run in runs.values()):
-            yield from (Cell(name, task, finished[_key(run)]) for task, run in runs.items())
+            yield from (TaskScore(name, task, finished[_key(run)]) for task, run in runs.items())
             continue
         try:
             with _patched(lm, patches):
                 for task in config.tasks:
                     run = runs[_label(task)]
                     if _key(run) in finished:
-                        yield Cell(name, _label(task), finished[_key(run)])
+                        yield TaskScore(name, _label(task), finished[_key(run)])
                         continue
                     try:
-                        yield Cell(name, _label(task), _evaluated(lm, task, run, config, manager, out))
+                        yield TaskScore(name, _label(task), _evaluated(lm, task, run, config, manager, out))
                     except (PatchError, OSError, ValueError) as error:
-                        yield Cell(name, _label(task), error=str(error))
+                        yield TaskScore(name, _label(task), error=str(error))
         except IrreversiblePatch:
             lm = None
         except PatchError as error:
-            yield from (Cell(name, task, error=str(error)) for task in runs)
+            yield from (TaskScore(name, task, error=str(error)) for task in runs)
 
 
 def _load(model: str, dtype: Dtype, config: Any) -> Any:
@@ -340,13 +340,13 @@ def _one_description_of_the_machine() -> Iterator[None]:
         collect_env.get_pretty_env_info = describe
 
 
-def _say(cell: Cell) -> None:
+def _say(cell: TaskScore) -> None:
     figures = ", ".join(f"{task} {metric} {value}" for (task, metric), value in cell.figures().items())
     line = f"{time.strftime('%H:%M:%S')} {cell.spec} | {cell.task}: {cell.error or figures}"
     stderr().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+def _table(cells: list[TaskScore]) -> tuple[list[str], list[list[str]]]:
     """A column per spec and a row per metric; where a patch never acted, a dash."""
     specs = list(dict.fromkeys(cell.spec for cell in cells))
     rows = dict.fromkeys(row for cell in cells for row in cell.figures())
@@ -354,7 +354,7 @@ def _table(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
     return ["task", "metric", *specs], [[*row, *(figures.get((spec, row), "-") for spec in specs)] for row in rows]
 
 
-def _markdown(cells: list[Cell]) -> str:
+def _markdown(cells: list[TaskScore]) -> str:
     headings, rows = _table(cells)
     lines = [headings, ["---", "---", *["---:"] * len(headings[2:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

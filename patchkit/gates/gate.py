@@ -22,7 +22,7 @@ from patchkit.api import patch_model, report
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, Gate, GateError, Hits, PerplexityIncrease, violations
 from patchkit.gates.texts import DOCUMENT_TOKENS, texts_for
 from patchkit.measure.calls import Calls, cache_of, within
-from patchkit.measure.latency import Stream, Timings, decode_latency
+from patchkit.measure.latency import DecodeStream, Timings, decode_latency
 from patchkit.measure.paired import Interval, mean_difference, median_ratio
 from patchkit.measure.perplexity import perplexity_of, stream_nll
 from patchkit.patch import Patch, Stage, available_patches
@@ -100,9 +100,11 @@ def run_gate(
         torch.manual_seed(0)
         start = max(1, context - (rounds or BLOCK) // 2)  # every step lengthens the cache by a token
 
-        def ways() -> dict[str, Stream]:
+        def ways() -> dict[str, DecodeStream]:
             models = {UNPATCHED: plain, PATCHED: view}
-            return {name: Calls(each, None, texts) if generates else Stream(each, cache_of(each, start)) for name, each in models.items()}
+            return {
+                name: Calls(each, None, texts) if generates else DecodeStream(each, cache_of(each, start)) for name, each in models.items()
+            }
 
         result = timed(lambda: within(time_in_turns, ways, rounds, lambda: _hits(view)))
         failures = _idle(kinds, result.hits, "while it was timed")
@@ -144,7 +146,7 @@ class Timed:
     cache_bytes: dict[str, int]
 
 
-def time_in_turns(make: Callable[[], Mapping[str, Stream]], rounds: int | None = None, hits: Callable[[], Hits] = dict) -> Timed:
+def time_in_turns(make: Callable[[], Mapping[str, DecodeStream]], rounds: int | None = None, hits: Callable[[], Hits] = dict) -> Timed:
     """Time the two ways `UNPATCHED` and `PATCHED` in turns: so many rounds, or blocks of them until the interval is narrow.
 
     Args:

@@ -32,11 +32,11 @@ _VERSIONS = ("python", "torch", "transformers", "patchkit")
 _SAME = ("patches", "model", "context", "timed")
 _RESAMPLES = 2000
 
-Run = dict[str, dict[str, Any]]
+SavedRun = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Row:
+class GateChange:
     """One gate in both runs.
 
     Attributes:
@@ -65,7 +65,7 @@ class Comparison:
         remarks: machines and versions that differ.
     """
 
-    rows: list[Row]
+    rows: list[GateChange]
     missing: list[str]
     new: list[str]
     remarks: list[str] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Comparison:
         ]
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path) -> SavedRun:
     """The gates of a file written by `pytest --benchmark-json=FILE` (or `--benchmark-save`), by test name.
 
     Raises:
@@ -98,7 +98,7 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def compare(before: Run, now: Run, tolerance: float = TOLERANCE, across_machines: bool = False) -> Comparison:
+def compare(before: SavedRun, now: SavedRun, tolerance: float = TOLERANCE, across_machines: bool = False) -> Comparison:
     """Every gate of an older run beside the same gate of a newer one.
 
     Args:
@@ -143,7 +143,7 @@ def speedup_change(before: Timings, now: Timings, seed: int = 0) -> Interval:
     return Interval(medians[1] / medians[0], float(low), float(high))
 
 
-def _row(name: str, before: dict[str, Any], now: dict[str, Any], tolerance: float) -> Row:
+def _row(name: str, before: dict[str, Any], now: dict[str, Any], tolerance: float) -> GateChange:
     problems = [f"{what} was {before[what]!r} and is {now[what]!r}: not the same gate" for what in _SAME if before[what] != now[what]]
     problems += [f"failed: {failure}" for failure in now["failures"]]
     for when, each in (("before", before), ("now", now)):
@@ -163,7 +163,7 @@ def _row(name: str, before: dict[str, Any], now: dict[str, Any], tolerance: floa
     sizes = [each["cache_bytes"][PATCHED] / each["cache_bytes"][UNPATCHED] for each in (before, now)]
     if sizes[1] > sizes[0] * (1 + _BYTES):
         problems.append(f"the cache grew from {sizes[0]:.4g} to {sizes[1]:.4g} of the unpatched one")
-    return Row(name, now["patches"], before["speedup"]["value"], now["speedup"]["value"], change, ppl_change, problems)
+    return GateChange(name, now["patches"], before["speedup"]["value"], now["speedup"]["value"], change, ppl_change, problems)
 
 
 def _ppl_change(before: dict[str, Any] | None, now: dict[str, Any] | None) -> float | None:
@@ -181,7 +181,7 @@ def _speeds(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]
     return [f"{name}: a token takes {slower}: the machine's own speed has changed"]
 
 
-def _differences(before: Run, now: Run, names: list[str], facts: tuple[str, ...]) -> list[str]:
+def _differences(before: SavedRun, now: SavedRun, names: list[str], facts: tuple[str, ...]) -> list[str]:
     found = []
     for fact in facts:
         old, new = ({str(run[name]["environment"][fact]) for name in names} for run in (before, now))
@@ -190,5 +190,5 @@ def _differences(before: Run, now: Run, names: list[str], facts: tuple[str, ...]
     return found
 
 
-def _listed(run: Run) -> str:
+def _listed(run: SavedRun) -> str:
     return ", ".join(run)

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from patchkit import _compat
 from patchkit.errors import UnsupportedModel
-from patchkit.measure.latency import Stream, filled_cache, prefilled_cache
+from patchkit.measure.latency import DecodeStream, filled_cache, prefilled_cache
 
 # Tokens of one call.
 NEW_TOKENS = 64
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Calls(Stream):
+class Calls(DecodeStream):
     """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
 
     prompts: list[torch.Tensor]

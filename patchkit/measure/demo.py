@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model
-from patchkit.measure.demo_plan import BEFORE_KEY, CHUNK, REFERENCE, SINKS, UNPATCHED, Plan, plan_for
-from patchkit.measure.demo_result import Demo, Row, short
-from patchkit.measure.english_text import Source, english_ids
-from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.demo_plan import BEFORE_KEY, CHUNK, REFERENCE, SINKS, UNPATCHED, DemoPlan, plan_for
+from patchkit.measure.demo_result import Demo, DemoRow, short
+from patchkit.measure.english_text import TextSource, english_ids
+from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.measure.needle import answers
 from patchkit.measure.needle_grid import Answer
-from patchkit.measure.needle_text import Asking, Case, Haystack
+from patchkit.measure.needle_text import Asking, Haystack, NeedleCase
 from patchkit.measure.perplexity import TextError, block_nll, by_position, encode, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.streaming import StreamingLLM
@@ -75,7 +75,7 @@ def run_demo(
     views: dict[str, PreTrainedModel] = {UNPATCHED: model}
     for window in plan.windows:
         views[f"streaming {SINKS}+{window}"] = patch_model(twin(model), StreamingLLM(sinks=SINKS, window=window), verbose=False)
-    sources: list[Source] = []
+    sources: list[TextSource] = []
     if plan.english:
         ids, sources = english_ids(tokenizer, plan.tokens)
         files = len(sources)
@@ -96,10 +96,10 @@ def run_demo(
     windows_held: list[int | None] = [None, *plan.windows]
     for name, held in zip(views, windows_held, strict=True):
         ratios = [] if name == plan.reference else by_position(nll[name] - nll[plan.reference], plan.compared)
-        row = Row(name, by_position(nll[name], plan.edges), _curve(nll[name], plan), ratios, held, ms[name], size[name], speedup[name])
+        row = DemoRow(name, by_position(nll[name], plan.edges), _curve(nll[name], plan), ratios, held, ms[name], size[name], speedup[name])
         rows.append(dataclasses.replace(row, keys=keys.get(name, [])))
     if plan.block is not None:
-        rows.insert(1, Row(REFERENCE, by_position(nll[REFERENCE], plan.edges), _curve(nll[REFERENCE], plan), []))
+        rows.insert(1, DemoRow(REFERENCE, by_position(nll[REFERENCE], plan.edges), _curve(nll[REFERENCE], plan), []))
     return Demo(plan, len(nll[UNPATCHED]), files, sources, rows, asking)
 
 
@@ -130,7 +130,7 @@ def _time(
                 seen, cache = caches[name].get(context, (0, None))
                 tell = partial(advance, f"streaming to {short(context)}: {name}")
                 cache = prefilled_cache(view, context - seen, CHUNK, cache, tell)
-            streams[f"{name} at {context}"] = Stream(view, cache)
+            streams[f"{name} at {context}"] = DecodeStream(view, cache)
     # All in turns, over contexts too: whether a curve is flat must not depend on how busy the machine was meanwhile.
     timings = decode_latency(streams)
     longest = max(contexts)
@@ -146,12 +146,12 @@ def _ask(
     if not distances:
         return None, {}
     asking = Asking.of(tokenizer)
-    cases = [Case(len(asking.head) + BEFORE_KEY + distance, distance, 0) for distance in distances]
+    cases = [NeedleCase(len(asking.head) + BEFORE_KEY + distance, distance, 0) for distance in distances]
     haystack = Haystack.of(asking, cases)
     return asking, {name: answers(view, haystack, cases, partial(advance, f"asking for keys: {name}")) for name, view in views.items()}
 
 
-def _curve(nll: torch.Tensor, plan: Plan) -> list[tuple[float, float]]:
+def _curve(nll: torch.Tensor, plan: DemoPlan) -> list[tuple[float, float]]:
     if plan.english:
         edges = [round(len(nll) * i / _CURVE_BINS) for i in range(_CURVE_BINS + 1)]
         return [((b.start + b.stop) / 2, b.perplexity) for b in by_position(nll, sorted(set(edges)))]

@@ -44,7 +44,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """What is measured; see `plan_for`.
 
     Attributes:
@@ -83,7 +83,7 @@ class Plan:
         return scored + len(self.windows) * led_up + asked
 
 
-def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequence[int] | None = None) -> Plan:
+def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequence[int] | None = None) -> DemoPlan:
     """What to show of a model, by the positions that it was made for.
 
     Up to 2048 positions (or where there is no limit): held-out library code, far beyond the limit, against the model started anew every
@@ -96,7 +96,7 @@ def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequenc
     """
     limit = Target(model).position_limit
     if limit is None or limit <= LONG:
-        return Plan(
+        return DemoPlan(
             english=False,
             tokens=TOKENS if tokens is None else tokens,
             windows=tuple(windows or WINDOWS),
@@ -110,7 +110,7 @@ def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequenc
     scored = end if tokens is None else tokens
     # In a longer text the last range is what lies beyond, or goes on: none is left without a number.
     last = max(end, scored)
-    return Plan(
+    return DemoPlan(
         english=True,
         tokens=scored,
         windows=tuple(windows or [reach // share - SINKS for share in (4, 8, 16)]),

@@ -10,15 +10,15 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from patchkit.measure.demo_plan import REFERENCE, UNPATCHED, Plan
-from patchkit.measure.english_text import Source
+from patchkit.measure.demo_plan import REFERENCE, UNPATCHED, DemoPlan
+from patchkit.measure.english_text import TextSource
 from patchkit.measure.needle_grid import FORGETS, Answer
 from patchkit.measure.needle_text import Asking
 from patchkit.measure.perplexity import Bucket
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One configuration: perplexity by position and, but for a reference that starts anew, its speed, memory and recall.
 
     Attributes:
@@ -53,11 +53,11 @@ class Demo:
         asking: how keys were asked for; None where they were not.
     """
 
-    plan: Plan
+    plan: DemoPlan
     tokens: int
     files: int
-    sources: list[Source]
-    rows: list[Row]
+    sources: list[TextSource]
+    rows: list[DemoRow]
     asking: Asking | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Demo:
         forgets = counts[UNPATCHED]["recalled"] > 0 and "beyond" in counts and counts["beyond"]["recalled"] == 0
         return [f"keys recalled: {said}", *([FORGETS] if forgets else [])]
 
-    def _streaming(self) -> Row:
+    def _streaming(self) -> DemoRow:
         return next(row for row in self.rows if row.name not in (UNPATCHED, REFERENCE))
 
 
@@ -231,7 +231,7 @@ def _text_name(demo: Demo) -> str:
     return f"English, the documentation in {demo.files} file{'s' if demo.files > 1 else ''} of Python's library"
 
 
-def _mark(plan: Plan, bucket: Bucket) -> str:
+def _mark(plan: DemoPlan, bucket: Bucket) -> str:
     return "*" if plan.limit is not None and bucket.start >= plan.limit else ""
 
 

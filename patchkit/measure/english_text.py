@@ -46,7 +46,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A file that prose was taken from.
 
     Attributes:
@@ -79,7 +79,7 @@ def paragraphs(text: str) -> Iterator[str]:
             yield " ".join(block.split())
 
 
-def english_documents(root: Path | None = None) -> Iterator[tuple[Source, list[str]]]:
+def english_documents(root: Path | None = None) -> Iterator[tuple[TextSource, list[str]]]:
     """Every file that has prose, with its new paragraphs: first the library's, then the installed distributions'.
 
     Args:
@@ -96,10 +96,10 @@ def english_documents(root: Path | None = None) -> Iterator[tuple[Source, list[s
                 seen.add(paragraph)
                 found.append(paragraph)
         if found:
-            yield Source(name, sum(len(each.split()) for each in found), hashlib.sha256(content).hexdigest()), found
+            yield TextSource(name, sum(len(each.split()) for each in found), hashlib.sha256(content).hexdigest()), found
 
 
-def english_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[torch.Tensor, list[Source]]:
+def english_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[torch.Tensor, list[TextSource]]:
     """The start of this text as one document: the boundary token, then paragraphs with a blank line after each.
 
     Returns:

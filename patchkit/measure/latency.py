@@ -58,7 +58,7 @@ def prefilled_cache(
 
 
 @dataclass
-class Stream:
+class DecodeStream:
     """A model and its cache, decoded token by token. Each step leaves the cache one token longer."""
 
     model: PreTrainedModel
@@ -80,7 +80,7 @@ class Stream:
 Timings = dict[str, list[float]]
 
 
-def decode_latency(streams: Mapping[str, Stream], rounds: int = 15, warmup: int = 3) -> Timings:
+def decode_latency(streams: Mapping[str, DecodeStream], rounds: int = 15, warmup: int = 3) -> Timings:
     """Step every stream once per round; the order turns from round to round, so that none always follows the heavy one.
 
     Returns:

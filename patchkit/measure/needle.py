@@ -28,7 +28,7 @@ from patchkit.api import patch_model
 from patchkit.errors import UnsupportedModel
 from patchkit.measure.latency import filled_cache
 from patchkit.measure.needle_grid import UNPATCHED, Answer, NeedleGrid
-from patchkit.measure.needle_text import ANY_KEY, Case, Haystack
+from patchkit.measure.needle_text import ANY_KEY, Haystack, NeedleCase
 from patchkit.patch import Patch
 from patchkit.views import twin
 
@@ -39,13 +39,13 @@ _CHUNK = 512
 Advance = Callable[[str, int], object]
 
 
-def answers(view: PreTrainedModel, haystack: Haystack, cases: Sequence[Case], progress: Callable[[int], object]) -> list[Answer]:
+def answers(view: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCase], progress: Callable[[int], object]) -> list[Answer]:
     """What a model, patched or not, answers in each case, in the order of ``cases``.
 
     Raises:
         UnsupportedModel: the model returns no cache, or its position table ends before a prompt does.
     """
-    found: dict[Case, Answer] = {}
+    found: dict[NeedleCase, Answer] = {}
     for trial in sorted({case.trial for case in cases}):
         cache, read = None, 0
         # In the order of their places, so that the text before one is the beginning of that before the next.
@@ -59,7 +59,7 @@ def answers(view: PreTrainedModel, haystack: Haystack, cases: Sequence[Case], pr
     return [found[case] for case in cases]
 
 
-def _answer(view: PreTrainedModel, haystack: Haystack, case: Case, cache: Any) -> Answer:
+def _answer(view: PreTrainedModel, haystack: Haystack, case: NeedleCase, cache: Any) -> Answer:
     """``cache`` holds all of the prompt but its last token, and is used up."""
     asking, key = haystack.asking, haystack.key(case)
     prompt = haystack.before(case) + haystack.after(case)
@@ -105,7 +105,7 @@ def _read(view: PreTrainedModel, ids: list[int], cache: Any, progress: Callable[
 def run_needle(
     model: PreTrainedModel,
     haystack: Haystack,
-    cases: Sequence[Case],
+    cases: Sequence[NeedleCase],
     patches: Sequence[Patch] = (),
     name: str = "",
     advance: Advance = lambda what, count: None,
@@ -146,7 +146,7 @@ def window_of(patches: Sequence[Patch]) -> int | None:
     return min(windows) if windows else None
 
 
-def estimated_seconds(model: PreTrainedModel, haystack: Haystack, cases: Sequence[Case], ways: int) -> float:
+def estimated_seconds(model: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCase], ways: int) -> float:
     """How long `run_needle` will take, about: from one forward of the unpatched model at half of the longest length."""
     cache = filled_cache(model, max(case.length for case in cases) // 2)
     started = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from patchkit.measure.needle_text import Case, Haystack
+from patchkit.measure.needle_text import Haystack, NeedleCase
 
 UNPATCHED = "unpatched"
 
@@ -35,7 +35,7 @@ class Answer:
         log_probability: mean over the key's tokens of their log-probability, each after the right ones before it, in nats.
     """
 
-    case: Case
+    case: NeedleCase
     key: str
     tokens: int
     text: str
@@ -44,7 +44,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecallCell:
     """All trials of one length and distance."""
 
     length: int
@@ -69,13 +69,13 @@ class NeedleGrid:
     window: int | None
     answers: dict[str, list[Answer]]
 
-    def cells(self, way: str) -> list[Cell]:
+    def cells(self, way: str) -> list[RecallCell]:
         """Every length and distance that fits, in the order asked for."""
         grouped: dict[tuple[int, int], list[Answer]] = {}
         for answer in self.answers[way]:
             grouped.setdefault((answer.case.length, answer.case.distance), []).append(answer)
         return [
-            Cell(*place, len(group), sum(a.hit for a in group), statistics.fmean(a.log_probability for a in group))
+            RecallCell(*place, len(group), sum(a.hit for a in group), statistics.fmean(a.log_probability for a in group))
             for place, group in grouped.items()
         ]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError
-from patchkit.measure.english_text import Source, english_ids
+from patchkit.measure.english_text import TextSource, english_ids
 from patchkit.measure.perplexity import encode
 
 _SAYS = "\n\nThe secret number is {key}. Remember it.\n\n"
@@ -97,7 +97,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Case:
+class NeedleCase:
     """One key to be found: at most ``length`` tokens of prompt, the key ``distance`` tokens before the answer."""
 
     length: int
@@ -111,7 +111,7 @@ def lengths_for(model: PreTrainedModel) -> list[int]:
     return [longest // share for share in _SHARES if share == 1 or longest // share >= _SHORTEST]
 
 
-def possible(lengths: Sequence[int], distances: Sequence[int], trials: int, asking: Asking) -> list[Case]:
+def possible(lengths: Sequence[int], distances: Sequence[int], trials: int, asking: Asking) -> list[NeedleCase]:
     """The cases of a grid whose key fits into the prompt.
 
     Raises:
@@ -120,7 +120,7 @@ def possible(lengths: Sequence[int], distances: Sequence[int], trials: int, aski
     if min(distances) < asking.least:
         raise NeedleError(f"a key {min(distances)} tokens before its answer leaves no room for the question: give at least {asking.least}")
     room = len(asking.head)
-    cases = [Case(length, distance, trial) for trial in range(trials) for length in lengths for distance in distances]
+    cases = [NeedleCase(length, distance, trial) for trial in range(trials) for length in lengths for distance in distances]
     cases = [case for case in cases if room + case.distance <= case.length]
     if not cases:
         raise NeedleError(f"no prompt of {max(lengths)} tokens has room for a key {min(distances)} tokens before its answer")
@@ -141,11 +141,11 @@ class Haystack:
     asking: Asking
     ids: list[int]
     breaks: list[int]
-    sources: list[Source]
+    sources: list[TextSource]
     seed: int
 
     @classmethod
-    def of(cls, asking: Asking, cases: Sequence[Case], seed: int = 0) -> Haystack:
+    def of(cls, asking: Asking, cases: Sequence[NeedleCase], seed: int = 0) -> Haystack:
         """Text enough for these cases.
 
         Raises:
@@ -162,21 +162,21 @@ class Haystack:
         """Where the text of a trial begins."""
         return next(place for place in self.breaks if place >= trial * _TRIAL_STRIDE)
 
-    def place(self, case: Case) -> int:
+    def place(self, case: NeedleCase) -> int:
         """Where the key of a case stands: between two sentences, as late as its prompt may be long."""
         start = self.start(case.trial)
         latest = start + case.length - len(self.asking.head) - case.distance
         return max(place for place in self.breaks if place <= latest)
 
-    def key(self, case: Case) -> str:
+    def key(self, case: NeedleCase) -> str:
         """Five digits that follow from seed and case alone."""
         return str(random.Random(f"{self.seed} {case.length} {case.distance} {case.trial}").randrange(10_000, 100_000))
 
-    def before(self, case: Case) -> list[int]:
+    def before(self, case: NeedleCase) -> list[int]:
         """The prompt up to the sentence with the key."""
         return self.asking.head + self.ids[self.start(case.trial) : self.place(case)]
 
-    def after(self, case: Case) -> list[int]:
+    def after(self, case: NeedleCase) -> list[int]:
         """The rest of the prompt: ``distance`` tokens.
 
         Raises:
@@ -188,7 +188,7 @@ class Haystack:
             raise NeedleError(f"a key {case.distance} tokens before its answer leaves no room for the question: give {-between} more")
         return needle + self.ids[place : place + between] + self.asking.tail
 
-    def work(self, cases: Sequence[Case]) -> int:
+    def work(self, cases: Sequence[NeedleCase]) -> int:
         """How many tokens `answers` will report for these cases."""
         longest = {case.trial: 0 for case in cases}
         for case in cases:

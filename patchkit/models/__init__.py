@@ -12,8 +12,8 @@ from patchkit.models.names import BUNDLED as BUNDLED
 from patchkit.models.names import DEFAULT as DEFAULT
 from patchkit.models.names import SMOLLM2 as SMOLLM2
 from patchkit.models.names import SMOLLM2_COMMAND as SMOLLM2_COMMAND
+from patchkit.models.names import ModelSource as ModelSource
 from patchkit.models.names import ModelUnavailable as ModelUnavailable
-from patchkit.models.names import Source as Source
 from patchkit.models.names import find as find
 from patchkit.models.names import shipped
 from patchkit.models.names import smollm2_gguf as smollm2_gguf

@@ -22,12 +22,12 @@ from transformers import (
 import patchkit.models.converted as converted
 import patchkit.models.gguf as gguf
 from patchkit import _compat
-from patchkit.models.names import ModelUnavailable, Source, find, first_line
+from patchkit.models.names import ModelSource, ModelUnavailable, find, first_line
 
 _HUB_TIMEOUT_S = 5.0
 
 
-def load(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `patchkit.models.load_model`, of what was found."""
     if dtype != "auto":
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -46,7 +46,7 @@ def load(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Pre
     return _load(source.place, source.name, dtype, local_only=source.is_local or _hub_is_out_of_reach(source.place))
 
 
-def _load_adapted(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_adapted(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of one of PEFT's adapters, with the adapter merged into its weights."""
     try:
         from peft import PeftConfig, PeftModel
@@ -78,7 +78,7 @@ def _load_adapted(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedM
     return merged.eval(), tokenizer
 
 
-def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
     """As `patchkit.models.load_tokenizer`, of what was found."""
     if source.gguf is not None:
         return _tokenizer(str(directory_of(source)), source.name, local_files_only=True)
@@ -90,7 +90,7 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
 
 
 @functools.lru_cache(maxsize=1)
-def directory_of(source: Source) -> Path:
+def directory_of(source: ModelSource) -> Path:
     """The directory with the converted copy of a GGUF model: the one that is kept, or where none can be, one for this process.
 
     Raises:
@@ -111,12 +111,12 @@ def directory_of(source: Source) -> Path:
     return folder
 
 
-def _write(source: Source, folder: Path) -> None:
+def _write(source: ModelSource, folder: Path) -> None:
     for part in _load_gguf(source, torch.float32):
         part.save_pretrained(folder)
 
 
-def _load_gguf(source: Source, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     facts = gguf.read(Path(source.place) / str(source.gguf), source.name)
     wanted = torch.float32 if dtype == "auto" else dtype
     model, tokenizer = _load(source.place, source.name, wanted, local_only=True, gguf_file=source.gguf, **_compat.gguf_options())

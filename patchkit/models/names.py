@@ -29,7 +29,7 @@ class ModelUnavailable(PatchError):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where the files of a model are.
 
     Attributes:
@@ -49,7 +49,7 @@ class Source:
     adapter: bool = False
 
 
-def find(name_or_path: str | Path) -> Source:
+def find(name_or_path: str | Path) -> ModelSource:
     """Where the files of a model are, from its name alone: nothing is loaded, and the hub is not asked.
 
     Raises:
@@ -60,17 +60,17 @@ def find(name_or_path: str | Path) -> Source:
         raise ModelUnavailable("the model's name is empty: give 'bundled', 'smollm2', a model directory, a GGUF file or a hub id")
     if name == SMOLLM2:
         file = smollm2_gguf()
-        return Source(name, str(file.parent), is_local=True, gguf=file.name, keep=True)
+        return ModelSource(name, str(file.parent), is_local=True, gguf=file.name, keep=True)
     if name == "bundled" or name in BUNDLED:
-        return Source(name, str(shipped(DEFAULT if name == "bundled" else name)), is_local=True)
+        return ModelSource(name, str(shipped(DEFAULT if name == "bundled" else name)), is_local=True)
     if not _looks_like_a_path(name):
-        return Source(name, name, is_local=False)
+        return ModelSource(name, name, is_local=False)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Source(name, str(path.parent), is_local=True, gguf=path.name)
+        return ModelSource(name, str(path.parent), is_local=True, gguf=path.name)
     if (path / _ADAPTER).is_file() and not (path / "config.json").is_file():
-        return Source(name, str(path), is_local=True, adapter=True)
-    return Source(name, str(path), is_local=True, gguf=_check_directory(path))
+        return ModelSource(name, str(path), is_local=True, adapter=True)
+    return ModelSource(name, str(path), is_local=True, gguf=_check_directory(path))
 
 
 def shipped(name: str) -> Path:

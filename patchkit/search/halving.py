@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from patchkit.errors import PatchConflict, PatchError
 from patchkit.patch import Patch
-from patchkit.search.rows import LEAST_DOCUMENTS, Kind, Lost, Measurer, OutOfTime, Row, percent, specs_of
+from patchkit.search.rows import LEAST_DOCUMENTS, Candidate, Kind, Lost, Measurer, OutOfTime, percent, specs_of
 
 # What failed in these ways fails in every combination too.
 _FAILED: tuple[Kind, ...] = ("refused", "conflict", "error", "no time")
@@ -61,14 +61,14 @@ class Search:
     ) -> None:
         self.measurer, self.bound, self.seconds, self.clock, self.advance = measurer, bound, seconds, clock, advance
         self.started = clock()
-        self.plain = Row(())
+        self.plain = Candidate(())
         self.rows = [self.plain]
         self.stopped = False
         self.few = min(LEAST_DOCUMENTS, measurer.documents)
         self.documents = measurer.documents
         self.begun = 0.0
 
-    def run(self, singles: Sequence[Patch]) -> Row:
+    def run(self, singles: Sequence[Patch]) -> Candidate:
         """Search; the chosen row. Ctrl-C ends the search early: the choice is then made from what is known.
 
         Raises:
@@ -105,7 +105,7 @@ class Search:
         """Whether no patch keeps the bound: beyond the positions that it was made for a model may not."""
         return self._within(self.plain)
 
-    def _within(self, row: Row) -> bool:
+    def _within(self, row: Candidate) -> bool:
         return row.increase is not None and row.increase.high <= self.bound
 
     def _until(self, share: float) -> float:
@@ -121,14 +121,14 @@ class Search:
         self.plain.increase, self.plain.documents = self.measurer.increase((), self.documents), self.documents
         self.begun = self.spent
 
-    def _row(self, patches: tuple[Patch, ...]) -> Row:
-        row = Row(_ordered(patches))
+    def _row(self, patches: tuple[Patch, ...]) -> Candidate:
+        row = Candidate(_ordered(patches))
         self.rows.append(row)
         return row
 
     # -- measuring -----------------------------------------------------------------------------------------------------------
 
-    def _measure_all(self, rows: Sequence[Row], rounds: int, documents: int, until: float) -> None:
+    def _measure_all(self, rows: Sequence[Candidate], rounds: int, documents: int, until: float) -> None:
         """Measure rows, each with its share of what is left of the time; those that it does not reach stay as they are."""
         for index, row in enumerate(rows):
             left = until - self.spent
@@ -136,7 +136,7 @@ class Search:
                 return
             self._measure(row, rounds, documents, left / (len(rows) - index))
 
-    def _measure(self, row: Row, rounds: int, documents: int, seconds: float) -> None:
+    def _measure(self, row: Candidate, rounds: int, documents: int, seconds: float) -> None:
         """Score and time a row. What is beyond the bound is only timed alone, where its speed says what it may be worth in company."""
         self.advance(row.spec)
         for other in self.rows:
@@ -147,7 +147,7 @@ class Search:
         if row.lost is None or (row.lost.kind == "beyond the bound" and len(row.patches) == 1):
             self._ask(row, lambda: self._time(row, rounds, seconds))
 
-    def _ask(self, row: Row, measure: Callable[[], None]) -> None:
+    def _ask(self, row: Candidate, measure: Callable[[], None]) -> None:
         """``measure`` a row; whatever it raises is a fact about the row."""
         try:
             measure()
@@ -163,10 +163,10 @@ class Search:
         if row.lost:
             self.measurer.drop(row.patches)
 
-    def _score_all(self, row: Row) -> None:
+    def _score_all(self, row: Candidate) -> None:
         self._ask(row, lambda: self._score(row, self.documents))
 
-    def _score(self, row: Row, documents: int) -> None:
+    def _score(self, row: Candidate, documents: int) -> None:
         if row.documents < documents:
             row.increase, row.documents = self.measurer.increase(row.patches, documents), documents
         assert row.increase is not None
@@ -174,7 +174,7 @@ class Search:
         if not row.increase.low <= self.bound or (certain and not self._within(row)):
             row.lost = Lost("beyond the bound", f"perplexity increase {percent(row.increase)} on {row.documents} documents")
 
-    def _time(self, row: Row, rounds: int, seconds: float) -> None:
+    def _time(self, row: Candidate, rounds: int, seconds: float) -> None:
         unpatched, patched = self.measurer.time(row.patches, rounds, seconds)
         row.unpatched_ms += unpatched
         row.patched_ms += patched
@@ -185,7 +185,7 @@ class Search:
 
     # -- what is measured ----------------------------------------------------------------------------------------------------
 
-    def _parts(self) -> list[Row]:
+    def _parts(self) -> list[Candidate]:
         """Of each patch the fastest option that does not lower quality beyond the bound on all documents, if it is worth combining."""
         parts = []
         for name in dict.fromkeys(row.patches[0].name for row in self.rows if row.patches):
@@ -197,12 +197,12 @@ class Search:
                     break
         return parts
 
-    def _options(self, name: str) -> list[Row]:
+    def _options(self, name: str) -> list[Candidate]:
         """The single candidates of one patch that could be parts, the fastest first."""
         options = [row for row in self.rows if len(row.patches) == 1 and row.patches[0].name == name and self._is_part(row)]
         return sorted(options, key=lambda row: row.speed, reverse=True)
 
-    def _is_part(self, row: Row) -> bool:
+    def _is_part(self, row: Candidate) -> bool:
         """Whether it may pay in company: not much slower alone, and worse by no more than the bound than no patch is at this length."""
         if row.lost is not None and row.lost.kind not in ("slower", "beyond the bound"):
             return False
@@ -211,7 +211,7 @@ class Search:
         added = (1 + row.increase.value) / (1 + self.plain.increase.value) - 1 if math.isfinite(self.plain.increase.value) else 0.0
         return row.speedup is not None and row.speedup.high >= _HOPELESS and added <= self.bound
 
-    def _combinations(self, parts: Sequence[Row]) -> list[Row]:
+    def _combinations(self, parts: Sequence[Candidate]) -> list[Candidate]:
         """Every combination of two parts or more, the one whose parts promise most first."""
         chosen = [group for size in range(2, len(parts) + 1) for group in itertools.combinations(parts, size)]
         chosen.sort(key=lambda group: math.prod(row.speed for row in group), reverse=True)
@@ -236,21 +236,21 @@ class Search:
             kept = [patch for patch in leader.patches if patch.name != option.patches[0].name]
             given_up = [alone[patch.spec] for patch in leader.patches if patch not in kept]
             promise = leader.speed * option.speed / math.prod(given_up)
-            row = Row(_ordered([*kept, *option.patches]))
+            row = Candidate(_ordered([*kept, *option.patches]))
             if row.spec not in tried and promise >= _PROMISING * leaders[0].speed:
                 found[row.spec] = max(found.get(row.spec, (0.0, row.patches)), (promise, row.patches), key=lambda entry: entry[0])
         return [patches for _, patches in sorted(found.values(), key=lambda entry: entry[0], reverse=True)]
 
-    def _leaders(self) -> list[Row]:
+    def _leaders(self) -> list[Candidate]:
         """The fastest few, shown on all documents to be within the bound."""
-        leaders: list[Row] = []
+        leaders: list[Candidate] = []
         for row in sorted(self._alive(), key=lambda row: row.speed, reverse=True):
             if len(leaders) < _LEADERS and self.spent < self._until(_COMBINATIONS):
                 self._score_all(row)
                 leaders += [row] if row.lost is None else []
         return leaders
 
-    def _alive(self) -> list[Row]:
+    def _alive(self) -> list[Candidate]:
         return [row for row in self.rows if row.patches and row.patched_ms and row.lost is None]
 
     def _halve(self) -> None:
@@ -277,7 +277,7 @@ class Search:
 
     # -- the choice ----------------------------------------------------------------------------------------------------------
 
-    def _choose(self) -> Row:
+    def _choose(self) -> Candidate:
         """The fastest within the bound, no patch among them; and what all others lost by."""
         paying = [row for row in self._alive() if self._within(row) and not (self.plain_is_within and self._gain(row) <= 1)]
         best = self.plain
@@ -293,11 +293,11 @@ class Search:
                 row.lost = self._lost_to(best, row)
         return best
 
-    def _gain(self, row: Row) -> float:
+    def _gain(self, row: Candidate) -> float:
         """The lower end of its speed-up."""
         return row.speedup.low if row.speedup else 0.0
 
-    def _lost_to(self, best: Row, row: Row) -> Lost:
+    def _lost_to(self, best: Candidate, row: Candidate) -> Lost:
         if row.patches and not row.patched_ms:
             return Lost("no time", "not tried")
         if not self._within(row):

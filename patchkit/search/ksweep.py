@@ -35,7 +35,7 @@ Advance = Callable[[str, int], object]
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedCall:
     """One call of generate. `k` is None for plain decoding, by the unpatched model; `identical` says that its text was the same."""
 
     k: int | None
@@ -52,7 +52,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class DraftLengthResult:
     """All runs of one K.
 
     Attributes:
@@ -89,8 +89,8 @@ class KSweep:
 
     draft: str
     new_tokens: int
-    rows: list[Row]
-    runs: list[Run]
+    rows: list[DraftLengthResult]
+    runs: list[TimedCall]
 
     @property
     def identical(self) -> bool:
@@ -98,7 +98,7 @@ class KSweep:
         return all(run.identical for run in self.runs)
 
     @property
-    def best(self) -> Row:
+    def best(self) -> DraftLengthResult:
         """The fastest row."""
         return max(self.rows, key=lambda row: row.tokens_per_s)
 
@@ -118,7 +118,7 @@ class KSweep:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / FILES[0]).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Run)] + ["tokens_per_s"])
+            writer.writerow([field.name for field in dataclasses.fields(TimedCall)] + ["tokens_per_s"])
             for run in self.runs:
                 values = dataclasses.asdict(run) | {"k": "plain" if run.k is None else run.k}
                 writer.writerow([*values.values(), run.tokens_per_s])
@@ -195,7 +195,7 @@ def run_ksweep(
         if key is not None:
             reset_statistics(view)
 
-    runs: list[Run] = []
+    runs: list[TimedCall] = []
     order = list(views)
     for iteration in range(iterations):
         for index, prompt in enumerate(prompts):
@@ -207,7 +207,7 @@ def run_ksweep(
             plain, _ = found[None]
             for key in views:
                 text, seconds = found[key]
-                runs.append(Run(key, index, iteration, text.numel(), seconds, torch.equal(text, plain)))
+                runs.append(TimedCall(key, index, iteration, text.numel(), seconds, torch.equal(text, plain)))
     figures = {k: statistics_of(views[k]) for k in ks}
     plain_ms = figures[0].plain_ms if 0 in figures else None
     if plain_ms is not None:
@@ -236,7 +236,7 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> 
     return text, time.perf_counter() - started
 
 
-def _row(k: int | None, runs: Sequence[Run], figures: RunStatistics | None) -> Row:
+def _row(k: int | None, runs: Sequence[TimedCall], figures: RunStatistics | None) -> DraftLengthResult:
     plain = {(run.prompt, run.iteration): run for run in runs if run.k is None}
     own = [run for run in runs if run.k == k]
     throughputs, speedups = [], []
@@ -244,7 +244,7 @@ def _row(k: int | None, runs: Sequence[Run], figures: RunStatistics | None) -> R
         part = [run for run in own if run.iteration == iteration]
         throughputs.append(sum(run.tokens for run in part) / sum(run.seconds for run in part))
         speedups.append(statistics.median(plain[run.prompt, iteration].seconds / run.seconds for run in part))
-    return Row(
+    return DraftLengthResult(
         k,
         statistics.fmean(throughputs),
         statistics.stdev(throughputs) if len(throughputs) > 1 else None,

@@ -32,7 +32,7 @@ class Lost:
 
 
 @dataclass
-class Row:
+class Candidate:
     """A candidate and what is known of it.
 
     Attributes:

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchkit.api import patch_model, report
 from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, decode_latency, filled_cache, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, prefilled_cache
 from patchkit.measure.perplexity import TextError, block_nll, encode, perplexity_of, read_text, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.streaming import StreamingLLM
-from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Row, Sweep, digest, fingerprint, stored_rows
+from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Sweep, SweepPoint, digest, fingerprint, stored_rows
 from patchkit.spelled import parse_object
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.reencode import Reencode
@@ -168,12 +168,14 @@ def run_sweep(
     return sweep
 
 
-def _in_blocks(model: PreTrainedModel, texts: Sequence[Document], weights: list[int], block: int, tell: Callable[[int], object]) -> Row:
+def _in_blocks(
+    model: PreTrainedModel, texts: Sequence[Document], weights: list[int], block: int, tell: Callable[[int], object]
+) -> SweepPoint:
     try:
-        return _scored(Row(BLOCKS), [block_nll(model, text.ids, block, progress=tell) for text in texts], weights)
+        return _scored(SweepPoint(BLOCKS), [block_nll(model, text.ids, block, progress=tell) for text in texts], weights)
     except IndexError as error:
         reason = f"{type(model).__name__} cannot take {block} tokens ({error}): its position table is shorter, or the tokenizer not its own"
-        return Row(BLOCKS, refused=f"{reason}. Give a smaller --block")
+        return SweepPoint(BLOCKS, refused=f"{reason}. Give a smaller --block")
 
 
 def _measured(
@@ -185,20 +187,20 @@ def _measured(
     chunk: int,
     rounds: int,
     tell: Callable[[int], object],
-) -> Row:
+) -> SweepPoint:
     """The row of the unpatched model (``patch`` None) or of one patch."""
-    row = Row(UNPATCHED)
+    row = SweepPoint(UNPATCHED)
     if patch is not None:
-        row = Row(patch.spec, patch.sinks, patch.window, patch.refresh.spec if patch.refresh else None)
+        row = SweepPoint(patch.spec, patch.sinks, patch.window, patch.refresh.spec if patch.refresh else None)
     try:
         view = model if patch is None else patch_model(twin(model), patch, verbose=False)
         row = _scored(row, [stream_nll(view, text.ids, chunk, tell) for text in texts], weights)
     except (UnsupportedModel, NothingMatched, StreamError) as reason:
         return dataclasses.replace(row, refused=str(reason))
-    streams, period = {UNPATCHED: Stream(model, filled_cache(model, context))}, 1
+    streams, period = {UNPATCHED: DecodeStream(model, filled_cache(model, context))}, 1
     if patch is not None:
         row = dataclasses.replace(row, refreshes=report(view).patches[0].hits.get("refreshes", 0))
-        streams[row.name] = Stream(view, prefilled_cache(view, patch.capacity + 1, chunk))
+        streams[row.name] = DecodeStream(view, prefilled_cache(view, patch.capacity + 1, chunk))
         period = patch.refresh.every if patch.refresh else 1
     timings = decode_latency(streams, rounds=period * max(_PERIODS if period > 1 else 1, math.ceil(rounds / period)))
     means = {name: [statistics.fmean(times[i : i + period]) for i in range(0, len(times), period)] for name, times in timings.items()}
@@ -211,7 +213,7 @@ def _measured(
     )
 
 
-def _scored(row: Row, nll: list[torch.Tensor], weights: list[int]) -> Row:
+def _scored(row: SweepPoint, nll: list[torch.Tensor], weights: list[int]) -> SweepPoint:
     means = [each.double().mean().item() for each in nll]
     total = sum(mean * weight for mean, weight in zip(means, weights, strict=True)) / sum(weights)
     return dataclasses.replace(row, nll=means, perplexity=perplexity_of(total))

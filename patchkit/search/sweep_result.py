@@ -39,7 +39,7 @@ class SweepConflict(PatchError):
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepPoint:
     """What one configuration gave; None where it was not measured.
 
     Attributes:
@@ -82,13 +82,13 @@ class Sweep:
 
     settings: dict[str, Any]
     weights: list[int]
-    rows: list[Row]
+    rows: list[SweepPoint]
 
-    def row(self, name: str) -> Row | None:
+    def row(self, name: str) -> SweepPoint | None:
         """The row of this name, if it has a perplexity."""
         return next((row for row in self.rows if row.name == name and row.nll), None)
 
-    def ratio(self, row: Row, other: str) -> Interval | None:
+    def ratio(self, row: SweepPoint, other: str) -> Interval | None:
         """Perplexity of ``row`` over that of the row named ``other``, with the interval over documents; None if there is none."""
         against = self.row(other)
         if against is None or not row.nll or row.name == other:
@@ -96,11 +96,11 @@ class Sweep:
         difference = mean_difference(row.nll, against.nll, self.weights)
         return Interval(*(perplexity_of(x) for x in (difference.value, difference.low, difference.high)))
 
-    def over_plain(self, row: Row) -> Interval | None:
+    def over_plain(self, row: SweepPoint) -> Interval | None:
         """The same, over the row without refresh."""
         return None if row.refresh is None else self.ratio(row, StreamingLLM(sinks=row.sinks or 0, window=row.window or 1).spec)
 
-    def front(self) -> list[Row]:
+    def front(self) -> list[SweepPoint]:
         """Rows that no other row is at least as good as in perplexity, time and bytes, and better in one.
 
         Time is that over unpatched steps in the same rounds, because rows are timed one after the other and the machine drifts meanwhile;
@@ -160,15 +160,15 @@ def digest(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
-def stored_rows(folder: Path, settings: dict[str, Any]) -> list[Row]:
+def stored_rows(folder: Path, settings: dict[str, Any]) -> list[SweepPoint]:
     """The rows of the sweep in ``folder``, which must have these settings; none if there is no sweep."""
     path = folder / "sweep.json"
     remedy = f"give another --out, or --restart to drop what is in {folder}"
     try:
         stored = json.loads(path.read_text())
         before, rows = stored["settings"], stored["rows"]
-        known = {each.name for each in dataclasses.fields(Row)}
-        made = [Row(**{key: value for key, value in row.items() if key in known}) for row in rows]
+        known = {each.name for each in dataclasses.fields(SweepPoint)}
+        made = [SweepPoint(**{key: value for key, value in row.items() if key in known}) for row in rows]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _unplain(row: Row) -> Row:
+def _unplain(row: SweepPoint) -> SweepPoint:
     return dataclasses.replace(row, perplexity=math.inf) if row.nll and row.perplexity is None else row
 
 
@@ -253,7 +253,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     shown = [row for row in sweep.rows if row.perplexity is not None and math.isfinite(row.perplexity) and row.over_unpatched is not None]
     numbers = {row.name: number for number, row in enumerate(sweep.front(), 1) if row in shown}
     figure = Figure(figsize=(12, 5 + 0.18 * len(numbers)), layout="constrained")
-    figures: dict[str, Callable[[Row], float]] = {
+    figures: dict[str, Callable[[SweepPoint], float]] = {
         _TIME: lambda row: row.over_unpatched or 0.0,
         "cache, KiB": lambda row: (row.cache_bytes or 0) / 1024,
     }

@@ -26,12 +26,12 @@ from patchkit.api import patch_model, report, unpatch_model
 from patchkit.errors import PatchError, SpecError, UnsupportedModel
 from patchkit.measure.calls import Calls, cache_of, within
 from patchkit.measure.environment import environment
-from patchkit.measure.latency import Stream, decode_latency
+from patchkit.measure.latency import DecodeStream, decode_latency
 from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError, encode, perplexity_of, read_text, stream_nll
 from patchkit.patch import NO_PATCH, Patch, Stage, available_patches
 from patchkit.search.halving import Search
-from patchkit.search.rows import LEAST_DOCUMENTS, OutOfTime, Row, percent, specs_of
+from patchkit.search.rows import LEAST_DOCUMENTS, Candidate, OutOfTime, percent, specs_of
 from patchkit.search.sweep import documents as library_documents
 from patchkit.spec import parse_spec
 from patchkit.views import twin
@@ -119,12 +119,12 @@ class ModelMeasurer:
         difference = mean_difference(own[:documents], self.reference_nll[:documents], tokens)
         return Interval(*(perplexity_of(nats) - 1 for nats in (difference.value, difference.low, difference.high)))
 
-    def way(self, patches: tuple[Patch, ...]) -> Stream:
+    def way(self, patches: tuple[Patch, ...]) -> DecodeStream:
         """What is timed: steps after ``context`` tokens, or calls of `generate` on the texts' beginnings."""
         view = self._view(patches) if patches else self.plain
         if self.objective == "generate":
             return Calls(view, None, [text[: self.context] for text in self.texts])
-        return Stream(view, within(cache_of, view, self.context))
+        return DecodeStream(view, within(cache_of, view, self.context))
 
     def idle(self, patches: tuple[Patch, ...]) -> list[str]:
         """See `Measurer`."""
@@ -191,8 +191,8 @@ class Tuning:
         stopped: by Ctrl-C, before the time was over.
     """
 
-    best: Row
-    rows: list[Row]
+    best: Candidate
+    rows: list[Candidate]
     untried: dict[str, str]
     settings: dict[str, Any]
     seconds: float

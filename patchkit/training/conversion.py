@@ -51,7 +51,7 @@ class Score:
 
 
 @dataclass
-class Stage:
+class StageResult:
     """What one stage did.
 
     Attributes:
@@ -93,7 +93,7 @@ class Conversion:
     window_alone: Score | None
     start: Score | None
     start_errors: dict[int, float]
-    stages: list[Stage]
+    stages: list[StageResult]
     kept_softmax: list[int]
     ms_per_token: dict[str, float]
 
@@ -117,7 +117,7 @@ class Conversion:
         from rich.table import Table
 
         alone = f"window of {self.state.window} alone" + (f", {self.state.sinks} sinks" if self.state.sinks else "")
-        rows: list[tuple[str, Score | None, Stage | None]] = [
+        rows: list[tuple[str, Score | None, StageResult | None]] = [
             ("unpatched", self.unpatched, None),
             (alone, self.window_alone, None),
             ("untrained", self.start, None),

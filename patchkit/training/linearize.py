@@ -22,7 +22,7 @@ from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState
 from patchkit.measure.perplexity import encode
 from patchkit.training.conversion import Conversion, Rates
-from patchkit.training.run import Run, weights_frozen
+from patchkit.training.run import ConversionRun, weights_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def linearize(
         )
 
     state = LinearState.start(target, feature_map, window, sinks, horizon or context, chosen)
-    run = Run(model, target, state, tokens, heldout, context, limit, batch, length, rates, seed, progress)
+    run = ConversionRun(model, target, state, tokens, heldout, context, limit, batch, length, rates, seed, progress)
     facts = dict(
         model=state.trained_for.fingerprint, tokens=len(tokens), feature_map=feature_map, window=window, sinks=sinks, horizon=state.horizon,
         layers=chosen, closed_form=closed_form, transfer_steps=transfer_steps, lora_steps=lora_steps, rank=rank, distill=distill,

@@ -20,9 +20,9 @@ from patchkit.anatomy.target import Target
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState, load_state
-from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, median_ms, prefilled_cache
 from patchkit.measure.perplexity import block_nll, by_position, stream_nll
-from patchkit.training.conversion import Conversion, Rates, Score, Stage, StageName, plain, score_of
+from patchkit.training.conversion import Conversion, Rates, Score, StageName, StageResult, plain, score_of
 from patchkit.training.recovery import Lora, lm_loss
 from patchkit.training.student import Student
 from patchkit.training.transfer import errors, fit_readouts, transfer_loss
@@ -37,7 +37,7 @@ _READOUT_TEXTS = 32
 _TIMED_CONTEXT = 1024
 
 
-class Run:
+class ConversionRun:
     """A conversion under way.
 
     Attributes:
@@ -95,7 +95,7 @@ class Run:
             score_of(report["window_alone"]),
             score_of(report["start"]),
             report["start_errors"],
-            [Stage(**{**stage, "score": score_of(stage["score"])}) for stage in report["stages"]],
+            [StageResult(**{**stage, "score": score_of(stage["score"])}) for stage in report["stages"]],
             report["kept_softmax"],
             {},
         )
@@ -136,7 +136,7 @@ class Run:
             return
         started, before = time.perf_counter(), self.report.start_errors
         fit_readouts(self.student, self._texts(_READOUT_TEXTS, self.context, -2))
-        self._close(Stage("closed form", 1, time.perf_counter() - started, _mean(before), 0.0), self._errors())
+        self._close(StageResult("closed form", 1, time.perf_counter() - started, _mean(before), 0.0), self._errors())
 
     def transfer(self, steps: int) -> None:
         """Feature maps, factors and, where there are any, readouts."""
@@ -149,7 +149,7 @@ class Run:
             return transfer_loss(self.student, self._texts(texts, self.context, step))
 
         seconds = self._fit("transfer", steps, self._groups(), loss, before)
-        self._close(Stage("transfer", steps, seconds, before, 0.0), self._errors())
+        self._close(StageResult("transfer", steps, seconds, before, 0.0), self._errors())
 
     def keep_worst(self, count: int) -> None:
         """Give the worst layers back their softmax."""
@@ -183,7 +183,7 @@ class Run:
         groups = [*self._groups(self.rates.recovery), {"params": lora.parameters(), "lr": self.rates.lora}]
         seconds = self._fit("recovery", steps, groups, loss, before)
         self.report.state.lora = lora.weights()
-        self._close(Stage("recovery", steps, seconds, before, probed()), {})
+        self._close(StageResult("recovery", steps, seconds, before, probed()), {})
 
     def finish(self) -> Conversion:
         """The report, with the times of a decoded token; the state is frozen and on the CPU."""
@@ -191,7 +191,8 @@ class Run:
             part.requires_grad_(False).cpu()
         unpatched, linear = twin(self.model).eval(), self.patched(self.report.state)
         streams = {
-            name: Stream(model, prefilled_cache(model, _TIMED_CONTEXT)) for name, model in (("unpatched", unpatched), ("linear", linear))
+            name: DecodeStream(model, prefilled_cache(model, _TIMED_CONTEXT))
+            for name, model in (("unpatched", unpatched), ("linear", linear))
         }
         timings = decode_latency(streams)
         self.report.ms_per_token = {name: median_ms(timings, name) for name in streams}
@@ -238,7 +239,7 @@ class Run:
             parameter.requires_grad_(False)
         return seconds
 
-    def _close(self, stage: Stage, errors: dict[int, float]) -> None:
+    def _close(self, stage: StageResult, errors: dict[int, float]) -> None:
         if errors:
             stage.errors, stage.after = errors, _mean(errors)
         stage.score = self.score(self.patched(self.report.state))

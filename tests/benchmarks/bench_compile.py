@@ -8,23 +8,23 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patchkit import patch_model, report
-from patchkit.measure.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.latency import DecodeStream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.models import load_model
 from patchkit.views import twin
 
 SINKS = 4
 
 
-def stream(model: PreTrainedModel, spec: str, tokens: int) -> Stream:
+def stream(model: PreTrainedModel, spec: str, tokens: int) -> DecodeStream:
     view = patch_model(twin(model), spec, verbose=False)
-    return Stream(view, prefilled_cache(view, tokens))
+    return DecodeStream(view, prefilled_cache(view, tokens))
 
 
-def timed(benchmark: Any, streams: dict[str, Stream], rounds: int) -> Timings:
+def timed(benchmark: Any, streams: dict[str, DecodeStream], rounds: int) -> Timings:
     return benchmark.pedantic(decode_latency, args=(streams,), kwargs={"rounds": rounds, "warmup": 8}, rounds=1, iterations=1)
 
 
-def compilation(stream: Stream) -> dict[str, float]:
+def compilation(stream: DecodeStream) -> dict[str, float]:
     hits = report(stream.model).patches[-1].hits
     return {"graphs": hits["graphs compiled"], "compile_seconds": hits["compile milliseconds"] / 1000}
 
@@ -63,7 +63,7 @@ def test_everything_together(benchmark: Any, record: Callable[..., None], pythia
     eager, compiled = "unpatched", f"streaming(window={window}) + mlp_int8 + compile"
     streams = {
         # Its context grows by a token per round: begin as far below 1024 as it will end above.
-        eager: Stream(model, filled_cache(model, 1024 - rounds // 2)),
+        eager: DecodeStream(model, filled_cache(model, 1024 - rounds // 2)),
         compiled: stream(model, compiled, 1024 + 8),
     }
     timings = timed(benchmark, streams, rounds)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from patchkit import StreamingLLM, patch_model
-from patchkit.measure.latency import Stream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.latency import DecodeStream, Timings, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.views import twin
 
 SINKS, WINDOW = 4, 1020
@@ -18,7 +18,7 @@ def streaming(model: PreTrainedModel) -> PreTrainedModel:
     return patch_model(twin(model), StreamingLLM(sinks=SINKS, window=WINDOW), verbose=False)
 
 
-def timed(benchmark: Any, streams: dict[str, Stream], rounds: int) -> Timings:
+def timed(benchmark: Any, streams: dict[str, DecodeStream], rounds: int) -> Timings:
     return benchmark.pedantic(decode_latency, args=(streams,), kwargs={"rounds": rounds, "warmup": 4}, rounds=1, iterations=1)
 
 
@@ -26,8 +26,8 @@ def test_speedup_at_32k(benchmark: Any, record: Callable[..., None], pythia: Cal
     model = pythia("160m")
     view = streaming(model)
     streams = {
-        "unpatched": Stream(model, filled_cache(model, 32768)),
-        "streaming": Stream(view, prefilled_cache(view, SINKS + WINDOW + 8)),
+        "unpatched": DecodeStream(model, filled_cache(model, 32768)),
+        "streaming": DecodeStream(view, prefilled_cache(view, SINKS + WINDOW + 8)),
     }
     timings = timed(benchmark, streams, rounds=15)
     ratio = paired_ratio(timings, "unpatched", "streaming")
@@ -48,8 +48,8 @@ def test_cost_of_a_full_window(benchmark: Any, record: Callable[..., None], pyth
     rounds = 60
     streams = {
         # Its context grows by a token per round: begin as far below 1024 as it will end above.
-        "unpatched": Stream(model, filled_cache(model, SINKS + WINDOW - rounds // 2)),
-        "streaming": Stream(view, prefilled_cache(view, SINKS + WINDOW + 8)),
+        "unpatched": DecodeStream(model, filled_cache(model, SINKS + WINDOW - rounds // 2)),
+        "streaming": DecodeStream(view, prefilled_cache(view, SINKS + WINDOW + 8)),
     }
     timings = timed(benchmark, streams, rounds)
     ratio = paired_ratio(timings, "streaming", "unpatched")
@@ -68,7 +68,7 @@ def test_time_does_not_grow_along_a_stream(benchmark: Any, record: Callable[...,
     # A smaller shape, because both streams are really fed.
     view = streaming(pythia("70m"))
     early, late = 2_000, 60_000
-    streams = {str(tokens): Stream(view, prefilled_cache(view, tokens, chunk=1024)) for tokens in (early, late)}
+    streams = {str(tokens): DecodeStream(view, prefilled_cache(view, tokens, chunk=1024)) for tokens in (early, late)}
     timings = timed(benchmark, streams, rounds=60)
     ratio = paired_ratio(timings, str(late), str(early))
     record(

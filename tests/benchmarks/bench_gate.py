@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.gates.gate import time_in_turns
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, violations
-from patchkit.measure.latency import Stream, filled_cache
+from patchkit.measure.latency import DecodeStream, filled_cache
 from patchkit.measure.paired import median_ratio
 from patchkit.models import load_model
 from patchkit.pytest_plugin import PatchGate
@@ -41,7 +41,7 @@ def test_speculative(patch_gate: PatchGate, bundled: Any) -> None:
 
 
 @dataclass
-class Slowed(Stream):
+class Slowed(DecodeStream):
     """Every step spins for a share of its own time."""
 
     slower: float
@@ -61,8 +61,8 @@ def test_the_gate_on_a_real_clock(benchmark: Any, record: Callable[..., None], b
     def alarms(slower: float) -> tuple[int, list[float]]:
         found, widths = 0, []
 
-        def ways() -> dict[str, Stream]:
-            first, second = (Stream(twin(model), filled_cache(model, 256)) for _ in range(2))
+        def ways() -> dict[str, DecodeStream]:
+            first, second = (DecodeStream(twin(model), filled_cache(model, 256)) for _ in range(2))
             return {UNPATCHED: first, PATCHED: Slowed(second.model, second.cache, slower)}
 
         for _ in range(RUNS):

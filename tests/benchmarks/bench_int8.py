@@ -16,7 +16,7 @@ from patchkit import MLPInt8, patch_model, patched, report
 from patchkit.int8.weight import Int8Weight
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.measure.demo import heldout_ids
-from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.measure.perplexity import block_nll
 from patchkit.models import load_model
 from patchkit.views import twin
@@ -93,9 +93,9 @@ def test_decode(benchmark: Any, record: Callable[..., None], pythia: Callable[[s
     both = patch_model(twin(model), "streaming(sinks=4, window=1020) + mlp_int8", verbose=False)
     rounds = 40
     streams = {
-        "unpatched": Stream(model, filled_cache(model, 1024 - rounds // 2)),
-        "mlp_int8": Stream(int8, filled_cache(int8, 1024 - rounds // 2)),
-        "streaming_and_mlp_int8": Stream(both, prefilled_cache(both, 1024 + 8)),
+        "unpatched": DecodeStream(model, filled_cache(model, 1024 - rounds // 2)),
+        "mlp_int8": DecodeStream(int8, filled_cache(int8, 1024 - rounds // 2)),
+        "streaming_and_mlp_int8": DecodeStream(both, prefilled_cache(both, 1024 + 8)),
     }
     timings = benchmark.pedantic(decode_latency, args=(streams,), kwargs={"rounds": rounds, "warmup": 4}, rounds=1, iterations=1)
     alone = paired_ratio(timings, "unpatched", "mlp_int8")

@@ -22,7 +22,7 @@ from patchkit.gates.gate import BLOCK, perplexity_increase, run_gate, time_in_tu
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, GateError, violations
 from patchkit.gates.runs import compare, speedup_change
 from patchkit.measure import calls
-from patchkit.measure.latency import Stream, Timings, decode_latency
+from patchkit.measure.latency import DecodeStream, Timings, decode_latency
 from patchkit.measure.paired import Interval, median_ratio
 from patchkit.patches.speculative import Speculative
 from patchkit.testing import assert_restored, snapshot, tiny_model
@@ -59,7 +59,7 @@ class Machine:
 
 
 @dataclass
-class Simulated(Stream):
+class Simulated(DecodeStream):
     machine: Machine
     ms: float
 

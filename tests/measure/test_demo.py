@@ -19,7 +19,7 @@ from patchkit.measure import demo_plan, demo_result
 from patchkit.measure.english_text import english_ids
 from patchkit.measure.needle import answers
 from patchkit.measure.needle_grid import Answer
-from patchkit.measure.needle_text import Asking, Case, Haystack
+from patchkit.measure.needle_text import Asking, Haystack, NeedleCase
 from patchkit.measure.perplexity import TextError, by_position, stream_nll
 from patchkit.models import load_model
 from patchkit.testing import assert_restored, snapshot, tiny_model
@@ -157,16 +157,16 @@ def test_caches_are_kept_as_late_as_possible_before_each_context(model_dir: Path
 def _made_up(beyond: bool, unpatched: bool = True) -> show.Demo:
     """A demo of one window of 100, asked at 60 (inside it) and 300 (beyond it)."""
     tokenizer = load_model("bundled")[1]
-    plan = show.Plan(True, 10, (100,), (0, 10), (0, 10), None, (10,), (60, 300))
+    plan = show.DemoPlan(True, 10, (100,), (0, 10), (0, 10), None, (10,), (60, 300))
     hits = {"unpatched": (True, unpatched), "streaming 4+100": (True, beyond)}
     rows = [
-        show.Row(
+        show.DemoRow(
             name,
             [],
             [],
             [],
             window,
-            keys=[Answer(Case(400, at, 0), "12345", 390, "", hit, -1.0) for at, hit in zip((60, 300), each, strict=True)],
+            keys=[Answer(NeedleCase(400, at, 0), "12345", 390, "", hit, -1.0) for at, hit in zip((60, 300), each, strict=True)],
         )
         for (name, each), window in zip(hits.items(), (None, 100), strict=True)
     ]

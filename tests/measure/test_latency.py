@@ -7,7 +7,7 @@ import torch
 from support import cached
 
 from patchkit import StreamingLLM, patch_model
-from patchkit.measure.latency import Stream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.testing import assert_restored, snapshot, tiny_model
 from patchkit.views import cache_bytes, twin
 
@@ -62,7 +62,7 @@ def test_streams_are_stepped_in_turns() -> None:
     model = tiny_model("llama")
     order: list[str] = []
 
-    class Spy(Stream):
+    class Spy(DecodeStream):
         def step(self) -> float:
             order.append(self.cache)
             return 2.0 if self.cache == "a" else 1.0
@@ -76,7 +76,7 @@ def test_streams_are_stepped_in_turns() -> None:
 
 def test_a_step_lengthens_the_cache_by_one() -> None:
     model = tiny_model("llama")
-    stream = Stream(model, filled_cache(model, 10))
+    stream = DecodeStream(model, filled_cache(model, 10))
     assert stream.step() > 0
     assert stream.cache.get_seq_length() == 11
 
@@ -92,7 +92,7 @@ def test_cache_bytes_counts_storage_once() -> None:
 
 def test_a_streaming_cache_does_not_grow() -> None:
     model = patch_model(tiny_model("llama"), StreamingLLM(sinks=2, window=30), verbose=False)
-    stream = Stream(model, prefilled_cache(model, 40, chunk=16))
+    stream = DecodeStream(model, prefilled_cache(model, 40, chunk=16))
     stream.step()
     before = cache_bytes(stream.cache)
     for _ in range(50):

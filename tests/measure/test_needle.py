@@ -18,10 +18,10 @@ from patchkit import patch_model, report
 from patchkit.cli import app
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.measure import needle_grid, needle_text
-from patchkit.measure.english_text import Source, english_ids
+from patchkit.measure.english_text import TextSource, english_ids
 from patchkit.measure.needle import answers, run_needle
 from patchkit.measure.needle_grid import Answer, NeedleGrid
-from patchkit.measure.needle_text import Asking, Case, Haystack, NeedleError, possible
+from patchkit.measure.needle_text import Asking, Haystack, NeedleCase, NeedleError, possible
 from patchkit.models import load_model
 from patchkit.spec import parse_spec
 from patchkit.speculation import statistics_of
@@ -43,7 +43,7 @@ def text_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _english(tokens: int) -> tuple[torch.Tensor, list[Source]]:
+def _english(tokens: int) -> tuple[torch.Tensor, list[TextSource]]:
     return english_ids(load_model("bundled")[1], tokens)
 
 
@@ -58,7 +58,7 @@ def _quiet(count: int) -> None:
 
 def _haystack(
     tokenizer: Any, lengths: Sequence[int], distances: Sequence[int], trials: int = 1, seed: int = 0
-) -> tuple[Haystack, list[Case]]:
+) -> tuple[Haystack, list[NeedleCase]]:
     asking = Asking.of(tokenizer)
     cases = possible(lengths, distances, trials, asking)
     return Haystack.of(asking, cases, seed), cases
@@ -96,7 +96,7 @@ def test_texts_and_keys_follow_from_the_seed_and_differ_between_trials(loaded: t
     assert len({haystack.key(case) for case in cases}) == len({tuple(haystack.before(case)) for case in cases}) == 3
 
 
-def _by_hand(model: Any, haystack: Haystack, case: Case) -> tuple[str, float]:
+def _by_hand(model: Any, haystack: Haystack, case: NeedleCase) -> tuple[str, float]:
     """The greedy answer and the key's log-probability, without a cache handed over or a copy made."""
     tokenizer, key = haystack.asking.tokenizer, haystack.key(case)
     prompt = haystack.before(case) + haystack.after(case)
@@ -151,13 +151,13 @@ def test_a_window_that_holds_the_prompt_changes_nothing(loaded: tuple[Any, Any])
 
 def test_what_does_not_fit_is_left_out_or_refused(loaded: tuple[Any, Any]) -> None:
     asking = Asking.of(loaded[1])
-    assert possible([100, 400], [60, 300], 1, asking) == [Case(100, 60, 0), Case(400, 60, 0), Case(400, 300, 0)]
+    assert possible([100, 400], [60, 300], 1, asking) == [NeedleCase(100, 60, 0), NeedleCase(400, 60, 0), NeedleCase(400, 300, 0)]
     with pytest.raises(NeedleError, match=f"at least {asking.least}"):
         possible([400], [asking.least - 1, 100], 1, asking)
     assert possible([400], [asking.least], 1, asking)
-    haystack = Haystack.of(asking, [Case(400, 60, 0)])
+    haystack = Haystack.of(asking, [NeedleCase(400, 60, 0)])
     with pytest.raises(NeedleError, match=r"leaves no room for the question: give \d+ more"):
-        haystack.after(Case(400, asking.least - 5, 0))
+        haystack.after(NeedleCase(400, asking.least - 5, 0))
     with pytest.raises(NeedleError, match="no prompt of 80 tokens has room"):
         possible([70, 80], [100], 1, asking)
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_gguf
 import torch
 
-from patchkit.models import ModelUnavailable, Source, converted, loading
+from patchkit.models import ModelSource, ModelUnavailable, converted, loading
 
 Made = tuple[Path, list[Path]]
 
@@ -145,9 +145,9 @@ def test_a_fault_in_the_conversion_is_not_hidden(cache: Path, source: Path) -> N
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Source:
+def tiny(tmp_path: Path) -> ModelSource:
     tiny_gguf.write(tmp_path / "tiny.gguf", tiny_gguf.tiny_llama())
-    return Source("tiny", str(tmp_path), is_local=True, gguf="tiny.gguf", keep=True)
+    return ModelSource("tiny", str(tmp_path), is_local=True, gguf="tiny.gguf", keep=True)
 
 
 def weights(loaded: tuple[Any, Any]) -> dict[str, torch.Tensor]:
@@ -159,7 +159,7 @@ def config(loaded: tuple[Any, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_with_and_without_a_copy_it_is_the_same_model(dtype: str, cache: Path, tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_and_without_a_copy_it_is_the_same_model(dtype: str, cache: Path, tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     first = loading.load(tiny, dtype)
     assert names(cache) == {"tiny"}
     monkeypatch.setattr(loading, "_load_gguf", lambda *args: pytest.fail("converted again"))
@@ -176,7 +176,7 @@ def test_with_and_without_a_copy_it_is_the_same_model(dtype: str, cache: Path, t
         assert first[0].generation_config.to_dict() == other[0].generation_config.to_dict()
 
 
-def test_a_directory_is_to_be_had_without_a_cache(tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_to_be_had_without_a_cache(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(tiny.place) / "tiny.gguf"))
     loading.directory_of.cache_clear()
     folder = loading.directory_of(tiny)

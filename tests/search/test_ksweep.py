@@ -89,7 +89,7 @@ def test_the_model_itself_stays_unpatched() -> None:
 
 def test_std_is_over_iterations_and_speedup_is_prompt_by_prompt() -> None:
     runs = [
-        ksweep.Run(k, prompt, iteration, 10, seconds, True)
+        ksweep.TimedCall(k, prompt, iteration, 10, seconds, True)
         for k, prompt, iteration, seconds in [
             *((None, 0, 0, 2.0), (None, 1, 0, 3.0), (4, 0, 0, 1.0), (4, 1, 0, 1.0)),
             *((None, 0, 1, 4.0), (None, 1, 1, 4.0), (4, 0, 1, 2.0), (4, 1, 1, 1.0)),

@@ -89,13 +89,13 @@ def test_ratios_are_paired_by_document(swept) -> None:
 
 
 def test_the_front_holds_what_nothing_beats(swept) -> None:
-    def row(name: str, ppl: float, ms: float, size: int) -> quality.Row:
-        return quality.Row(name, nll=[math.log(ppl)], perplexity=ppl, over_unpatched=ms, cache_bytes=size)
+    def row(name: str, ppl: float, ms: float, size: int) -> quality.SweepPoint:
+        return quality.SweepPoint(name, nll=[math.log(ppl)], perplexity=ppl, over_unpatched=ms, cache_bytes=size)
 
     # As fast as a, to 3 %, and larger.
     worse = row("worse than a", 8, 0.795, 101)
     rows = [row("a", 8, 0.8, 100), row("b", 9, 0.5, 100), worse, row("small", 20, 1, 10), row("a again", 8, 0.8, 100)]
-    result = quality.Sweep({}, [10], [*rows, quality.Row("refused", refused="no")])
+    result = quality.Sweep({}, [10], [*rows, quality.SweepPoint("refused", refused="no")])
     assert [each.name for each in result.front()] == ["a", "b", "small", "a again"]
 
 

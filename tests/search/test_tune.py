@@ -122,12 +122,12 @@ def options(machine: Machine) -> list[Option]:
     return [Option(name[0], int(name[1:])) for name in machine.speeds]
 
 
-def searched(machine: Machine, seconds: float = 2000, bound: float = BOUND) -> tuple[quality.Search, quality.Row]:
+def searched(machine: Machine, seconds: float = 2000, bound: float = BOUND) -> tuple[quality.Search, quality.Candidate]:
     search = quality.Search(machine, bound, seconds, machine.clock)
     return search, search.run(options(machine))
 
 
-def names_of(row: quality.Row) -> list[str]:
+def names_of(row: quality.Candidate) -> list[str]:
     return [patch.spec for patch in row.patches]
 
 
@@ -357,7 +357,7 @@ def test_setting_up_is_cut_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_verdict_says_that_the_time_ran_out() -> None:
     scored, few = Interval(0.0, 0.0, 0.0), parse_spec("compile + speculative")
-    rows = [quality.Row((), increase=scored), quality.Row((few[0],), lost=Lost("no time", "not tried"))]
+    rows = [quality.Candidate((), increase=scored), quality.Candidate((few[0],), lost=Lost("no time", "not tried"))]
     settings = {"max_ppl_increase": 0.01}
     made = quality.Tuning(rows[0], rows, {}, settings, 1.0, False)
     assert "time ran out" in made.summary and "1 were not measured" in made.summary

@@ -12,7 +12,7 @@ import torch
 
 from patchkit.int8.experts import int8_experts_of
 from patchkit.measure import paired
-from patchkit.measure.latency import Stream, decode_latency, median_ms, prefilled_cache
+from patchkit.measure.latency import DecodeStream, decode_latency, median_ms, prefilled_cache
 from patchkit.prove.checks.case import Case
 from patchkit.prove.checks.feeding import cache_after
 from patchkit.prove.checks.generating import NEW_TOKENS, generated, prompts
@@ -30,7 +30,7 @@ def timed(case: Case) -> None:
     caches = {name: prefilled_cache(view, context) for name, view in views.items()}
     if any(cache is None for cache in caches.values()):
         return
-    timings = decode_latency({name: Stream(view, caches[name]) for name, view in views.items()}, rounds=rounds)
+    timings = decode_latency({name: DecodeStream(view, caches[name]) for name, view in views.items()}, rounds=rounds)
     prefill = _in_turns({name: functools.partial(cache_after, view, prompt) for name, view in views.items()}, prefills)
     texts: dict[str, list[float]] = {}
     if _changes_generate(case):
