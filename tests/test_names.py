@@ -31,7 +31,6 @@ TO_DO: frozenset[str] = frozenset(
         "patch",
         "prove",
         "record",
-        "search",
         "speculation",
         "spelled",
         "static_step",

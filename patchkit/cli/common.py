@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from patchkit.errors import PatchError
+from patchkit.measure.jsonable import jsonable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,18 +162,7 @@ def progress() -> Progress:
 
 
 def emit(result: dict[str, Any]) -> None:
-    typer.echo(json.dumps(_plain(result), allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: infinities and NaN become null, objects their text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
+    typer.echo(json.dumps(jsonable(result), allow_nan=False))
 
 
 def print_table(console: Console, title: str | None, headings: list[str], rows: list[list[str]], right: bool = False) -> None:

@@ -45,12 +45,13 @@ def ksweep(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Sweep the number of drafts against plain decoding: throughput, acceptance, and whether the text stays the same."""
+    """Sweep the number of drafts per round against plain decoding: throughput, acceptance, and whether the text stays the same."""
     sizes = number_list(ks, "--ks", smallest=0)
     for folder in [out.absolute().parent] + ([trace.absolute().parent] if trace else []):
         if not folder.is_dir():
             raise UsageError(f"the folder {folder} does not exist: create it, or write elsewhere")
     from patchkit.search import ksweep as sweep
+    from patchkit.search import ksweep_files, ksweep_result
 
     loaded, tokenizer = load(model, dtype, device)
     texts = sweep.load_prompts(prompts, tokenizer, n_prompts, prompt_tokens)
@@ -63,7 +64,7 @@ def ksweep(
         result = sweep.run_ksweep(loaded, draft, sizes, texts, new_tokens, iterations, trace, advance)
         bar.update(task, description="done")
     try:
-        result.write(out)
+        ksweep_files.write(result, out)
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     if as_json:
@@ -71,8 +72,8 @@ def ksweep(
     else:
         console = Console()
         console.width = max(console.width, 100)
-        console.print(sweep.table(result))
-        console.print(f"best: K = {result.best.k or 0}; {', '.join(sweep.FILES)} in {out}", highlight=False, soft_wrap=True)
+        console.print(ksweep_result.table(result))
+        console.print(f"best: K = {result.best.k or 0}; {', '.join(ksweep_files.FILES)} in {out}", highlight=False, soft_wrap=True)
     if not result.identical:
         wrong = sum(not run.identical for run in result.runs)
         raise PatchError(f"{wrong} of {len(result.runs)} texts differ from plain decoding: use --dtype float32, as 16 bits leave ties")

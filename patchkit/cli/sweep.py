@@ -43,35 +43,35 @@ def sweep(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to score of each document.")] = 2048,
     n_documents: Annotated[int, typer.Option("--documents", min=1, help="How many library files, without --text.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward when scoring.")] = 512,
-    block: Annotated[int, typer.Option(min=1, help="Tokens after which the unpatched model in blocks starts anew.")] = 512,
+    block: Annotated[int, typer.Option(min=1, help="Tokens after which the unpatched model in blocks restarts.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps per configuration, at least.")] = 15,
-    out: Annotated[Path, typer.Option(help="The folder to write to, and to go on from.", file_okay=False)] = Path("patchkit-sweep"),
+    out: Annotated[Path, typer.Option(help="The folder to write to, and to resume from.", file_okay=False)] = Path("patchkit-sweep"),
     restart: Annotated[bool, typer.Option("--restart", help="Drop the sweep that is in the folder.")] = False,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Sweep StreamingLLM over windows, sinks and refreshes: perplexity, time per token and bytes, beside the unpatched model."""
+    """Sweep StreamingLLM over windows, sinks and refreshes: perplexity, time per token and bytes, compared with the unpatched model."""
     sizes, counts = number_list(windows, "--windows", smallest=1), number_list(sinks, "--sinks", smallest=0)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or write elsewhere")
-    from patchkit.search import sweep as quality
-    from patchkit.search import sweep_result
+    from patchkit.search import sweep as search
+    from patchkit.search import sweep_files, sweep_report
 
-    patches = quality.grid(sizes, counts, [quality.parse_refresh(each) for each in refresh or ["none"]])
+    patches = search.grid(sizes, counts, [search.parse_refresh(each) for each in refresh or ["none"]])
     loaded, tokenizer = load(model, dtype, device)
-    texts = quality.documents(tokenizer, text or [], tokens, n_documents)
+    texts = search.documents(tokenizer, text or [], tokens, n_documents)
     try:
         with progress() as bar:
-            task = bar.add_task("", total=quality.work(patches, texts))
+            task = bar.add_task("", total=search.work(patches, texts))
 
             def advance(what: str, count: int) -> None:
                 bar.update(task, advance=count, description=what)
 
-            result = quality.run_sweep(loaded, texts, patches, out, model, chunk, block, rounds, restart, advance)
-            bar.update(task, description="done", completed=quality.work(patches, texts))
+            result = search.run_sweep(loaded, texts, patches, out, model, chunk, block, rounds, restart, advance)
+            bar.update(task, description="done", completed=search.work(patches, texts))
     except KeyboardInterrupt:
-        stderr().print(f"stopped; the same command goes on with what is in {out}", markup=False, highlight=False, soft_wrap=True)
+        stderr().print(f"stopped; the same command resumes from {out}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
@@ -80,11 +80,11 @@ def sweep(
         return
     console = Console()
     console.width = max(console.width, 150)
-    console.print(sweep_result.table(result))
+    console.print(sweep_report.table(result))
     refused: dict[str, list[str]] = {}
     for row in result.rows:
         if row.refused:
             refused.setdefault(row.refused, []).append(row.name)
     for reason, names in refused.items():
         console.print(f"refused: {', '.join(names)}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{', '.join(sweep_result.FILES)} in {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{', '.join(sweep_files.FILES)} in {out}", markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Objective(str, Enum):
-    """What is timed."""
+    """What to time."""
 
     decode = "decode"
     generate = "generate"
@@ -64,10 +64,10 @@ def tune(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or write elsewhere")
     extra = [patch for spec in also or [] for patch in parse(spec)]
-    from patchkit.search import tune as quality
+    from patchkit.search import tune as search
 
     loaded, tokenizer = load(model, dtype, device)
-    # What patches remark while they are tried ends in the table.
+    # Patches log their refusals and warnings while they are tried; the table holds them.
     logging.getLogger("patchkit").setLevel(logging.ERROR)
     started = time.monotonic()
     try:
@@ -77,7 +77,7 @@ def tune(
             def advance(spec: str) -> None:
                 bar.update(task, description=spec, completed=time.monotonic() - started)
 
-            found = quality.tune(
+            found = search.tune(
                 loaded, tokenizer, text, bound, minutes, context, objective.value, extra, without or [], model, advance
             )  # fmt: skip
             bar.update(task, description="done", completed=60 * minutes)
@@ -105,18 +105,18 @@ def _share(text: str) -> float:
 
 
 def _show(found: Tuning, out: Path) -> None:
-    """The table of what was timed, then the ledger of what was not, and the choice."""
-    from patchkit.search.rows import percent
+    """Print a table of the timed candidates, the reasons why others were not timed, and the choice."""
+    from patchkit.search.candidate import percent
 
     console = Console()
     console.width = max(console.width, 150)
     rows = []
-    for row in found.rows:
-        if row.speedup is None:
+    for each in found.candidates:
+        if each.speedup is None:
             continue
-        ms = f"{row.to_dict()['ms_per_token']:.2f}" if row.patched_ms else ""
-        verdict = "chosen" if row is found.best else row.lost.kind if row.lost else ""
-        rows.append([row.spec, ms, str(row.speedup), percent(row.increase), str(row.documents), verdict])
+        ms = f"{each.to_dict()['ms_per_token']:.2f}" if each.patched_ms else ""
+        verdict = "chosen" if each is found.best else each.lost.kind if each.lost else ""
+        rows.append([each.spec, ms, str(each.speedup), percent(each.increase), str(each.documents), verdict])
     settings = found.settings
     title = (
         f"{settings['model']}: {settings['objective']} at context {settings['context']}; perplexity over that of {settings['reference']}"
@@ -124,9 +124,9 @@ def _show(found: Tuning, out: Path) -> None:
     headings = ["spec", "ms per token", "speed-up", "perplexity increase", "documents", ""]
     print_table(console, title, headings, rows)
     left: dict[tuple[str, str], list[str]] = {}
-    for row in found.rows:
-        if row.speedup is None and row.lost:
-            left.setdefault((row.lost.kind, row.lost.why), []).append(row.spec)
+    for each in found.candidates:
+        if each.speedup is None and each.lost:
+            left.setdefault((each.lost.kind, each.lost.why), []).append(each.spec)
     for (kind, why), specs in left.items():
         console.print(f"{kind}: {', '.join(specs)}: {' '.join(why.split())}", markup=False, highlight=False, soft_wrap=True)
     for name, why in found.untried.items():

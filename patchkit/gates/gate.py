@@ -21,7 +21,7 @@ from patchkit.anatomy.target import Target
 from patchkit.api import patch_model, report
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, Gate, GateError, Hits, PerplexityIncrease, violations
 from patchkit.gates.texts import DOCUMENT_TOKENS, texts_for
-from patchkit.measure.calls import Calls, cache_of, within
+from patchkit.measure.calls import GenerateCalls, cache_of, run_within_positions
 from patchkit.measure.latency import DecodeStream, Timings, decode_latency
 from patchkit.measure.paired import Interval, mean_difference, median_ratio
 from patchkit.measure.perplexity import perplexity_of, stream_nll
@@ -103,10 +103,11 @@ def run_gate(
         def ways() -> dict[str, DecodeStream]:
             models = {UNPATCHED: plain, PATCHED: view}
             return {
-                name: Calls(each, None, texts) if generates else DecodeStream(each, cache_of(each, start)) for name, each in models.items()
+                name: GenerateCalls(each, None, texts) if generates else DecodeStream(each, cache_of(each, start))
+                for name, each in models.items()
             }
 
-        result = timed(lambda: within(time_in_turns, ways, rounds, lambda: _hits(view)))
+        result = timed(lambda: run_within_positions(time_in_turns, ways, rounds, lambda: _hits(view)))
         failures = _idle(kinds, result.hits, "while it was timed")
         increase = None
         if scored:
@@ -114,7 +115,7 @@ def run_gate(
             # Only attention patches claim anything beyond the model's positions.
             if not any(kind.stage is Stage.ATTENTION for kind in kinds.values()):
                 texts = [text[: int(min(len(text), limit))] for text in texts]
-            increase = within(perplexity_increase, plain, view, texts, limit)
+            increase = run_within_positions(perplexity_increase, plain, view, texts, limit)
             approximate = {name: kind for name, kind in kinds.items() if not kind.exact}
             failures += _idle(
                 approximate, _moved(before, _hits(view)), "while perplexity was measured, on texts that may be too short for it"

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Calls(DecodeStream):
+class GenerateCalls(DecodeStream):
     """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
 
     prompts: list[torch.Tensor]
@@ -58,7 +58,7 @@ def cache_of(model: PreTrainedModel, context: int) -> Any:
     return prefilled_cache(model, context - 1, _PREFILL_CHUNK, cache)
 
 
-def within(measure: Callable[..., T], *args: Any) -> T:
+def run_within_positions(measure: Callable[..., T], *args: Any) -> T:
     """`measure(*args)`, with a word on what an index out of range means."""
     try:
         return measure(*args)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.box import SIMPLE_HEAD
@@ -15,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchkit.measure.environment import environment
+from patchkit.measure.jsonable import jsonable
 from patchkit.measure.paired import Interval
 from patchkit.prove.proof import Proof
 
@@ -30,7 +29,7 @@ def write(proof: Proof, folder: Path, model: str, command: str) -> None:
     where = environment()
     folder.mkdir(exist_ok=True)
     facts = {"model": model, "command": command, **proof.to_dict(), "environment": where}
-    (folder / "report.json").write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(jsonable(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     templates = Environment(loader=PackageLoader("patchkit.prove", "."), autoescape=select_autoescape(["html.j2"]), trim_blocks=True)
     page = templates.get_template("report.html.j2").render(
         proof=proof,
@@ -44,15 +43,6 @@ def write(proof: Proof, folder: Path, model: str, command: str) -> None:
         not_checked=proof.not_checked,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """Plain data in which infinities and NaN, which JSON has not, are None."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tables(proof: Proof) -> list[Table]:

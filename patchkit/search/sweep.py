@@ -1,8 +1,8 @@
-"""Perplexity, milliseconds per token and bytes of a cache: streaming over a grid of windows, sinks and refreshes, and the unpatched model.
+"""Sweep of streaming over a grid of windows, sinks and refreshes: perplexity, milliseconds per token, and bytes of the cache.
 
-Every configuration scores the same documents, each streamed through one cache of its own, and is compared with others by the differences
-document by document. Its steps are timed in turns with those of the unpatched model at the longest document's length. What is finished is
-stored at once, and a sweep that was interrupted goes on from there.
+* Every configuration scores the same documents, each streamed through one cache, and is compared with others document by document.
+* Its steps are timed interleaved with those of the unpatched model at the longest document's length.
+* A finished configuration is stored at once, and an interrupted sweep resumes from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache,
 from patchkit.measure.perplexity import TextError, block_nll, encode, perplexity_of, read_text, stream_nll
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
 from patchkit.patches.streaming import StreamingLLM
-from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Sweep, SweepPoint, digest, fingerprint, stored_rows
+from patchkit.search.sweep_files import ids_digest, model_digest, store, stored_rows, write
+from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Sweep, SweepPoint
 from patchkit.spelled import parse_object
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.reencode import Reencode
@@ -33,7 +34,7 @@ from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.rule import LayerRule
 from patchkit.views import cache_bytes, twin
 
-# Periods of R steps that are timed at least: R steps are a round where every R-th one refreshes.
+# Least number of timed rounds, where a round is R steps because every R-th one refreshes the cache.
 _PERIODS = 3
 
 Advance = Callable[[str, int], object]
@@ -41,7 +42,7 @@ Advance = Callable[[str, int], object]
 
 @dataclass(frozen=True)
 class TailInsert(DynamicSinks):
-    """A control: the tokens that `DynamicSinks` chooses, put back at the end of the cache, at the newest positions, out of order."""
+    """A control: the tokens that `DynamicSinks` chooses, reinserted at the end of the cache, at the newest positions, out of order."""
 
     name = "tail_insert"
 
@@ -54,28 +55,28 @@ REFRESHES: tuple[type[Refresh], ...] = (Reencode, DynamicSinks, TailInsert)
 
 @dataclass(frozen=True)
 class Document:
-    """A text to score: its name, and token ids [T]."""
+    """A document to score: its name, and token ids [T]."""
 
     name: str
     ids: list[int]
 
 
 def parse_refresh(text: str) -> Refresh | None:
-    """`none`, or a refresh as a spec string writes it; `tail_insert`, the control, too.
+    """Parse `none`, or a refresh as in a spec string; `tail_insert`, the control, is allowed too.
 
     Raises:
-        SpecError: it is none of these.
+        SpecError: the text is none of these.
     """
     return None if text.strip() == "none" else parse_object(text, "refresh", REFRESHES)
 
 
 def grid(windows: Sequence[int], sinks: Sequence[int], refreshes: Sequence[Refresh | None] = (None,)) -> list[StreamingLLM]:
-    """Every combination, those of one window together."""
+    """Every combination of windows, sinks and refreshes; those of one window are neighbours."""
     return [StreamingLLM(s, window, refresh=refresh) for window in windows for s in sinks for refresh in refreshes]
 
 
 def documents(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], tokens: int, count: int) -> list[Document]:
-    """The first ``tokens`` tokens of each file, or, without files, of the first ``count`` held-out library files that have as many.
+    """The first ``tokens`` predictions of each file, or, without files, of the first ``count`` held-out library files of that length.
 
     Raises:
         TextError: a file cannot be read or has fewer than two tokens, or the library has no file that long.
@@ -103,7 +104,7 @@ def documents(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], tokens:
 
 
 def work(patches: Sequence[StreamingLLM], texts: Sequence[Document]) -> int:
-    """How many tokens `run_sweep` will report to ``advance``, if it starts anew and nothing is refused."""
+    """Number of tokens that `run_sweep` reports to ``advance``, if it does not resume and no patch is refused."""
     return (2 + len(patches)) * sum(len(text.ids) - 1 for text in texts)
 
 
@@ -122,13 +123,13 @@ def run_sweep(
     """Measure the unpatched model and every patch; ``model`` itself stays unpatched, and weights are shared.
 
     Args:
-        folder: where results go. A sweep of the same model, texts and options that is there goes on; rows it has are not measured again.
+        folder: where results go. A sweep of the same model, texts and options in it is resumed: its results are not measured again.
         name: of the model, for the record.
         chunk: tokens per forward when scoring.
-        block: tokens after which the context of `BLOCKS` is cut.
-        rounds: timed steps per configuration; with a refresh every R steps, at least three times R.
+        block: tokens after which the context of `BLOCKS` is cut off.
+        rounds: timed steps per configuration; with a refresh every R steps, at least 3 R.
         restart: drop what is in the folder.
-        advance: called with what is being done and a number of tokens done.
+        advance: called with a description of the work and a number of finished tokens.
 
     Raises:
         SweepConflict: the folder holds something else.
@@ -139,8 +140,8 @@ def run_sweep(
         "class": type(model).__name__,
         "dtype": str(model.dtype),
         "device": str(model.device),
-        "weights": fingerprint(model),
-        "texts": [{"name": text.name, "tokens": len(text.ids) - 1, "sha256": digest(text.ids)} for text in texts],
+        "weights": model_digest(model),
+        "texts": [{"name": text.name, "tokens": len(text.ids) - 1, "sha256": ids_digest(text.ids)} for text in texts],
         "chunk": chunk,
         "block": block,
         "rounds": rounds,
@@ -154,17 +155,17 @@ def run_sweep(
     wanted: list[StreamingLLM | str] = [BLOCKS, UNPATCHED, *patches]
     for each in wanted:
         spec = each if isinstance(each, str) else each.spec
-        if any(row.name == spec for row in done):
+        if any(point.name == spec for point in done):
             advance(f"{spec}: done before", scored)
             continue
         tell = partial(advance, spec)
         if each == BLOCKS:
-            row = _in_blocks(plain, texts, weights, block, tell)
+            point = _in_blocks(plain, texts, weights, block, tell)
         else:
-            row = _measured(plain, None if isinstance(each, str) else each, texts, weights, context, chunk, rounds, tell)
-        done.append(row)
-        sweep.store(folder)
-    sweep.write(folder)
+            point = _measured(plain, None if isinstance(each, str) else each, texts, weights, context, chunk, rounds, tell)
+        done.append(point)
+        store(sweep, folder)
+    write(sweep, folder)
     return sweep
 
 
@@ -188,32 +189,32 @@ def _measured(
     rounds: int,
     tell: Callable[[int], object],
 ) -> SweepPoint:
-    """The row of the unpatched model (``patch`` None) or of one patch."""
-    row = SweepPoint(UNPATCHED)
+    """Measure the unpatched model (``patch`` None) or one patch."""
+    point = SweepPoint(UNPATCHED)
     if patch is not None:
-        row = SweepPoint(patch.spec, patch.sinks, patch.window, patch.refresh.spec if patch.refresh else None)
+        point = SweepPoint(patch.spec, patch.sinks, patch.window, patch.refresh.spec if patch.refresh else None)
     try:
         view = model if patch is None else patch_model(twin(model), patch, verbose=False)
-        row = _scored(row, [stream_nll(view, text.ids, chunk, tell) for text in texts], weights)
+        point = _scored(point, [stream_nll(view, text.ids, chunk, tell) for text in texts], weights)
     except (UnsupportedModel, NothingMatched, StreamError) as reason:
-        return dataclasses.replace(row, refused=str(reason))
+        return dataclasses.replace(point, refused=str(reason))
     streams, period = {UNPATCHED: DecodeStream(model, filled_cache(model, context))}, 1
     if patch is not None:
-        row = dataclasses.replace(row, refreshes=report(view).patches[0].hits.get("refreshes", 0))
-        streams[row.name] = DecodeStream(view, prefilled_cache(view, patch.capacity + 1, chunk))
+        point = dataclasses.replace(point, refreshes=report(view).patches[0].hits.get("refreshes", 0))
+        streams[point.name] = DecodeStream(view, prefilled_cache(view, patch.capacity + 1, chunk))
         period = patch.refresh.every if patch.refresh else 1
     timings = decode_latency(streams, rounds=period * max(_PERIODS if period > 1 else 1, math.ceil(rounds / period)))
     means = {name: [statistics.fmean(times[i : i + period]) for i in range(0, len(times), period)] for name, times in timings.items()}
-    ratios = [mine / its for mine, its in zip(means[row.name], means[UNPATCHED], strict=True)]
+    ratios = [own / unpatched for own, unpatched in zip(means[point.name], means[UNPATCHED], strict=True)]
     return dataclasses.replace(
-        row,
-        ms_per_token=statistics.median(means[row.name]),
+        point,
+        ms_per_token=statistics.median(means[point.name]),
         over_unpatched=statistics.median(ratios),
-        cache_bytes=cache_bytes(streams[row.name].cache),
+        cache_bytes=cache_bytes(streams[point.name].cache),
     )
 
 
-def _scored(row: SweepPoint, nll: list[torch.Tensor], weights: list[int]) -> SweepPoint:
+def _scored(point: SweepPoint, nll: list[torch.Tensor], weights: list[int]) -> SweepPoint:
     means = [each.double().mean().item() for each in nll]
     total = sum(mean * weight for mean, weight in zip(means, weights, strict=True)) / sum(weights)
-    return dataclasses.replace(row, nll=means, perplexity=perplexity_of(total))
+    return dataclasses.replace(point, nll=means, perplexity=perplexity_of(total))

@@ -95,7 +95,7 @@ def test_std_is_over_iterations_and_speedup_is_prompt_by_prompt() -> None:
             *((None, 0, 1, 4.0), (None, 1, 1, 4.0), (4, 0, 1, 2.0), (4, 1, 1, 1.0)),
         ]
     ]
-    row = ksweep._row(4, runs, None)
+    row = ksweep.result_of(4, runs, None)
     throughputs = torch.tensor([20 / 2.0, 20 / 3.0])
     speedups = torch.tensor([2.5, 3.0])
     assert row.tokens_per_s == pytest.approx(throughputs.mean().item()) and row.speedup == pytest.approx(speedups.mean().item())

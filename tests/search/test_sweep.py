@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from patchkit import StreamingLLM, patched
+from patchkit import patched
 from patchkit.cli import app
 from patchkit.errors import SpecError
 from patchkit.measure.perplexity import TextError, block_nll, stream_nll
 from patchkit.models import load_model
+from patchkit.patches.streaming import StreamingLLM
 from patchkit.search import sweep as quality
-from patchkit.search import sweep_result
+from patchkit.search import sweep_files, sweep_report
 from patchkit.streaming.heavy_hitters import DynamicSinks
 from patchkit.streaming.reencode import Reencode
 from patchkit.testing import assert_restored, snapshot, tiny_model
@@ -101,7 +102,7 @@ def test_the_front_holds_what_nothing_beats(swept) -> None:
 
 def test_files(swept) -> None:
     result, folder = swept
-    assert sorted(path.name for path in folder.iterdir()) == sorted(sweep_result.FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(sweep_files.FILES)
     stored = json.loads((folder / "sweep.json").read_text())
     assert [row["name"] for row in stored["rows"]] == [row.name for row in result.rows] and stored["settings"]["environment"]["torch"]
     with (folder / "sweep.csv").open(newline="") as file:
@@ -109,7 +110,7 @@ def test_files(swept) -> None:
     assert float(lines[2]["perplexity"]) == result.rows[2].perplexity and "512 positions" in lines[-1]["refused"]
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     console = Console(width=150, record=True)
-    console.print(sweep_result.table(result))
+    console.print(sweep_report.table(result))
     shown = console.export_text()
     assert "4+20 reencode(every=8)" in shown and "refused" in shown and "unpatched in blocks" in shown
 
@@ -146,7 +147,7 @@ def test_another_sweep_in_the_folder_is_refused_unless_it_is_dropped(loaded, tex
         "weights": (load_model("stdlib-1m-draft")[0], texts, {}),
     }
     for named, (model, documents, change) in changes.items():
-        with pytest.raises(sweep_result.SweepConflict, match=f"{named}.*--restart"):
+        with pytest.raises(sweep_files.SweepConflict, match=f"{named}.*--restart"):
             quality.run_sweep(model, documents, PATCHES[:1], tmp_path, **{**options, **change})
         assert (tmp_path / "sweep.json").read_bytes() == kept
     assert len(quality.run_sweep(loaded[0], texts[:2], [], tmp_path, **options, restart=True).rows) == 2
@@ -155,7 +156,7 @@ def test_another_sweep_in_the_folder_is_refused_unless_it_is_dropped(loaded, tex
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}, "rows": [1]}', '{"rows": []}'])
 def test_a_damaged_file_is_not_overwritten(loaded, texts, tmp_path: Path, content: str) -> None:
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(sweep_result.SweepConflict):
+    with pytest.raises(sweep_files.SweepConflict):
         run(loaded, texts, tmp_path)
     assert (tmp_path / "sweep.json").read_text() == content
 
@@ -238,4 +239,4 @@ def test_the_command(model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(quality, "run_sweep", stop)
     stopped = CliRunner().invoke(app, options)
-    assert stopped.exit_code == 130 and "goes on with what is in" in stopped.stderr
+    assert stopped.exit_code == 130 and "resumes from" in stopped.stderr

@@ -18,7 +18,7 @@ import torch
 from support import matrix
 from typer.testing import CliRunner
 
-from patchkit import MLPInt8, StreamingLLM, patch_model, patched, report
+from patchkit import patch_model, patched, report
 from patchkit.anatomy.target import Target
 from patchkit.cli import app
 from patchkit.errors import PatchConflict, PatchError, SpecError, UnsupportedModel
@@ -27,9 +27,13 @@ from patchkit.measure.paired import Interval, mean_difference
 from patchkit.measure.perplexity import TextError
 from patchkit.models import load_model
 from patchkit.patch import Patch, Stage, available_patches
+from patchkit.patches.mlp_int8 import MLPInt8
 from patchkit.patches.speculative import Speculative
+from patchkit.patches.streaming import StreamingLLM
+from patchkit.search import measurer as measurer_module
 from patchkit.search import tune as quality
-from patchkit.search.rows import Lost
+from patchkit.search.budget import OutOfTime
+from patchkit.search.candidate import Candidate, Lost
 from patchkit.spec import parse_spec
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
@@ -122,12 +126,12 @@ def options(machine: Machine) -> list[Option]:
     return [Option(name[0], int(name[1:])) for name in machine.speeds]
 
 
-def searched(machine: Machine, seconds: float = 2000, bound: float = BOUND) -> tuple[quality.Search, quality.Candidate]:
+def searched(machine: Machine, seconds: float = 2000, bound: float = BOUND) -> tuple[quality.Search, Candidate]:
     search = quality.Search(machine, bound, seconds, machine.clock)
     return search, search.run(options(machine))
 
 
-def names_of(row: quality.Candidate) -> list[str]:
+def names_of(row: Candidate) -> list[str]:
     return [patch.spec for patch in row.patches]
 
 
@@ -168,12 +172,14 @@ def test_without_noise_and_limit_it_is_the_best_itself() -> None:
     machine = Machine({"a0": 1.5, "a1": 1.2, "b0": 1.3, "c0": 0.95, "d0": 0.5}, {"a1": 0.001}, noise=0.0, seed=1)
     search, best = searched(machine)
     assert names_of(best) == ["a0", "b0"] and best.lost is None
-    lost = {row.spec: row.lost for row in search.rows if row is not best}
+    lost = {row.spec: row.lost for row in search.candidates if row is not best}
     assert all(lost.values()) and lost["c0"].kind == lost["d0"].kind == "slower" and lost["a1"].kind == "beaten"
     assert "0.95" in lost["c0"].why and lost["none"].kind == "beaten" and "1.95" in lost["a1"].why
     # what is hopeless alone is in no combination; what is only a little slower is tried
-    assert not any("d0" in row.spec and len(row.patches) > 1 for row in search.rows) and "a0 + c0" in lost
-    assert machine.held == {"+".join(names_of(row)) for row in search.rows if row.patches and not (row.lost and row.lost.kind == "slower")}
+    assert not any("d0" in row.spec and len(row.patches) > 1 for row in search.candidates) and "a0 + c0" in lost
+    assert machine.held == {
+        "+".join(names_of(row)) for row in search.candidates if row.patches and not (row.lost and row.lost.kind == "slower")
+    }
 
 
 def test_a_pair_that_does_not_go_together_loses_to_another_option() -> None:
@@ -186,7 +192,7 @@ def test_quality_beyond_the_bound_never_wins() -> None:
     machine = Machine({"a0": 3.0, "a1": 2.0, "b0": 1.5, "b1": 1.2}, {"a0": 0.05, "a1": 0.006, "b0": 0.006, "b1": 0.001})
     search, best = searched(machine)
     assert names_of(best) == ["a1", "b1"] or names_of(best) == ["a1"]
-    rows = {row.spec: row for row in search.rows}
+    rows = {row.spec: row for row in search.candidates}
     assert rows["a0"].lost is not None and rows["a0"].lost.kind == "beyond the bound" and "+5." in rows["a0"].lost.why
     assert rows["a1 + b0"].lost is not None and rows["a1 + b0"].lost.kind == "beyond the bound"
 
@@ -194,7 +200,7 @@ def test_quality_beyond_the_bound_never_wins() -> None:
 def test_an_interval_that_reaches_over_the_bound_is_beyond_it() -> None:
     machine = Machine({"a0": 2.0, "b0": 1.2}, {"a0": 0.0099})
     search, best = searched(machine)
-    row = next(row for row in search.rows if row.spec == "a0")
+    row = next(row for row in search.candidates if row.spec == "a0")
     assert row.increase is not None and row.increase.value < BOUND < row.increase.high and row.documents == 16
     assert names_of(best) == ["b0"] and row.lost is not None and row.lost.kind == "beyond the bound"
 
@@ -202,9 +208,9 @@ def test_an_interval_that_reaches_over_the_bound_is_beyond_it() -> None:
 def test_when_nothing_pays_no_patch_is_chosen() -> None:
     machine = Machine({"a0": 0.9, "b0": 1.0, "c0": 5.0}, {"c0": 1.0})
     search, best = searched(machine)
-    assert best.spec == "none" and best is search.rows[0]
-    assert {row.spec: row.lost.kind for row in search.rows if row.lost}["c0"] == "beyond the bound"
-    assert all(row.lost for row in search.rows if row is not best)
+    assert best.spec == "none" and best is search.candidates[0]
+    assert {row.spec: row.lost.kind for row in search.candidates if row.lost}["c0"] == "beyond the bound"
+    assert all(row.lost for row in search.candidates if row is not best)
 
 
 def test_beyond_the_models_positions_what_mends_the_quality_wins_even_if_slower() -> None:
@@ -212,7 +218,7 @@ def test_beyond_the_models_positions_what_mends_the_quality_wins_even_if_slower(
     machine = Machine({"a0": 0.95, "b0": 1.5}, {"a0": -2.0, "b0": 0.002}, plain_nats=2.0, noise=0.01)
     search, best = searched(machine)
     assert names_of(best) == ["a0", "b0"]
-    assert search.rows[0].lost is not None and search.rows[0].lost.kind == "beyond the bound"
+    assert search.candidates[0].lost is not None and search.candidates[0].lost.kind == "beyond the bound"
     assert names_of(searched(Machine({"a0": 0.95}, {"a0": -2.0}, plain_nats=2.0))[1]) == ["a0"]
     assert searched(Machine({"b0": 1.5}, {"b0": 0.002}, plain_nats=2.0))[1].spec == "none"
 
@@ -223,7 +229,7 @@ def test_nothing_is_begun_after_the_time(seconds: float) -> None:
     search, best = searched(machine, seconds)
     longest = machine.setup_s + 4 + 1.6
     assert machine.now <= seconds + longest
-    untried = [row for row in search.rows if not row.patched_ms and row.patches and row.lost and row.lost.kind == "no time"]
+    untried = [row for row in search.candidates if not row.patched_ms and row.patches and row.lost and row.lost.kind == "no time"]
     assert bool(untried) == (seconds <= 120) and best.lost is None
 
 
@@ -232,12 +238,12 @@ def test_what_a_candidate_raises_is_its_reason() -> None:
         "a0": lambda: UnsupportedModel("this one is refused"),
         "b0": lambda: RuntimeError("broke"),
         "c0": lambda: PatchConflict("not beside that"),
-        "d0": lambda: quality.OutOfTime("patching took over 9 s"),
+        "d0": lambda: OutOfTime("patching took over 9 s"),
     }
     machine = Machine(dict.fromkeys(["a0", "b0", "c0", "d0", "e0"], 1.5), raises=errors)
     search, best = searched(machine)
     assert names_of(best) == ["e0"]
-    lost = {row.spec: (row.lost.kind, row.lost.why) for row in search.rows if row.lost and row.patches}
+    lost = {row.spec: (row.lost.kind, row.lost.why) for row in search.candidates if row.lost and row.patches}
     assert lost == {
         "a0": ("refused", "this one is refused"),
         "b0": ("error", "RuntimeError: broke"),
@@ -260,7 +266,7 @@ class Jealous(Machine):
 def test_what_fails_in_a_pair_is_not_tried_in_a_larger_combination() -> None:
     machine = Jealous({"a0": 1.5, "b0": 1.4, "c0": 0.97}, noise=0.001)  # the pair promises more than the three
     search, best = searched(machine)
-    lost = {row.spec: row.lost for row in search.rows}
+    lost = {row.spec: row.lost for row in search.candidates}
     assert lost["a0 + b0"] == Lost("conflict", "not these two")
     assert lost["a0 + b0 + c0"] == Lost("conflict", "holds a0 + b0: not these two") and "a0+b0+c0" not in machine.timed
     assert names_of(best) == ["a0"]
@@ -270,14 +276,14 @@ def test_ctrl_c_keeps_what_is_known() -> None:
     machine = Machine({"a0": 1.5, "b0": 1.2, "c0": 2.0}, raises={"c0": KeyboardInterrupt})
     search, best = searched(machine)
     assert search.stopped and names_of(best) == ["a0"]
-    assert [row.lost.kind for row in search.rows if row.lost] == ["beaten", "beaten", "no time"]
+    assert [row.lost.kind for row in search.candidates if row.lost] == ["beaten", "beaten", "no time"]
     with pytest.raises(KeyboardInterrupt):
         searched(Machine({"a0": 1.5}, raises={"a0": KeyboardInterrupt}))
 
 
 def test_the_same_measurements_give_the_same_search() -> None:
     first, second = (searched(landscape(7))[0] for _ in range(2))
-    assert [row.to_dict() for row in first.rows] == [row.to_dict() for row in second.rows]
+    assert [row.to_dict() for row in first.candidates] == [row.to_dict() for row in second.candidates]
 
 
 def test_of_equals_the_one_with_fewer_patches() -> None:
@@ -316,7 +322,7 @@ def test_beyond_its_positions_the_reference_starts_anew() -> None:
     short = tiny_model("llama")
     short.config.max_position_embeddings = 32
     measured = measurer(short)
-    assert "started anew every 32 tokens" in measured.reference
+    assert "restarted every 32 tokens" in measured.reference
     expected = perplexity_increase(tiny_model("llama"), tiny_model("llama"), texts(90), 32).increase
     assert vars(measured.increase((), 4)) == pytest.approx(vars(expected), rel=1e-5) and abs(expected.value) > 1e-4
 
@@ -324,7 +330,7 @@ def test_beyond_its_positions_the_reference_starts_anew() -> None:
 def test_patches_that_promise_the_same_logits_cost_no_forward(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measurer(model, objective="generate")
     expected = measured.increase((MLPInt8(),), 4)
-    monkeypatch.setattr(quality, "stream_nll", None)
+    monkeypatch.setattr(measurer_module, "stream_nll", None)
     assert measured.increase((MLPInt8(), Speculative()), 4) == expected
     with pytest.raises(UnsupportedModel, match=r"topk_agree.*changes what generate writes"):
         measured.increase((Speculative(acceptance="topk_agree(2)"),), 4)
@@ -348,16 +354,16 @@ def test_setting_up_is_cut_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     measured = measurer(model)
     measured.setup_s = 0.05
     monkeypatch.setattr(measured, "_view", lambda patches: time.sleep(60))
-    with pytest.raises(quality.OutOfTime, match="patching and warming up took over 0 s"):
+    with pytest.raises(OutOfTime, match="patching and warming up took over 0 s"):
         measured.time((MLPInt8(),), 4, 1.0)
     measured.deadline = 0.0
-    with pytest.raises(quality.OutOfTime, match="the time was over while scoring"):
+    with pytest.raises(OutOfTime, match="the time was over while scoring"):
         measured.increase((), 4)
 
 
 def test_a_verdict_says_that_the_time_ran_out() -> None:
     scored, few = Interval(0.0, 0.0, 0.0), parse_spec("compile + speculative")
-    rows = [quality.Candidate((), increase=scored), quality.Candidate((few[0],), lost=Lost("no time", "not tried"))]
+    rows = [Candidate((), increase=scored), Candidate((few[0],), lost=Lost("no time", "not tried"))]
     settings = {"max_ppl_increase": 0.01}
     made = quality.Tuning(rows[0], rows, {}, settings, 1.0, False)
     assert "time ran out" in made.summary and "1 were not measured" in made.summary
@@ -367,24 +373,24 @@ def test_a_verdict_says_that_the_time_ran_out() -> None:
 
 def test_candidates_come_from_the_patches() -> None:
     target = Target(tiny_model("llama"))
-    tried, untried = quality.candidates(target, "generate", parse_spec("linear(window=8)"), ["compile"])
+    tried, untried = quality.single_patches(target, "generate", parse_spec("linear(window=8)"), ["compile"])
     assert {patch.name for patch in tried} | set(untried) == set(available_patches())
     assert tried[0].name == "speculative" and "linear(window=8)" in [patch.spec for patch in tried]
     assert untried == {"compile": "left out (--without)"}
     for patch in tried:
         assert parse_spec(patch.spec) == [patch]
-    assert {"linear", "speculative"} <= set(quality.candidates(target, "decode")[1])
-    everything = quality.candidates(target, "generate")[0]
+    assert {"linear", "speculative"} <= set(quality.single_patches(target, "decode")[1])
+    everything = quality.single_patches(target, "generate")[0]
     assert [patch.stage is Stage.COMPILE for patch in everything[:4]] == [False, False, False, True]  # first options, compilation last
-    short, why = quality.candidates(target, "generate", tokens=20)
+    short, why = quality.single_patches(target, "generate", tokens=20)
     assert not any(patch.name == "streaming" for patch in short) and "20 tokens" in why["streaming"]
     assert {patch.name for patch in short} == {patch.name for patch in everything} - {"streaming"}
     limit = target.position_limit or math.inf
     assert all(patch.capacity <= limit for patch in tried if isinstance(patch, StreamingLLM))
     with pytest.raises(SpecError, match="unknown patch 'streeming'"):
-        quality.candidates(target, "decode", without=["streeming"])
+        quality.single_patches(target, "decode", without=["streeming"])
     with pytest.raises(SpecError, match="cannot be written in a spec file"):
-        quality.candidates(target, "decode", [Speculative(draft=tiny_model("llama"))])
+        quality.single_patches(target, "decode", [Speculative(draft=tiny_model("llama"))])
 
 
 def test_only_the_bundled_model_is_tried_with_what_was_trained_for_it() -> None:

@@ -1,4 +1,4 @@
-"""Rows of a search, and whoever measures them."""
+"""Candidates of a search, and the interface of what measures them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from patchkit.patch import NO_PATCH, Patch
 
 Kind = Literal["slower", "beyond the bound", "refused", "conflict", "error", "no time", "beaten"]
 
-# Documents that an interval needs.
+# Documents that a confidence interval needs.
 LEAST_DOCUMENTS = 4
-
-
-class OutOfTime(BaseException):
-    """The time for a measurement is over; the message says which.
-
-    Like KeyboardInterrupt, it is no Exception, so that no library takes it for one of its own.
-    """
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Why a candidate was not chosen, in one of `Kind` and in words."""
+    """Reason why a candidate was not chosen: one of `Kind`, and an explanation."""
 
     kind: Kind
     why: str
@@ -33,15 +26,15 @@ class Lost:
 
 @dataclass
 class Candidate:
-    """A candidate and what is known of it.
+    """A combination of patches and its measurements so far.
 
     Attributes:
-        patches: none of them for the unpatched model.
+        patches: empty for the unpatched model.
         unpatched_ms, patched_ms: milliseconds per token, one entry per round; entries of one round belong together.
-        increase: its perplexity over the reference's, minus 1.
-        documents: how many the increase is of.
+        increase: its perplexity / the reference's, minus 1.
+        documents: number of documents that `increase` was measured on.
         idle: its patches that never acted at this length.
-        lost: None for what was chosen.
+        lost: why it was not chosen; None for the chosen candidate, and before the choice.
     """
 
     patches: tuple[Patch, ...]
@@ -88,31 +81,31 @@ class Candidate:
 
 
 class Measurer(Protocol):
-    """What the search asks about a candidate. Both methods may raise anything; `OutOfTime` ends the candidate's turn."""
+    """Interface through which the search measures a candidate. Methods may raise anything; `OutOfTime` ends that measurement."""
 
     documents: int
     rounds: int
 
     def time(self, patches: tuple[Patch, ...], rounds: int, seconds: float) -> tuple[list[float], list[float]]:
-        """Milliseconds per token unpatched and patched, by round: at most so many rounds, in about so many seconds."""
+        """Return milliseconds per token, unpatched and patched, of each round: at most ``rounds``, in about ``seconds``."""
 
     def increase(self, patches: tuple[Patch, ...], documents: int) -> Interval:
-        """Perplexity over the reference's, minus 1, on the first so many documents."""
+        """Return perplexity / the reference's, minus 1, on the first ``documents`` documents."""
 
     def idle(self, patches: tuple[Patch, ...]) -> list[str]:
-        """The patches that have not acted so far."""
+        """Return the names of patches that have not acted so far."""
 
     def drop(self, patches: tuple[Patch, ...]) -> None:
-        """Free what is held for a candidate that will not be measured again."""
+        """Free the memory that is held for a candidate that will not be measured again."""
 
 
 def specs_of(patches: Sequence[Patch]) -> tuple[str, ...]:
-    """What a combination is known by: not every option can be hashed."""
+    """Specs of a combination, as a key: not every option can be hashed."""
     return tuple(patch.spec for patch in patches)
 
 
 def percent(increase: Interval | None) -> str:
-    """An increase as text: +0.3 % [-0.1, +0.7]."""
+    """Format an increase: +0.30 % [-0.10, +0.70]."""
     if increase is None:
         return "-"
     return f"{100 * increase.value:+.2f} % [{100 * increase.low:+.2f}, {100 * increase.high:+.2f}]"
