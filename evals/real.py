@@ -41,7 +41,7 @@ from evals.answers import PLAIN, answer, compared, interleaved, prompt_ids
 from evals.prompts import EDITS, MORE_EDITS, MORE_STORIES, STORIES, WARM_UP
 from patchkit import patch_model, report
 from patchkit.measure import demo as show
-from patchkit.measure import demo_result, needle_grid, needle_text
+from patchkit.measure import demo_report, needle_prompt, needle_report, needle_text
 from patchkit.measure import needle as recall
 from patchkit.measure.environment import environment, version_of
 from patchkit.models import load_model
@@ -176,9 +176,9 @@ def run_section(section: str, model: Any, tokenizer: Any, name: str, out: Path, 
     """Measure one section and print its results; return the content of its JSON."""
     if section == "demo":
         result = show.run_demo(model, tokenizer, advance=Said(console))
-        demo_result.draw(result, picture)
-        keys = demo_result.keys_table(result)
-        for shown in (demo_result.table(result), *([] if keys is None else [keys]), *result.ratio_lines(), *result.recall_lines()):
+        demo_report.draw(result, picture)
+        keys = demo_report.keys_table(result)
+        for shown in (demo_report.table(result), *([] if keys is None else [keys]), *result.ratio_lines(), *result.recall_lines()):
             console.print(shown, highlight=False, soft_wrap=True)
         ratios = next(row.ratios for row in result.rows if row.window is not None)
         bars = [
@@ -189,11 +189,11 @@ def run_section(section: str, model: Any, tokenizer: Any, name: str, out: Path, 
             console.print(f"{bar['what']}: {bar['figure']:.3f}, bar {bar['bar']}: {'kept' if bar['kept'] else 'MISSED'}", highlight=False)
         return {"model": name, **result.to_dict(), "bars": bars}
     if section == "needle":
-        asking = needle_text.Asking.of(tokenizer)
+        asking = needle_prompt.Asking.of(tokenizer)
         cases = needle_text.possible(NEEDLE_LENGTHS, NEEDLE_DISTANCES, NEEDLE_TRIALS, asking)
         grid = recall.run_needle(model, recall.Haystack.of(asking, cases), cases, parse_spec(NEEDLE_SPEC), name, Said(console))
-        grid.write(out)
-        for shown in (needle_grid.table(grid), *grid.lines()):
+        needle_report.write(grid, out)
+        for shown in (needle_report.table(grid), *grid.lines()):
             console.print(shown, highlight=False, soft_wrap=True)
         return grid.to_dict()
     if section == "speculation":

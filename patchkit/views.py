@@ -1,4 +1,4 @@
-"""Other ways to hold a model: a second module tree over its weights, a moment without training mode, the bytes of its cache."""
+"""Views of a model: a twin over the same weights, contexts without training mode or gradients, the bytes of its cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def twin(model: M) -> M:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No module of ``model`` is in training mode; afterwards, those are that were."""
+    """Put every module of ``model`` in evaluation mode within the context, and restore each module's mode afterwards."""
     was_training = [module for module in model.modules() if module.training]
     for module in was_training:
         module.training = False
@@ -36,8 +36,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of ``model`` require a gradient within the context, and restore each parameter's flag afterwards."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work; nothing to wait for on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory behind every tensor that a cache holds; storage that two tensors share counts once."""
+    """Bytes of memory behind all tensors of a cache; storage that two tensors share counts once."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     waiting = [cache]

@@ -1,4 +1,4 @@
-"""What a benchmark is told to measure."""
+"""Configuration of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class BenchError(PatchError):
-    """The benchmark cannot be run as it was asked for; the message says why."""
+    """The benchmark cannot be run with this configuration; the message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to measure. A YAML file holds the same keys.
+    """Configuration of a benchmark. A YAML file holds the same keys.
 
     Attributes:
         model: 'bundled', a model directory or a hub id; with `endpoint`, the model's name on that server.
@@ -37,9 +37,9 @@ class Config:
         iterations: how often each prompt is measured.
         warmup: requests before the measured ones.
         concurrency: requests at a time, for a server.
-        timeout_s: for a whole request.
+        timeout_s: limit for a whole request.
         retries: further attempts after a connection failure, a time-out, or an answer of 408, 429 or 5xx.
-        dtype, device: of a local model.
+        dtype, device: dtype and device of a local model.
 
     Raises:
         BenchError: a value that cannot be used.
@@ -85,7 +85,7 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Config:
-        """The configuration in a YAML file, with `overrides` in the place of what the file says.
+        """Read a configuration from a YAML file; `overrides` replace its values.
 
         Raises:
             BenchError: no such file, not a mapping, or an unknown key (with the nearest known one).

@@ -1,4 +1,4 @@
-"""A server with OpenAI's `/completions` or `/chat/completions`, asked token by token."""
+"""Client of a server with OpenAI's `/completions` or `/chat/completions`, streamed token by token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RequestFailed(PatchError):
 
 
 class _Again(Exception):
-    """An attempt failed in a way that may pass; with the seconds to wait that the server asks for."""
+    """A transient failure of one attempt; `wait_s` is the delay in seconds that the server asks for."""
 
     def __init__(self, why: str, wait_s: float = 0.0) -> None:
         super().__init__(why)
@@ -89,13 +89,13 @@ class Server:
             raise RequestFailed(f"{self.url} cannot be asked ({error})") from error
 
     def _refused(self, response: requests.Response, asked_usage: bool) -> None:
-        """Return if the request is worth repeating at once, in another form."""
-        said = " ".join(response.text.split())[:200]
-        status = f"{self.url} answered {response.status_code} {response.reason}: {said or 'nothing'}"
+        """Raise the error of a refused request; return if the request is to be repeated at once without `stream_options`."""
+        answer = " ".join(response.text.split())[:200]
+        status = f"{self.url} answered {response.status_code} {response.reason}: {answer or 'nothing'}"
         if response.status_code in _TRY_AGAIN:
             wait = response.headers.get("Retry-After", "")
             raise _Again(status, float(wait) if wait.isdecimal() else 0.0)
-        if asked_usage and "stream_options" in said:
+        if asked_usage and "stream_options" in answer:
             self.asks_usage = False
             return
         if response.status_code in (401, 403):
@@ -118,10 +118,10 @@ class Server:
                         first = first or time.perf_counter()
                         events += 1
                     finished = finished or choice.get("finish_reason") is not None
-                said = (data.get("usage") or {}).get("completion_tokens")
+                reported = (data.get("usage") or {}).get("completion_tokens")
             except (AttributeError, TypeError) as error:
                 raise RequestFailed(f"{self.url} sent an event of another form than OpenAI's ({error}): {str(data)[:80]}") from error
-            counted = said if isinstance(said, int) and said > 0 else counted
+            counted = reported if isinstance(reported, int) and reported > 0 else counted
         ended = time.perf_counter()
         if first is None:
             raise RequestFailed(f"{self.url} sent no text")
@@ -132,7 +132,7 @@ class Server:
     def _events(self, response: requests.Response, deadline: float) -> Iterator[dict[str, Any]]:
         """The JSON objects of an event stream, up to [DONE]."""
         pending = b""
-        # Chunks as they come; without chunks, waiting for more than a byte would hold events back.
+        # Read chunks as they arrive; without chunked transfer, reading more than a byte at a time would hold events back.
         for chunk in itertools.chain(response.iter_content(None if response.raw.chunked else 1), [b"\n"]):
             if time.perf_counter() > deadline:
                 raise _Again(f"{self.url} did not finish within {self.config.timeout_s:g} s: raise timeout_s, or look at the server")

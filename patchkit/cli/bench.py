@@ -48,7 +48,8 @@ def bench(
     """Time to first token, latency and tokens per second of a model, or of a server with OpenAI's interface."""
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.bench import harness, server
+    from patchkit.bench import config as config_module
+    from patchkit.bench import harness, local, results, server
     from patchkit.measure.environment import environment
 
     given = dict(
@@ -56,7 +57,7 @@ def bench(
         iterations=iterations, concurrency=concurrency, timeout_s=timeout, retries=retries,
     )  # fmt: skip
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    settings = harness.Config.from_yaml(config, **overrides) if config else harness.Config(**overrides)
+    settings = config_module.Config.from_yaml(config, **overrides) if config else config_module.Config(**overrides)
     chosen = parse(settings.patches)
     texts = harness.load_prompts(settings.prompts, settings.n_prompts, settings.prompt_chars)
     loaded: Any = None
@@ -64,11 +65,11 @@ def bench(
     if settings.endpoint is None:
         loaded, tokenizer = load(settings.model, Dtype(settings.dtype), settings.device)
         patch(loaded, chosen)
-        generate = harness.LocalModel(loaded, tokenizer, settings.new_tokens)
+        generate = local.LocalModel(loaded, tokenizer, settings.new_tokens)
     samples, interrupted = [], False
     try:
         out.mkdir(exist_ok=True)
-        table = harness.Table(out / "bench.csv")
+        table = results.SampleFile(out / "bench.csv")
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     generate = generate or server.Server(settings)
@@ -92,7 +93,7 @@ def bench(
         "interrupted": interrupted,
         "answers": len(answered),
         "failures": len(samples) - len(answered),
-        "figures": harness.summary(samples),
+        "figures": results.summary(samples),
         "tokens_per_s_in_all": sum(sample.tokens or 0 for sample in answered) / seconds,
         "samples": [dataclasses.asdict(sample) | {"tokens_per_s": sample.tokens_per_s} for sample in samples],
         "environment": environment(),
@@ -102,7 +103,7 @@ def bench(
         emit(result)
     else:
         columns = ["mean", "median", "std", "min", "max", "p95"]
-        rows = [[name, *(f"{figures[column]:.2f}" for column in columns)] for name, figures in harness.summary(samples).items()]
+        rows = [[name, *(f"{figures[column]:.2f}" for column in columns)] for name, figures in results.summary(samples).items()]
         title = f"{settings.model} at {settings.endpoint}" if settings.endpoint else " + ".join([settings.model, *(p.spec for p in chosen)])
         print_table(Console(), f"{title}: {len(answered)} answers", ["", *columns], rows, right=True)
         Console().print(f"{out / 'bench.json'}, {out / 'bench.csv'}", highlight=False, soft_wrap=True)

@@ -46,7 +46,7 @@ def demo(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     from patchkit.measure import demo as show
-    from patchkit.measure import demo_result
+    from patchkit.measure import demo_report
 
     loaded, tokenizer = load(chosen)
     with progress() as bar:
@@ -56,7 +56,7 @@ def demo(
         )
         bar.update(task, completed=bar.tasks[0].total, description="done")
     try:
-        demo_result.draw(result, out)
+        demo_report.draw(result, out)
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     if as_json:
@@ -67,8 +67,8 @@ def demo(
     console = Console()
     # A pipe counts as 80 columns, and a table that is cut off is worth nothing.
     console.width = max(console.width, 110)
-    console.print(demo_result.table(result))
-    keys = demo_result.keys_table(result)
+    console.print(demo_report.table(result))
+    keys = demo_report.keys_table(result)
     if keys is not None:
         console.print(keys)
     console.print(f"curves: {out}", highlight=False, soft_wrap=True)

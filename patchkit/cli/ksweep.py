@@ -54,7 +54,7 @@ def ksweep(
     from patchkit.search import ksweep_files, ksweep_result
 
     loaded, tokenizer = load(model, dtype, device)
-    texts = sweep.load_prompts(prompts, tokenizer, n_prompts, prompt_tokens)
+    texts = sweep.encoded_prompts(prompts, tokenizer, n_prompts, prompt_tokens)
     with progress() as bar:
         task = bar.add_task("", total=sweep.work(sizes, len(texts), iterations))
 

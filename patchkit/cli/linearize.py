@@ -54,9 +54,8 @@ def linearize(
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     indices = None if layers is None else number_list(layers, "--layers", smallest=0)
     from patchkit.linear.feature_maps import available_feature_maps
-    from patchkit.measure.demo import heldout_ids
-    from patchkit.measure.perplexity import read_text
     from patchkit.measure.stdlib_text import read_texts, stdlib_files
+    from patchkit.measure.texts import heldout_ids, read_text
     from patchkit.training import linearize as conversion
 
     if feature_map not in available_feature_maps():

@@ -55,11 +55,11 @@ def needle(
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     from patchkit.measure import needle as quality
-    from patchkit.measure import needle_grid, needle_text
+    from patchkit.measure import needle_prompt, needle_report, needle_text
     from patchkit.measure.environment import environment
 
     loaded, tokenizer = load(model, dtype, device)
-    asking = needle_text.Asking.of(tokenizer)
+    asking = needle_prompt.Asking.of(tokenizer)
     cases = needle_text.possible(sizes or needle_text.lengths_for(loaded), far, trials, asking)
     haystack = quality.Haystack.of(asking, cases, seed)
     ways, remarks = 2 if chosen else 1, stderr()
@@ -77,7 +77,7 @@ def needle(
         bar.update(task, completed=bar.tasks[0].total, description="done")
     machine = environment()
     try:
-        grid.write(out, environment=machine)
+        needle_report.write(grid, out, environment=machine)
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}): give another --out") from error
     if as_json:
@@ -85,8 +85,8 @@ def needle(
         return
     console = Console()
     console.width = max(console.width, 130)
-    console.print(needle_grid.table(grid))
-    for line in (*grid.lines(), f"{', '.join(needle_grid.FILES)} in {out}"):
+    console.print(needle_report.table(grid))
+    for line in (*grid.lines(), f"{', '.join(needle_report.FILES)} in {out}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

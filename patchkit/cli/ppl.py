@@ -47,7 +47,8 @@ def ppl(
 ) -> None:
     """Perplexity of a text streamed through one cache, in total and by position."""
     chosen = parse(patches)
-    from patchkit.measure.perplexity import by_position, default_edges, encode, read_text, stream_nll
+    from patchkit.measure.perplexity import by_position, default_edges, stream_nll
+    from patchkit.measure.texts import encode, read_text
 
     content = read_text(text)
     loaded, tokenizer = load(model, dtype, device)

@@ -27,7 +27,7 @@ from patchkit.cli.common import (
 if TYPE_CHECKING:
     from patchkit.measure.profile import Phase
 
-# Characters of an operator's name that a table of two ways has room for.
+# Longest operator name in characters, so that a table of two variants fits.
 _NAME = 40
 
 
@@ -38,18 +38,18 @@ def profile(
     patches: PatchesOption = "",
     context: Annotated[int, typer.Option(min=1, help="Tokens of real text before the decoded ones.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 16,
-    top: Annotated[int, typer.Option(min=1, help="Operators to show of each way and phase.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Operators to show of each variant and phase.")] = 10,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Which operators prefill and decoding spend their time in, and a Chrome trace with memory; patched beside unpatched."""
+    """Show the time of prefill and decoding by operator, unpatched and patched, and write a Chrome trace with memory."""
     chosen = parse(patches)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
-    from patchkit.measure.demo import heldout_ids
     from patchkit.measure.environment import environment
     from patchkit.measure.profile import run_profile
+    from patchkit.measure.texts import heldout_ids
 
     loaded, tokenizer = load(model, dtype, device)
     ids = heldout_ids(tokenizer, context)[0][:context]
@@ -67,12 +67,12 @@ def profile(
     console.print(f"trace: {out} (open it in chrome://tracing or https://ui.perfetto.dev)", highlight=False, soft_wrap=True)
 
 
-def _print_phase(console: Console, ways: list[Phase], top: int) -> None:
-    """The ways side by side, a row for each operator that is among the costliest of one."""
-    costs = [{op.name: op for op in phase.ops} for phase in ways]
-    names = dict.fromkeys(op.name for phase in ways for op in phase.ops[:top])
+def _print_phase(console: Console, phases: list[Phase], top: int) -> None:
+    """Print the variants side by side, a row for each operator that is among the costliest of one variant."""
+    costs = [{op.name: op for op in phase.ops} for phase in phases]
+    names = dict.fromkeys(op.name for phase in phases for op in phase.ops[:top])
     names = dict.fromkeys(sorted(names, key=lambda name: -max(cost[name].ms for cost in costs if name in cost)))
-    headings = ["operator", *(f"{phase.way}\n{what}" for phase in ways for what in ("ms", "share", "calls", "MiB"))]
+    headings = ["operator", *(f"{phase.variant}\n{what}" for phase in phases for what in ("ms", "share", "calls", "MiB"))]
     rows = []
     for name in names:
         cells = []
@@ -80,5 +80,5 @@ def _print_phase(console: Console, ways: list[Phase], top: int) -> None:
             op = cost.get(name)
             cells += [f"{op.ms:.2f}", f"{op.share:.0%}", str(op.calls), f"{op.bytes / 2**20:.2f}"] if op else [""] * 4
         rows.append([name if len(name) <= _NAME else f"{name[: _NAME - 1]}…", *cells])
-    times = ", ".join(f"{phase.way} {phase.wall_ms:.1f} ms, {phase.ops_ms:.1f} in operators" for phase in ways)
-    print_table(console, f"{ways[0].name}: {times}", headings, rows, right=True)
+    times = ", ".join(f"{phase.variant} {phase.wall_ms:.1f} ms, {phase.ops_ms:.1f} in operators" for phase in phases)
+    print_table(console, f"{phases[0].name}: {times}", headings, rows, right=True)

@@ -72,7 +72,7 @@ def prove(
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
         raise UsageError(f"{out} cannot be written: give another --out")
-    from patchkit.measure.perplexity import read_text
+    from patchkit.measure.texts import read_text
     from patchkit.prove.checks.plan import wanted
     from patchkit.prove.proof import Proof
     from patchkit.prove.prove import prove as run
@@ -205,8 +205,9 @@ def _documents(tokenizer: PreTrainedTokenizerBase, contents: list[str] | None, t
 
     Fewer, down to four, if they would not be longer by half than the ``reach`` tokens beyond which the patches act.
     """
-    from patchkit.measure.perplexity import TextError, encode
+    from patchkit.measure.perplexity import TextError
     from patchkit.measure.stdlib_text import read_texts, stdlib_files
+    from patchkit.measure.texts import encode
 
     length = max(64, tokens // 8, min(tokens // 4, reach + reach // 2))
     found: list[list[int]] = []

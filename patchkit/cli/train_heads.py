@@ -59,8 +59,8 @@ def train_heads(
         raise UsageError(f"the folder {out.absolute().parent} does not exist: create it, or give another --out")
     import torch
 
-    from patchkit.measure.perplexity import encode, read_text
     from patchkit.measure.stdlib_text import read_texts, stdlib_files
+    from patchkit.measure.texts import encode, read_text
     from patchkit.training import heads as heads_training
 
     texts = read_texts(stdlib_files("train")) if text == "stdlib" else [read_text(text)]

@@ -1,4 +1,4 @@
-"""Regression gates: a patch beside the unpatched model, in one process, in turns, and judged by intervals.
+"""Regression gates: a patch compared with the unpatched model, interleaved in one process, and judged by confidence intervals.
 
 A gate passes if the interval's worse end is within the bound: the data must show that the bound holds, so noise, too few rounds and
 a patch that did not act fail and never pass. Times are paired by round, perplexity by document, with the intervals of
@@ -28,8 +28,8 @@ from patchkit.measure.perplexity import perplexity_of, stream_nll
 from patchkit.patch import Patch, Stage, available_patches
 from patchkit.views import cache_bytes, twin
 
-# Rounds are timed in blocks until the interval is so narrow, relative to the ratio, that a bar of 0.9 passes in A/A runs and fails at a
-# slowdown of 20 % (tests/gates/test_gate.py). When to stop depends on the width alone, so it favours no verdict.
+# Sequential sampling: rounds are timed in blocks until the interval is narrow relative to the ratio, so that a bar of 0.9 passes in A/A
+# runs and fails at a slowdown of 20 % (tests/gates/test_gate.py). When to stop depends on the width alone, so it favours no verdict.
 BLOCK = 60
 
 LEAST_ROUNDS = 20
@@ -55,16 +55,16 @@ def run_gate(
     documents: Sequence[str | Sequence[int]] | None = None,
     timed: Callable[[Callable[[], Timed]], Timed] = lambda run: run(),
 ) -> Gate:
-    """Measure a patched view of a model beside an unpatched one. They share the weights, and `model` itself is not touched.
+    """Measure a patched view of a model against an unpatched one. They share the weights, and `model` itself is not touched.
 
     Patches of `Stage.GENERATION` are timed through `generate`, others by steps of one token. Perplexity is that of real documents of
-    up to `context` (at most 4096) tokens, streamed through one cache; the unpatched model starts anew wherever the positions
-    that it was made for end, because it would compare badly beyond them.
+    up to `context` (at most 4096) tokens, streamed through one cache; the unpatched model restarts wherever the positions
+    that it was made for end, because it degrades beyond them.
 
     Args:
         context: tokens before the timed ones; None: half the positions that the model was made for, at most 1024.
-        rounds: how often both ways are timed, in turns; None: 60, and more where the machine is noisy.
-        tokenizer: for the texts; None: the one beside the model's files.
+        rounds: number of interleaved rounds; None: 60, and more where the machine is noisy.
+        tokenizer: for the texts; None: the one next to the model's files.
         documents: real texts, or their token ids, for perplexity and prompts; None: held-out files of Python's library.
         timed: calls the timed part, as pytest-benchmark does.
 
@@ -100,14 +100,14 @@ def run_gate(
         torch.manual_seed(0)
         start = max(1, context - (rounds or BLOCK) // 2)  # every step lengthens the cache by a token
 
-        def ways() -> dict[str, DecodeStream]:
+        def streams() -> dict[str, DecodeStream]:
             models = {UNPATCHED: plain, PATCHED: view}
             return {
                 name: GenerateCalls(each, None, texts) if generates else DecodeStream(each, cache_of(each, start))
                 for name, each in models.items()
             }
 
-        result = timed(lambda: run_within_positions(time_in_turns, ways, rounds, lambda: _hits(view)))
+        result = timed(lambda: run_within_positions(time_interleaved, streams, rounds, lambda: _hits(view)))
         failures = _idle(kinds, result.hits, "while it was timed")
         increase = None
         if scored:
@@ -140,40 +140,46 @@ def run_gate(
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds per token by way and round, what the counters moved in these rounds, and the bytes of the caches after the last."""
+    """Timed rounds of both variants.
+
+    Attributes:
+        rounds_ms: milliseconds per token by variant, one entry per round.
+        hits: by patch, how far its counters rose in these rounds.
+        cache_bytes: bytes of the cache by variant, after the last round.
+    """
 
     rounds_ms: Timings
     hits: Hits
     cache_bytes: dict[str, int]
 
 
-def time_in_turns(make: Callable[[], Mapping[str, DecodeStream]], rounds: int | None = None, hits: Callable[[], Hits] = dict) -> Timed:
-    """Time the two ways `UNPATCHED` and `PATCHED` in turns: so many rounds, or blocks of them until the interval is narrow.
+def time_interleaved(make: Callable[[], Mapping[str, DecodeStream]], rounds: int | None = None, hits: Callable[[], Hits] = dict) -> Timed:
+    """Time the streams `UNPATCHED` and `PATCHED` interleaved: ``rounds`` rounds, or blocks of them until the interval is narrow.
 
     Args:
-        make: both ways, anew for each block, so that their context stays what it was.
-        hits: the counters as they stand.
+        make: makes both streams; called for each block, so that their context stays the same.
+        hits: returns the present counters.
     """
     timings: Timings = {UNPATCHED: [], PATCHED: []}
     counted: Hits = {}
     started = time.perf_counter()
     while True:
-        ways = make()
-        decode_latency(ways, 0, _WARMUP)
+        streams = make()
+        decode_latency(streams, 0, _WARMUP)
         before = hits()
-        for name, times in decode_latency(ways, rounds or BLOCK, 0).items():
+        for name, times in decode_latency(streams, rounds or BLOCK, 0).items():
             timings[name] += times
         counted = {name: counted.get(name, Counter()) + moved for name, moved in _moved(before, hits()).items()}
         ratio = median_ratio(timings[UNPATCHED], timings[PATCHED])
         patient = len(timings[PATCHED]) < _MOST_ROUNDS and time.perf_counter() - started < _PATIENCE_S
         if rounds is not None or not patient or ratio.high - ratio.low <= _WIDTH * ratio.value:
-            return Timed(timings, counted, {name: cache_bytes(way.cache) for name, way in ways.items()})
+            return Timed(timings, counted, {name: cache_bytes(stream.cache) for name, stream in streams.items()})
 
 
 def perplexity_increase(
     plain: PreTrainedModel, view: PreTrainedModel, texts: Sequence[torch.Tensor], limit: float = math.inf
 ) -> PerplexityIncrease:
-    """Score documents, ids [T] each, with an unpatched and a patched model; the unpatched one starts anew every `limit` tokens."""
+    """Score documents, ids [T] each, with an unpatched and a patched model; the unpatched one restarts every `limit` tokens."""
     tokens, nlls = [], {UNPATCHED: list[float](), PATCHED: list[float]()}
     for text in texts:
         block = int(min(limit, len(text)))
@@ -196,11 +202,11 @@ def _hits(view: PreTrainedModel) -> Hits:
 
 
 def _moved(before: Hits, now: Hits) -> Hits:
-    return {name: counts - before[name] for name, counts in now.items()}  # without those that stand still
+    return {name: counts - before[name] for name, counts in now.items()}  # Counter drops counts that are 0
 
 
 def _idle(kinds: Mapping[str, type[Patch]], moved: Hits, when: str) -> list[str]:
-    """The patches whose counters say that they did nothing, in words."""
+    """Messages about patches whose counters did not rise."""
     found = []
     for name, kind in kinds.items():
         if not any(moved[name][counter] for counter in kind.acts or moved[name]):

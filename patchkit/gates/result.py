@@ -1,4 +1,4 @@
-"""Bounds, and what a gate found."""
+"""Bounds of a gate, and its result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class GateError(PatchError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a gate demands.
+    """Bounds that a gate demands.
 
     Attributes:
-        min_speedup: unpatched time / patched time, at least. 0.9 lets the patch be up to 11 % slower.
-        max_ppl_increase: patched perplexity / unpatched perplexity - 1, at most: 0.03 is 3 %.
+        min_speedup: least unpatched time / patched time. 0.9 lets the patch be up to 11 % slower.
+        max_ppl_increase: largest patched perplexity / unpatched perplexity - 1: 0.03 is 3 %.
 
     Raises:
         GateError: no bound, or a number that bounds nothing.
@@ -48,11 +48,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class PerplexityIncrease:
-    """How much a patch adds to the perplexity of documents.
+    """Increase of the perplexity of documents by a patch.
 
     Attributes:
         increase: patched perplexity / unpatched perplexity - 1 over all tokens, with its interval over documents.
-        tokens: predictions in each document.
+        tokens: number of predictions in each document.
         unpatched_nll, patched_nll: mean nats per token of each document.
     """
 
@@ -62,27 +62,27 @@ class PerplexityIncrease:
     patched_nll: list[float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the perplexity of all tokens both ways."""
+        """Plain data, with the perplexity of all tokens, unpatched and patched."""
         total = sum(self.tokens)
-        ways = {UNPATCHED: self.unpatched_nll, PATCHED: self.patched_nll}
-        nll = {name: sum(n * each for n, each in zip(self.tokens, nlls, strict=True)) / total for name, nlls in ways.items()}
+        by_variant = {UNPATCHED: self.unpatched_nll, PATCHED: self.patched_nll}
+        nll = {name: sum(n * each for n, each in zip(self.tokens, nlls, strict=True)) / total for name, nlls in by_variant.items()}
         return {**vars(self), "increase": vars(self.increase), **{name: perplexity_of(each) for name, each in nll.items()}}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a gate measured, and its verdict.
+    """The result of a gate: its measurements and its verdict.
 
     Attributes:
         patches: their specs.
         model: class, size and precision.
         context: tokens before the timed ones.
         timed: "decode": steps of one token; "generate": whole calls, prompt included.
-        rounds_ms: milliseconds per token by way, one entry per round.
+        rounds_ms: milliseconds per token by variant, one entry per round.
         speedup: unpatched / patched, median over rounds.
-        cache_bytes: by way, after the last round.
-        acceptance: share of drafts that stood; None where nothing drafts.
-        hits: by patch, how far its run-time counters moved in the timed rounds.
+        cache_bytes: by variant, after the last round.
+        acceptance: share of accepted drafts; None if nothing drafts.
+        hits: by patch, how far its run-time counters rose in the timed rounds.
         perplexity: None without a bound on it.
         failures: why the gate fails; empty if it passes.
     """
@@ -129,7 +129,7 @@ class Gate:
 
 
 def violations(bounds: Bounds, speedup: Interval, increase: Interval | None) -> list[str]:
-    """Which bounds the intervals do not keep, in words. What is not a number keeps none."""
+    """Messages about the bounds that the intervals do not keep. NaN keeps none."""
     found = []
     if bounds.min_speedup is not None and not speedup.low >= bounds.min_speedup:
         noisy = speedup.value >= bounds.min_speedup

@@ -1,7 +1,7 @@
-"""Two saved runs of gates beside each other: has a patch become slower, worse or larger since?
+"""Comparison of two saved runs of gates: has a patch become slower, worse or larger?
 
-Speed-ups are compared, not times, because a machine's own speed differs from day to day by more than most regressions. What each gate
-demands has been shown in its own run; here a loss must be beyond the interval, and an interval too wide to show one is a failure too.
+Speed-ups are compared, not times, because a machine's own speed differs from day to day by more than most regressions. The bounds of
+each gate were checked in its own run. Here a loss counts if it is beyond the interval; an interval too wide to show one fails too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from patchkit.measure.paired import Interval
 # Share of a speed-up by which two processes of one commit may differ.
 TOLERANCE = 0.05
 
-# An interval that reaches so far down would hide the loss of a third.
+# An interval whose lower end is below this would hide the loss of a third.
 _BLIND = 0.7
 # Beyond rounding, on the same texts and at the same length.
 _PERPLEXITY, _BYTES = 0.005, 0.01
@@ -43,7 +43,7 @@ class GateChange:
         before, now: the speed-ups.
         change: `now / before`, with its interval of 99 %.
         ppl_change: perplexity now / before, both relative to the unpatched model; None where it was not measured twice.
-        problems: what got worse; empty if nothing did.
+        problems: messages about what got worse; empty if nothing did.
     """
 
     name: str
@@ -57,12 +57,12 @@ class GateChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         rows: gates that are in both runs.
-        missing, new: gates that are only in the older, only in the newer run.
-        remarks: machines and versions that differ.
+        missing, new: names of gates that are only in the older, and only in the newer run.
+        remarks: differences of machines and versions.
     """
 
     rows: list[GateChange]
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def problems(self) -> list[str]:
-        """Why the newer run does not stand; empty if it does. A gate that is missing may have crashed."""
+        """Reasons to reject the newer run; empty if there are none. A missing gate is one: it may have crashed."""
         return [f"{row.name}: {problem}" for row in self.rows for problem in row.problems] + [
             f"{name}: missing in the newer run" for name in self.missing
         ]
@@ -99,18 +99,18 @@ def read_run(path: str | Path) -> SavedRun:
 
 
 def compare(before: SavedRun, now: SavedRun, tolerance: float = TOLERANCE, across_machines: bool = False) -> Comparison:
-    """Every gate of an older run beside the same gate of a newer one.
+    """Compare every gate of an older run with the same gate of a newer one.
 
     Args:
         tolerance: share of a speed-up that may be lost.
-        across_machines: compare ratios only, whatever the machines; else they must be the same, and changes of their speed are said.
+        across_machines: compare ratios only, on any machines; else they must be the same, and changes of their speed are reported.
 
     Raises:
         GateError: nothing matches, the machines differ, figures are missing, or both runs are one.
     """
     common = [name for name in before if name in now]
     if not common:
-        raise GateError(f"no gate is in both runs: {_listed(before)} before, {_listed(now)} now. Compare runs of the same tests")
+        raise GateError(f"no gate is in both runs: {', '.join(before)} before, {', '.join(now)} now. Compare runs of the same tests")
     if not 0 <= tolerance < 1:
         raise GateError(f"tolerance={tolerance} is no share of a speed-up: give a number from 0 to 0.99")
     try:
@@ -167,17 +167,17 @@ def _row(name: str, before: dict[str, Any], now: dict[str, Any], tolerance: floa
 
 
 def _ppl_change(before: dict[str, Any] | None, now: dict[str, Any] | None) -> float | None:
-    """On the same documents, so there is no sampling and no interval."""
+    """Ratio of perplexities; exact, without an interval, because the documents are the same."""
     if before is None or now is None or before["tokens"] != now["tokens"]:
         return None
     return (1 + float(now["increase"]["value"])) / (1 + float(before["increase"]["value"]))
 
 
 def _speeds(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changes = {way: median_ms(now["rounds_ms"], way) / median_ms(before["rounds_ms"], way) for way in (UNPATCHED, PATCHED)}
+    changes = {name: median_ms(now["rounds_ms"], name) / median_ms(before["rounds_ms"], name) for name in (UNPATCHED, PATCHED)}
     if all(1 / _SPEED < change < _SPEED for change in changes.values()):
         return []
-    slower = ", ".join(f"{change:.3g} times as long {way}" for way, change in changes.items())
+    slower = ", ".join(f"{change:.3g} times as long {variant}" for variant, change in changes.items())
     return [f"{name}: a token takes {slower}: the machine's own speed has changed"]
 
 
@@ -188,7 +188,3 @@ def _differences(before: SavedRun, now: SavedRun, names: list[str], facts: tuple
         if old != new:
             found.append(f"{fact}: {', '.join(sorted(old))} -> {', '.join(sorted(new))}")
     return found
-
-
-def _listed(run: SavedRun) -> str:
-    return ", ".join(run)

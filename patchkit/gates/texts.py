@@ -1,4 +1,4 @@
-"""Texts that perplexity is measured on."""
+"""Documents for the perplexity of a gate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from patchkit.gates.result import GateError
-from patchkit.measure.perplexity import encode
-from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.measure.texts import encode, heldout_texts, spread
 
 _LEAST_DOCUMENTS, _DOCUMENTS = 4, 16
 
@@ -20,16 +19,13 @@ DOCUMENT_TOKENS, _ALL_TOKENS = 4096, 32768
 def texts_for(
     model: Any, length: int, least: int, tokenizer: PreTrainedTokenizerBase | None, documents: Sequence[str | Sequence[int]] | None
 ) -> list[torch.Tensor]:
-    """The first `length` ids of each document that has `least`, but at least two."""
+    """Token ids of documents: the first `length` of each document that has at least `least`, and at least two."""
     least = max(least, 2)
     if documents is None or any(isinstance(each, str) for each in documents):
         tokenizer = tokenizer or _tokenizer_of(model)
     source: Sequence[str | Sequence[int]] | list[str]
     if documents is None:
-        try:
-            source = list(read_texts(stdlib_files("heldout")))
-        except FileNotFoundError as error:
-            raise GateError(f"{error}: give real texts with documents=") from error
+        source = list(heldout_texts("give real texts with documents="))
     else:
         source = documents
     encoded = (encode(tokenizer, each) if isinstance(each, str) and tokenizer else each for each in source)
@@ -42,7 +38,7 @@ def texts_for(
             f"give at least {_LEAST_DOCUMENTS} such with documents=, or another context="
         )
     count = len(found) if documents is not None else min(len(found), _DOCUMENTS, max(_ALL_TOKENS // length, _LEAST_DOCUMENTS))
-    return [found[index * len(found) // count] for index in range(count)]
+    return spread(found, count)
 
 
 def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
@@ -50,5 +46,5 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # foreign files raise nearly anything
-        raise GateError(f"no tokenizer beside {path or 'this model'!r}: give tokenizer=, or documents= as token ids") from error
+        raise GateError(f"no tokenizer next to {path or 'this model'!r}: give tokenizer=, or documents= as token ids") from error
     return tokenizer

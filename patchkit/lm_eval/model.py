@@ -27,7 +27,8 @@ from patchkit import _compat
 from patchkit._compat.lm_eval import batch_size_finder, length_asked, length_set_to, lm_eval_check, set_processes
 from patchkit.api import patch_model, report
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
-from patchkit.measure.perplexity import TextError, encode, stream_nll
+from patchkit.measure.perplexity import TextError, stream_nll
+from patchkit.measure.texts import encode
 from patchkit.models import BUNDLED, bundled_path
 from patchkit.patch import Patch, available_patches
 from patchkit.record import Report

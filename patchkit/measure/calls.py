@@ -1,4 +1,4 @@
-"""Whole calls of `generate` in the place of single steps, and caches to begin from, for whoever times a model."""
+"""Calls of `generate` as timed steps, and caches of a given length to start timing from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass
 class GenerateCalls(DecodeStream):
-    """Calls of `generate`, greedy, on one prompt after the other, in the place of steps; `cache` is the last call's."""
+    """Greedy calls of `generate`, one prompt after the other, as the steps of a stream; `cache` is that of the last call."""
 
     prompts: list[torch.Tensor]
     calls: int = 0
@@ -49,7 +49,7 @@ class GenerateCalls(DecodeStream):
 
 
 def cache_of(model: PreTrainedModel, context: int) -> Any:
-    """A cache of `context` tokens: filled in where the model keeps transformers' own kind, else really streamed."""
+    """A cache of `context` tokens: filled at random if it is a plain `DynamicCache`, else by streaming tokens through the model."""
     cache = prefilled_cache(model, 1)
     if cache is None:
         raise UnsupportedModel(f"{type(model).__name__} returns no cache, so its decoding steps cannot be timed")
@@ -59,7 +59,7 @@ def cache_of(model: PreTrainedModel, context: int) -> Any:
 
 
 def run_within_positions(measure: Callable[..., T], *args: Any) -> T:
-    """`measure(*args)`, with a word on what an index out of range means."""
+    """Return `measure(*args)`; an IndexError, which means that positions ran out, is raised as `UnsupportedModel`."""
     try:
         return measure(*args)
     except IndexError as error:

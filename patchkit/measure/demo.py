@@ -1,4 +1,4 @@
-"""The main job at a glance: what StreamingLLM does to the quality, the speed and the memory of a model that meets a long text."""
+"""Demo of StreamingLLM on a long text: quality, speed and memory, unpatched and patched."""
 
 from __future__ import annotations
 
@@ -21,36 +21,14 @@ from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache,
 from patchkit.measure.needle import answers
 from patchkit.measure.needle_grid import Answer
 from patchkit.measure.needle_text import Asking, Haystack, NeedleCase
-from patchkit.measure.perplexity import TextError, block_nll, by_position, encode, stream_nll
-from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.measure.perplexity import block_nll, by_position, stream_nll
+from patchkit.measure.texts import heldout_ids
 from patchkit.patches.streaming import StreamingLLM
 from patchkit.views import cache_bytes, twin
 
 _CURVE_BINS = 28
 
 Advance = Callable[[str, int], object]
-
-
-def heldout_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[torch.Tensor, int]:
-    """The start of the held-out standard library text as one stream, every file preceded by the boundary token.
-
-    Returns:
-        At most tokens + 1 ids [T], and the number of files that they come from.
-
-    Raises:
-        TextError: this interpreter ships without its library's sources.
-    """
-    ids: list[int] = []
-    files = 0
-    try:
-        for text in read_texts(stdlib_files("heldout")):
-            ids += encode(tokenizer, text)
-            files += 1
-            if len(ids) > tokens:
-                break
-    except FileNotFoundError as error:
-        raise TextError(f"{error}: run the demo with a complete Python, or score a file of your own with `patchkit ppl`") from error
-    return torch.tensor(ids[: tokens + 1]), files
 
 
 def run_demo(
@@ -60,12 +38,12 @@ def run_demo(
     windows: Sequence[int] | None = None,
     advance: Advance = lambda what, count: None,
 ) -> Demo:
-    """Score text unpatched and with `StreamingLLM(4, window)` at each window, time decoding, and ask for keys, as `plan_for` says.
+    """Score text unpatched and with `StreamingLLM(4, window)` at each window, time decoding, and ask for keys, by the plan of `plan_for`.
 
     Every configuration is a view of the same weights; `model` itself stays unpatched.
 
     Args:
-        advance: called with what is being done and a number of tokens done.
+        advance: called with a description of the work and a number of finished tokens.
 
     Raises:
         TextError: no text on this machine, or none of that length.
@@ -105,7 +83,7 @@ def run_demo(
 
 @dataclass
 class _Keeper:
-    """Copies the cache of a scored text as late as possible before each context, with the tokens that it has seen."""
+    """Keeps copies of the cache while a text is scored: as late as possible before each context, with the number of tokens seen."""
 
     contexts: Sequence[int]
     tokens: int
@@ -131,7 +109,7 @@ def _time(
                 tell = partial(advance, f"streaming to {short(context)}: {name}")
                 cache = prefilled_cache(view, context - seen, CHUNK, cache, tell)
             streams[f"{name} at {context}"] = DecodeStream(view, cache)
-    # All in turns, over contexts too: whether a curve is flat must not depend on how busy the machine was meanwhile.
+    # Interleaved over contexts too: whether a curve is flat must not depend on drift in load.
     timings = decode_latency(streams)
     longest = max(contexts)
     ms = {name: {context: median_ms(timings, f"{name} at {context}") for context in contexts} for name in views}
@@ -142,7 +120,7 @@ def _time(
 def _ask(
     views: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, distances: Sequence[int], advance: Advance
 ) -> tuple[Asking | None, dict[str, list[Answer]]]:
-    """How keys were asked for, and what each view answered; nothing without distances."""
+    """Return how keys were asked for, and the answers of each view; None and no answers without distances."""
     if not distances:
         return None, {}
     asking = Asking.of(tokenizer)

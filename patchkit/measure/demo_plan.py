@@ -1,4 +1,4 @@
-"""What the demo measures on a model, and how long it takes."""
+"""Plan of the demo: the text, windows and contexts that suit a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SINKS = 4
 
 UNPATCHED = "unpatched"
 
-# What is shown of a model that was made for a short context.
+# Settings for a model that was made for a short context.
 TOKENS = 16384
 
 WINDOWS = (508, 252, 124)
@@ -45,18 +45,18 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What is measured; see `plan_for`.
+    """Settings of one demo, as `plan_for` chooses them.
 
     Attributes:
-        english: the text is English; else held-out files of the standard library.
-        tokens: predictions to score.
-        windows: of streaming, in tokens.
-        edges: of the ranges of positions that perplexity is shown for.
+        english: the text is English, not held-out files of the standard library.
+        tokens: number of predictions to score.
+        windows: windows of streaming, in tokens.
+        edges: edges of the ranges of positions that perplexity is shown for.
         compared: edges of the ranges over which perplexity is compared with the reference.
-        block: tokens after which the reference, an unpatched model, starts anew; None where plain unpatched is the reference.
-        contexts: tokens before the timed steps.
+        block: tokens after which the reference, an unpatched model, restarts; None if plain unpatched is the reference.
+        contexts: numbers of tokens before the timed steps.
         distances: tokens between a key and its answer.
-        limit: the positions that the model was made for, where the text goes beyond; None else.
+        limit: the positions that the model was made for, if the text exceeds them; else None.
     """
 
     english: bool
@@ -71,11 +71,11 @@ class DemoPlan:
 
     @property
     def reference(self) -> str:
-        """The name of the row that streaming is compared with."""
+        """Name of the row that streaming is compared with."""
         return UNPATCHED if self.block is None else REFERENCE
 
     def work(self) -> int:
-        """How many tokens `run_demo` will report to ``advance``, about."""
+        """Approximate number of tokens that `run_demo` reports to ``advance``."""
         scored = (1 + len(self.windows) + (self.block is not None)) * self.tokens
         # Contexts within the text are reached while it is scored.
         led_up = sum(context - self.tokens if context > self.tokens else context % CHUNK for context in self.contexts)
@@ -84,15 +84,15 @@ class DemoPlan:
 
 
 def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequence[int] | None = None) -> DemoPlan:
-    """What to show of a model, by the positions that it was made for.
+    """Choose a demo by the number of positions that a model was made for.
 
-    Up to 2048 positions (or where there is no limit): held-out library code, far beyond the limit, against the model started anew every
-    512 tokens. Above: English up to one and a half times the limit (of at most 8192 positions), against the unpatched model itself,
-    with windows of a quarter, an eighth and a sixteenth of the limit, and keys to be recalled.
+    * Up to 2048 positions, or no limit: held-out library code, far beyond the limit, compared with the model restarted every 512 tokens.
+    * More: English up to one and a half times the limit (of at most 8192 positions), compared with the unpatched model itself; windows
+      of a quarter, an eighth and a sixteenth of the limit; keys to be recalled.
 
     Args:
-        tokens: predictions to score; None for as many as suit the model.
-        windows: in tokens; None for those that suit it.
+        tokens: number of predictions to score; None for the number that suits the model.
+        windows: in tokens; None for those that suit the model.
     """
     limit = Target(model).position_limit
     if limit is None or limit <= LONG:
@@ -108,7 +108,7 @@ def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequenc
     reach = min(limit, _REACH)
     end = 3 * reach // 2
     scored = end if tokens is None else tokens
-    # In a longer text the last range is what lies beyond, or goes on: none is left without a number.
+    # The last range goes to the end of the text, so that every position is in a range.
     last = max(end, scored)
     return DemoPlan(
         english=True,

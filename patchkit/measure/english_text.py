@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from patchkit.measure.perplexity import TextError, encode
+from patchkit.measure.perplexity import TextError
 from patchkit.measure.stdlib_text import stdlib_root
+from patchkit.measure.texts import encode
 
 REFERENCE = "pydoc_data/topics.py"
 

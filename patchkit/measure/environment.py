@@ -1,4 +1,4 @@
-"""Where a number was measured: no figure is written down without it."""
+"""Machine and versions, which are recorded with every figure."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def version_of(distribution: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions as plain data: `cpu`, `cpu_flags` (which of the instructions that products of matrices run on it has; None
-    where the system does not say), `cores`, `threads`, `gpu`, `platform`, and a version per package."""
+    """Return machine and versions as plain data: `cpu`, `cpu_flags`, `cores`, `threads`, `gpu`, `platform`, a version per package.
+
+    `cpu_flags` are the CPU's instruction sets that matter for matrix products; None where the system does not tell.
+    """
     return {
         "cpu": _cpu_name(),
         "cpu_flags": _cpu_flags(),
@@ -51,7 +53,7 @@ def _cpu_flags() -> list[str] | None:
 
 
 def _cpuinfo(key: str) -> str | None:
-    """What /proc/cpuinfo says of the first processor under this key."""
+    """Value of a key in /proc/cpuinfo, of the first processor; None if it is missing."""
     if not _CPUINFO.is_file():
         return None
     for line in _CPUINFO.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Milliseconds per token of single-token decoding, one way against another, measured in turns.
+"""Milliseconds per token of single-token decoding, of several streams interleaved.
 
 A machine's speed drifts by more than the differences of interest, so nothing is timed alone: every round steps each stream
 once, and two streams are compared by the median of their ratios round by round.
@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from patchkit import _compat
+from patchkit.views import synchronize
 
 
 def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:
@@ -45,7 +46,7 @@ def filled_cache(model: PreTrainedModel, context: int) -> DynamicCache:
 def prefilled_cache(
     model: PreTrainedModel, tokens: int, chunk: int = 256, cache: Any = None, progress: Callable[[int], object] | None = None
 ) -> Any:
-    """The cache of a model, patched or not, after `tokens` more random tokens were really streamed through it in chunks."""
+    """Stream `tokens` more random tokens in chunks through a model, patched or not, and return its cache."""
     # Only the cache is wanted: where a model allows it, the head runs on one position.
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
@@ -65,13 +66,13 @@ class DecodeStream:
     cache: Any
 
     def step(self) -> float:
-        """Decode one token; milliseconds until its logits are there."""
+        """Decode one token. Returns milliseconds until its logits are computed."""
         token = _tokens(self.model, 1)
-        _synchronize(self.model)
+        synchronize(self.model.device)
         started = time.perf_counter()
         with torch.no_grad():
             out = self.model(input_ids=token, use_cache=True, **{_compat.CACHE: self.cache})
-        _synchronize(self.model)
+        synchronize(self.model.device)
         elapsed = time.perf_counter() - started
         self.cache = _compat.cache_of(out)
         return 1000 * elapsed
@@ -81,7 +82,7 @@ Timings = dict[str, list[float]]
 
 
 def decode_latency(streams: Mapping[str, DecodeStream], rounds: int = 15, warmup: int = 3) -> Timings:
-    """Step every stream once per round; the order turns from round to round, so that none always follows the heavy one.
+    """Step every stream once per round; the order rotates from round to round, so that none always follows the heavy one.
 
     Returns:
         Milliseconds per token of each stream, one entry per round; entries of one round belong together.
@@ -89,8 +90,8 @@ def decode_latency(streams: Mapping[str, DecodeStream], rounds: int = 15, warmup
     names = list(streams)
     timings: Timings = {name: [] for name in names}
     for index in range(-warmup, rounds):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
             elapsed = streams[name].step()
             if index >= 0:
                 timings[name].append(elapsed)
@@ -103,7 +104,7 @@ def median_ms(timings: Timings, name: str) -> float:
 
 
 def paired_ratio(timings: Timings, numerator: str, denominator: str) -> float:
-    """Median over rounds of the time of one stream divided by the time of another in the same round."""
+    """Median over rounds of the time of one stream / the time of another in the same round."""
     return statistics.median(a / b for a, b in zip(timings[numerator], timings[denominator], strict=True))
 
 
@@ -115,8 +116,3 @@ def _tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
 
 def _randn_like(states: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.randn(*states.shape[:2], tokens, states.shape[3], dtype=states.dtype, device=states.device)
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)

@@ -1,15 +1,17 @@
-"""A needle in a haystack: a five-digit key is said once in a long English text and asked for many tokens later.
+"""Needle in a haystack: a five-digit key is stated once in a long English text, and asked for many tokens later.
 
-Mohtashami & Jaggi 2023, "Landmark Attention", https://arxiv.org/abs/2305.16300 (the pass-key task). Differs from the paper in that the
-haystack is fluent English (`english_text`) instead of one repeated sentence, that the key is said once, that it is asked for through the
-model's chat template where it has one, that distances are exact numbers of the model's tokens, and that beside the greedy answer the
-probability of the key is recorded, which tells apart what greedy decoding calls all or nothing.
+Mohtashami & Jaggi 2023, "Landmark Attention", https://arxiv.org/abs/2305.16300 (the passkey task). Differs from the paper in that
 
-The distance of a key is the number of tokens from the first of the sentence that says it to where the answer begins; what a window of W
-tokens can still see is at a distance of at most W less the answer's length.
+* the haystack is fluent English (`english_text`) instead of one repeated sentence, and the key is stated once;
+* the question goes through the model's chat template, if it has one;
+* distances are exact numbers of the model's tokens;
+* the log-probability of the key is recorded in addition to the greedy answer, which is only right or wrong.
 
-One trial reads one text for all its distances and lengths: the text without a key is read once, and where a key belongs the cache is copied
-and goes on with the sentence that has it.
+The distance of a key is the number of tokens from the first token of the sentence that states it to the beginning of the answer. A
+window of W tokens still sees keys at a distance of at most W minus the answer's length.
+
+One trial reads one text for all its distances and lengths: the text without a key is read once; at the place of a key the cache is
+copied, and the copy reads the sentence with the key.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from patchkit.api import patch_model
 from patchkit.errors import UnsupportedModel
 from patchkit.measure.latency import filled_cache
 from patchkit.measure.needle_grid import UNPATCHED, Answer, NeedleGrid
-from patchkit.measure.needle_text import ANY_KEY, Haystack, NeedleCase
+from patchkit.measure.needle_prompt import ANY_KEY
+from patchkit.measure.needle_text import Haystack, NeedleCase
 from patchkit.patch import Patch
 from patchkit.views import twin
 
@@ -40,7 +43,7 @@ Advance = Callable[[str, int], object]
 
 
 def answers(view: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCase], progress: Callable[[int], object]) -> list[Answer]:
-    """What a model, patched or not, answers in each case, in the order of ``cases``.
+    """Answers of a model, patched or not, in the order of ``cases``.
 
     Raises:
         UnsupportedModel: the model returns no cache, or its position table ends before a prompt does.
@@ -48,7 +51,7 @@ def answers(view: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCas
     found: dict[NeedleCase, Answer] = {}
     for trial in sorted({case.trial for case in cases}):
         cache, read = None, 0
-        # In the order of their places, so that the text before one is the beginning of that before the next.
+        # Sorted by place, so that the text before one key is a prefix of the text before the next.
         for case in sorted((case for case in cases if case.trial == trial), key=haystack.place):
             before, after = haystack.before(case), haystack.after(case)
             cache = _read(view, before[read:], cache, progress)
@@ -115,7 +118,7 @@ def run_needle(
     Args:
         cases: from `possible`.
         name: of the model, for the record.
-        advance: called with what is being done and a number of tokens done.
+        advance: called with a description of the work and a number of finished tokens.
 
     Raises:
         PatchError: patches that the model cannot use, before any work is done.

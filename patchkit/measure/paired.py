@@ -1,7 +1,7 @@
 """Intervals for paired measurements: the same round timed twice, the same document scored twice.
 
-What two measurements of a pair share (the machine's drift, a document's difficulty) cancels in their ratio or difference, so
-intervals are over pairs. Bootstrap by percentiles: Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13.
+Drift of the machine or the difficulty of a document affects both measurements of a pair, and cancels in their ratio or difference;
+so intervals are over pairs. Percentile bootstrap: Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its confidence interval: `low` <= `value` <= `high`; infinite bounds where a single pair allows none."""
+    """A figure with its confidence interval: `low` <= `value` <= `high`. Both bounds are infinite if there is a single pair."""
 
     value: float
     low: float
@@ -58,7 +58,7 @@ def mean_difference(
 
 def _check_paired(left: Sequence[float], right: Sequence[float]) -> None:
     if not len(left) or len(left) != len(right):
-        raise ValueError(f"{len(left)} and {len(right)} measurements are no pairs: give as many of one as of the other, at least one")
+        raise ValueError(f"{len(left)} and {len(right)} measurements cannot be paired: give equal numbers of both, at least one")
 
 
 def _resamples(pairs: int, seed: int) -> np.ndarray:

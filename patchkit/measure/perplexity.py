@@ -1,6 +1,6 @@
-"""Perplexity of a text streamed through one cache, as a decoder meets it, and its course over the positions.
+"""Perplexity of a text streamed through one cache, in total and by position.
 
-A stock evaluation cuts a long text into windows and so never shows a cache more than one of them. Here the whole text goes
+A stock evaluation cuts a long text into windows, so a cache never holds more than one of them. Here the whole text goes
 through a single cache in chunks: token t is predicted from everything that the cache still holds of tokens 0..t-1.
 """
 
@@ -10,15 +10,15 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from patchkit import _compat
-from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.errors import UnsupportedModel
+from patchkit.measure.texts import TextError
 
 Progress = Callable[[int], object]
 
@@ -26,17 +26,13 @@ Progress = Callable[[int], object]
 _BLOCK = 32
 
 
-class TextError(PatchError):
-    """A text cannot be read or scored; the message names the cause and the remedy."""
-
-
 @dataclass(frozen=True)
 class Bucket:
-    """The mean over a range of positions.
+    """Mean negative log-likelihood over a range of positions.
 
     Attributes:
         start, stop: positions [start, stop) of the tokens that predict; position p predicts token p + 1.
-        tokens: how many predictions the range holds.
+        tokens: number of predictions in the range.
         nll: mean negative log-likelihood, nats per token.
         perplexity: exp(nll).
         stderr: standard error of `nll` in nats; infinite where there is a single block of tokens.
@@ -48,40 +44,6 @@ class Bucket:
     nll: float
     perplexity: float
     stderr: float
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        TextError: the file is missing, a directory, unreadable, empty or not UTF-8 text.
-    """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise TextError(f"no such text file: {path}. Check the path") from error
-    except IsADirectoryError as error:
-        raise TextError(f"{path} is a directory: give one text file") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}): convert it first") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    if "\0" in text:
-        raise TextError(f"{path} holds NUL bytes, so it is binary, not text: give a text file")
-    if not text.strip():
-        raise TextError(f"{path} is empty: give a file with text in it")
-    return text
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of one document, preceded by the token that marks a beginning (BOS, or EOS where a tokenizer has no BOS).
-
-    With it every token of the text itself is predicted, the first one too; a tokenizer that has neither adds nothing.
-    """
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    boundary = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return ids if boundary is None else [boundary, *ids]
 
 
 def stream_nll(
@@ -99,8 +61,8 @@ def stream_nll(
         ids: T token ids, [T].
         chunk: tokens per forward. An exact model gives the same result for every value, up to rounding.
         progress: called after each forward with the number of tokens scored in it.
-        keep: called after each forward with the number of tokens seen so far and the cache, which the next forward goes on with:
-            copy it to keep it.
+        keep: called after each forward with the number of tokens seen so far and the cache. The next forward changes that
+            cache: copy it to keep it.
 
     Returns:
         [T - 1] fp32 on the CPU: nats of tokens 1..T-1.
@@ -140,7 +102,7 @@ def stream_nll(
 def block_nll(
     model: PreTrainedModel, ids: Sequence[int] | torch.Tensor, block: int = 512, batch: int = 8, progress: Progress | None = None
 ) -> torch.Tensor:
-    """As `stream_nll`, with the context cut anew every `block` tokens: what the model can do at lengths it was trained on.
+    """Negative log-likelihood of each token of a text, with the context cut off every `block` tokens: quality at trained lengths.
 
     Position p sees the tokens from p - p % block on, and no cache is involved.
 
@@ -185,7 +147,7 @@ def by_position(nll: torch.Tensor, edges: Sequence[int]) -> list[Bucket]:
 
 
 def default_edges(tokens: int) -> list[int]:
-    """0, 512, 2k, 8k, 32k, ... up to the end of a text of `tokens` predictions."""
+    """Edges 0, 512, 2k, 8k, 32k, ... up to the end of a text of `tokens` predictions."""
     edges = [0, 512]
     while edges[-1] < tokens:
         edges.append(edges[-1] * 4)

@@ -1,4 +1,4 @@
-"""Where the time of prefill and of decoding goes, operator by operator, patched beside unpatched (PyTorch's profiler)."""
+"""Time of prefill and decoding by operator, unpatched and patched, with PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchkit import _compat
 from patchkit.api import patch_model
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.patch import Patch, Stage
-from patchkit.views import twin
+from patchkit.views import synchronize, twin
 
 _WARMUP_TOKENS = 3
 
@@ -28,10 +28,10 @@ class OpCost:
     """One operator in one phase, without the operators that it calls.
 
     Attributes:
-        calls: how often it ran.
+        calls: number of calls.
         ms: milliseconds, on the accelerator where the model is on one, else on the CPU.
-        share: of the time of all operators in the phase.
-        bytes: allocated by it and not freed by it, in all its calls.
+        share: its share of the time of all operators in the phase.
+        bytes: memory that its calls allocated and did not free.
     """
 
     name: str
@@ -43,17 +43,17 @@ class OpCost:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one way does in one phase.
+    """Profile of one variant of the model in one phase.
 
     Attributes:
-        way: "unpatched" or "patched".
+        variant: "unpatched" or "patched".
         name: "prefill", a forward over the context; "decode", steps of one token; "generate", a whole call, prompt included.
-        wall_ms: from begin to end; the profiler itself is in it.
-        ops_ms: in operators; the rest is Python, launches and the profiler.
-        ops: the costliest first.
+        wall_ms: duration, including the overhead of the profiler.
+        ops_ms: time in operators; the rest is Python, launches and the profiler.
+        ops: operators, the costliest first.
     """
 
-    way: str
+    variant: str
     name: str
     wall_ms: float
     ops_ms: float
@@ -63,21 +63,21 @@ class Phase:
 def run_profile(model: PreTrainedModel, patches: Sequence[Patch], ids: torch.Tensor, tokens: int, trace: Path) -> list[Phase]:
     """Profile an unpatched and a patched view of a model, which itself is not touched; one Chrome trace holds all phases and memory.
 
-    With a patch that acts in `generate` (`Stage.GENERATION`) both ways decode there.
+    With a patch that acts in `generate` (`Stage.GENERATION`) both variants decode by `generate`.
 
     Args:
         patches: none for the unpatched model alone.
         ids: context [T] of real text.
-        tokens: to decode after it.
+        tokens: number of tokens to decode after it.
         trace: the JSON file to write, for chrome://tracing or https://ui.perfetto.dev.
 
     Raises:
         UnsupportedModel: the model cannot take so many tokens.
         PatchError: patches that do not fit, or a trace that cannot be written.
     """
-    ways = {"unpatched": twin(model).eval()}
+    views = {"unpatched": twin(model).eval()}
     if patches:
-        ways["patched"] = patch_model(twin(model).eval(), *patches, verbose=False)
+        views["patched"] = patch_model(twin(model).eval(), *patches, verbose=False)
     try:
         trace.open("a").close()
     except OSError as error:
@@ -87,11 +87,11 @@ def run_profile(model: PreTrainedModel, patches: Sequence[Patch], ids: torch.Ten
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])
     try:
         with torch.no_grad():
-            for way in ways.values():  # what is compiled or traced once is no cost of a token
-                decode(way, ids, min(tokens, _WARMUP_TOKENS), contextlib.nullcontext)
+            for view in views.values():  # warm up: compilation is no cost of a token
+                decode(view, ids, min(tokens, _WARMUP_TOKENS), contextlib.nullcontext)
             with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-                for name, way in ways.items():
-                    decode(way, ids, tokens, _Marks(name, model.device))
+                for name, view in views.items():
+                    decode(view, ids, tokens, _Marks(name, model.device))
     except IndexError as error:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot take {ids.shape[1]} + {tokens} tokens ({error}): its position table ends, "
@@ -135,17 +135,16 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int, mark: Mark) -> None:
 
 @dataclass(frozen=True)
 class _Marks:
-    """Marks the phases of one way in the profile."""
+    """Marks the phases of one variant in the profile."""
 
-    way: str
+    variant: str
     device: torch.device
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        with record_function(f"{self.way}: {phase}"):
+        with record_function(f"{self.variant}: {phase}"):
             yield
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
+            synchronize(self.device)
 
 
 def _phases(events: Sequence[Any], on_accelerator: bool) -> list[Phase]:
@@ -164,6 +163,6 @@ def _phases(events: Sequence[Any], on_accelerator: bool) -> list[Phase]:
                 sums[event.name] = [calls + 1, total + ms, memory + size]
         ops_ms = sum(ms for _, ms, _ in sums.values())
         ops = [OpCost(name, int(calls), ms, ms / ops_ms if ops_ms else 0.0, int(size)) for name, (calls, ms, size) in sums.items()]
-        way, _, name = mark.name.partition(": ")
-        phases.append(Phase(way, name, (end - begin) / 1000, ops_ms, sorted(ops, key=lambda op: -op.ms)))
+        variant, _, name = mark.name.partition(": ")
+        phases.append(Phase(variant, name, (end - begin) / 1000, ops_ms, sorted(ops, key=lambda op: -op.ms)))
     return phases

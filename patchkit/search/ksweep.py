@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.api import patch_model
 from patchkit.errors import PatchError
-from patchkit.measure.perplexity import TextError, encode
-from patchkit.measure.prompts import read_prompts
-from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.measure.perplexity import TextError
+from patchkit.measure.texts import encode, heldout_texts, read_prompts, spread
 from patchkit.patches.speculative import Speculative
 from patchkit.search.ksweep_result import DraftLengthResult, KSweep, TimedCall
 from patchkit.speculation.shared import reset_statistics, statistics_of
@@ -27,8 +26,8 @@ _WARM_UP_TOKENS = 16
 Advance = Callable[[str, int], object]
 
 
-def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[torch.Tensor]:
-    """Prompts as ids [1, T].
+def encoded_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[torch.Tensor]:
+    """Token ids [1, T] of prompts.
 
     Args:
         source: "stdlib": the first `length` tokens of `count` held-out standard library files, spread over all; or a UTF-8 file, of which
@@ -38,17 +37,13 @@ def load_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, le
         TextError: no such text, or none in it.
     """
     if source == "stdlib":
-        try:
-            files = stdlib_files("heldout")
-        except FileNotFoundError as error:
-            raise TextError(f"{error}: give a file of your own with --prompts") from error
-        texts = [ids[:length] for ids in (encode(tokenizer, text) for text in read_texts(files)) if len(ids) >= 2 * length]
-        texts = [texts[index * len(texts) // count] for index in range(min(count, len(texts)))]
+        library = (encode(tokenizer, text) for text in heldout_texts("give a file of your own with --prompts"))
+        prompts = spread([ids[:length] for ids in library if len(ids) >= 2 * length], count)
     else:
-        texts = [encode(tokenizer, text) for text in read_prompts(Path(source))[:count]]
-    if not texts:
+        prompts = [encode(tokenizer, text) for text in read_prompts(Path(source))[:count]]
+    if not prompts:
         raise TextError(f"{source} has no prompt of {length} tokens: give a smaller --prompt-tokens, or a file with --prompts")
-    return [torch.tensor([ids]) for ids in texts]
+    return [torch.tensor([ids]) for ids in prompts]
 
 
 def work(ks: Sequence[int], prompts: int, iterations: int) -> int:

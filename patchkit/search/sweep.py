@@ -22,8 +22,8 @@ from patchkit.api import patch_model, report
 from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
 from patchkit.measure.environment import environment
 from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, prefilled_cache
-from patchkit.measure.perplexity import TextError, block_nll, encode, perplexity_of, read_text, stream_nll
-from patchkit.measure.stdlib_text import read_texts, stdlib_files
+from patchkit.measure.perplexity import TextError, block_nll, perplexity_of, stream_nll
+from patchkit.measure.texts import encode, heldout_texts, read_text
 from patchkit.patches.streaming import StreamingLLM
 from patchkit.search.sweep_files import ids_digest, model_digest, store, stored_rows, write
 from patchkit.search.sweep_result import BLOCKS, UNPATCHED, Sweep, SweepPoint
@@ -88,16 +88,13 @@ def documents(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], tokens:
                 raise TextError(f"{document.name} has {len(document.ids)} token(s), which leaves nothing to predict: give a longer text")
         return found
     found = []
-    try:
-        for number, text in enumerate(read_texts(stdlib_files("heldout"))):
-            # A token is at least a byte, but for the boundary: short files need not be encoded.
-            ids = encode(tokenizer, text) if len(text.encode()) >= tokens else []
-            if len(ids) > tokens:
-                found.append(Document(f"held-out library file {number}", ids[: tokens + 1]))
-            if len(found) == count:
-                break
-    except FileNotFoundError as error:
-        raise TextError(f"{error}: give a text of your own with --text") from error
+    for number, text in enumerate(heldout_texts("give a text of your own with --text")):
+        # A token, except the boundary token, is at least a byte: short files need not be encoded.
+        ids = encode(tokenizer, text) if len(text.encode()) >= tokens else []
+        if len(ids) > tokens:
+            found.append(Document(f"held-out library file {number}", ids[: tokens + 1]))
+        if len(found) == count:
+            break
     if not found:
         raise TextError(f"no held-out library file has {tokens} tokens: ask for fewer with --tokens")
     return found

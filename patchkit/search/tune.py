@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkit.anatomy.target import Target
 from patchkit.measure.environment import environment
-from patchkit.measure.perplexity import TextError, encode, read_text
+from patchkit.measure.perplexity import TextError
+from patchkit.measure.texts import encode, read_text, spread
 from patchkit.patch import Patch
 from patchkit.search.candidate import LEAST_DOCUMENTS
 from patchkit.search.halving import Search
@@ -48,7 +49,7 @@ def documents(tokenizer: PreTrainedTokenizerBase, source: str, context: int) -> 
         starts = range(0, len(ids) - length, length)
         # Evenly spread over the text, if it has more.
         found = [ids[start : start + length + 1] for start in starts]
-        found = [found[index * len(found) // min(most, len(found))] for index in range(min(most, len(found)))]
+        found = spread(found, most)
     if len(found) < LEAST_DOCUMENTS:
         raise TextError(
             f"{source} has {len(found)} documents of {length + 1} tokens, and an interval needs {LEAST_DOCUMENTS}: "

@@ -20,7 +20,7 @@ from patchkit.anatomy.target import Target
 from patchkit.api import _ATTRIBUTE, _causal_lm
 from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState
-from patchkit.measure.perplexity import encode
+from patchkit.measure.texts import encode
 from patchkit.training.conversion import Conversion, Rates
 from patchkit.training.run import ConversionRun, weights_frozen
 

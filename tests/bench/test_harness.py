@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from patchkit.bench import harness
 from patchkit.bench.config import BenchError, Config
-from patchkit.bench.harness import LocalModel, Sample, load_prompts, run, summary
+from patchkit.bench.harness import load_prompts, run
+from patchkit.bench.local import LocalModel
+from patchkit.bench.results import FIGURES, Sample, summary
 from patchkit.bench.server import RequestFailed, Server
 from patchkit.cli import app
 from patchkit.models import load_model
@@ -383,7 +384,7 @@ def test_the_command_measures_a_patched_model(model_dir: Path, tmp_path: Path) -
     result = bench(model_dir, "--config", config, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["patches"][0]["hits"]["tokens evicted"] > 0 and found["answers"] == 2 and set(found["figures"]) == set(harness.FIGURES)
+    assert found["patches"][0]["hits"]["tokens evicted"] > 0 and found["answers"] == 2 and set(found["figures"]) == set(FIGURES)
 
 
 def test_the_command_keeps_what_it_has(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patchkit.gates.gate import time_in_turns
+from patchkit.gates.gate import time_interleaved
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, violations
 from patchkit.measure.latency import DecodeStream, filled_cache
 from patchkit.measure.paired import median_ratio
@@ -66,7 +66,7 @@ def test_the_gate_on_a_real_clock(benchmark: Any, record: Callable[..., None], b
             return {UNPATCHED: first, PATCHED: Slowed(second.model, second.cache, slower)}
 
         for _ in range(RUNS):
-            timings = time_in_turns(ways).rounds_ms
+            timings = time_interleaved(ways).rounds_ms
             ratio = median_ratio(timings[UNPATCHED], timings[PATCHED])
             found += bool(violations(Bounds(min_speedup=BAR), ratio, None))
             widths.append(ratio.high - ratio.low)

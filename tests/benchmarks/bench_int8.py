@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from patchkit import MLPInt8, patch_model, patched, report
 from patchkit.int8.weight import Int8Weight
 from patchkit.kernels.int8_linear import int8_linear
-from patchkit.measure.demo import heldout_ids
 from patchkit.measure.latency import DecodeStream, decode_latency, filled_cache, median_ms, paired_ratio, prefilled_cache
 from patchkit.measure.perplexity import block_nll
+from patchkit.measure.texts import heldout_ids
 from patchkit.models import load_model
 from patchkit.views import twin
 

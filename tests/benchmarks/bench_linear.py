@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from patchkit import LinearAttention, patched
 from patchkit.kernels.linear_attention import linear_attention
 from patchkit.kernels.research.linear_attention_step import linear_attention_step
-from patchkit.measure.demo import heldout_ids
 from patchkit.measure.latency import decode_latency, median_ms, paired_ratio
 from patchkit.measure.perplexity import block_nll, by_position, stream_nll
+from patchkit.measure.texts import heldout_ids
 from patchkit.models import load_model
 
 HEADS, HEAD_DIM = 8, 128

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from patchkit import StreamingLLM, patched
-from patchkit.measure.demo import heldout_ids
 from patchkit.measure.perplexity import block_nll, by_position, stream_nll
+from patchkit.measure.texts import heldout_ids
 from patchkit.models import load_model
 
 TOKENS = 16384

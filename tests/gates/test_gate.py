@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from patchkit import Patch, PatchError, Stage, patch, patch_model, register_patch
 from patchkit.cli import app
-from patchkit.gates.gate import BLOCK, perplexity_increase, run_gate, time_in_turns
+from patchkit.gates.gate import BLOCK, perplexity_increase, run_gate, time_interleaved
 from patchkit.gates.result import PATCHED, UNPATCHED, Bounds, GateError, violations
 from patchkit.gates.runs import compare, speedup_change
 from patchkit.measure import calls
@@ -71,7 +71,7 @@ class Simulated(DecodeStream):
 def simulated(seed: int, slower: float = 1.0, speedup: float = 1.0) -> Timings:
     machine = Machine(seed)
     ways = {UNPATCHED: Simulated(None, None, machine, 10.0), PATCHED: Simulated(None, None, machine, 10.0 / speedup * slower)}
-    return time_in_turns(lambda: ways).rounds_ms
+    return time_interleaved(lambda: ways).rounds_ms
 
 
 def fails(timings: Timings, bar: float) -> bool:
@@ -229,7 +229,7 @@ def test_a_patch_that_counts_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
         (dict(context=0), "context=0"),
         (dict(patches="straming"), "did you mean 'streaming'"),
         (dict(patches="compile(backend=eager)", bounds=dict(max_ppl_increase=0.1)), "leaves every logit as it is"),
-        (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1)), "no tokenizer beside"),
+        (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1)), "no tokenizer next to"),
         (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1), documents=[[5, 6, 7]]), "1 of 1 documents"),
         (dict(patches="mlp_int8", bounds=dict(max_ppl_increase=0.1), documents=[[5, 6, 7]] * 9), "1 of 9 documents differ"),
         (dict(patches="speculative", documents=[[5, 6, 7]] * 9, context=8), "0 of 9 documents differ and have 8 tokens"),

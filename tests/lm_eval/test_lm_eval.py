@@ -18,7 +18,8 @@ from patchkit import patch_model, report, unpatch_model
 from patchkit.cli import app
 from patchkit.cli import eval as command
 from patchkit.errors import PatchConflict
-from patchkit.measure.perplexity import encode, stream_nll
+from patchkit.measure.perplexity import stream_nll
+from patchkit.measure.texts import encode
 from patchkit.models import bundled_path, load_model
 from patchkit.testing import tiny_model
 

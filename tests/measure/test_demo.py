@@ -15,7 +15,7 @@ from patchkit import patch_model
 from patchkit.cli import app
 from patchkit.errors import PatchError
 from patchkit.measure import demo as show
-from patchkit.measure import demo_plan, demo_result
+from patchkit.measure import demo_plan, demo_report, texts
 from patchkit.measure.english_text import english_ids
 from patchkit.measure.needle import answers
 from patchkit.measure.needle_grid import Answer
@@ -46,7 +46,7 @@ def test_run_demo(model_dir: Path, short_contexts: None, tmp_path: Path) -> None
     for row in result.rows:
         assert [(b.start, b.stop) for b in row.buckets] == [(0, 512), (512, 2048), (2048, 2200)]
         assert not row.keys
-    ids, _ = show.heldout_ids(tokenizer, 2200)
+    ids, _ = texts.heldout_ids(tokenizer, 2200)
     assert unpatched.buckets == by_position(stream_nll(model, ids), demo_plan.EDGES)
     assert reference.buckets[0].nll == pytest.approx(unpatched.buckets[0].nll, rel=1e-5)
     assert reference.buckets[1].nll != pytest.approx(unpatched.buckets[1].nll, rel=1e-5)
@@ -59,12 +59,12 @@ def test_run_demo(model_dir: Path, short_contexts: None, tmp_path: Path) -> None
     assert ratio.nll == pytest.approx(wide.buckets[2].nll - reference.buckets[2].nll, rel=1e-4)
     (line,) = result.ratio_lines()
     assert line.startswith("perplexity at positions 2k-2200, streaming 4+60 / unpatched, fresh every 512 tokens: ")
-    assert f"{ratio.perplexity:.3f} ± " in line and not result.recall_lines() and demo_result.keys_table(result) is None
+    assert f"{ratio.perplexity:.3f} ± " in line and not result.recall_lines() and demo_report.keys_table(result) is None
 
     picture = tmp_path / "demo.png"
-    demo_result.draw(result, picture)
+    demo_report.draw(result, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    text = _printed(demo_result.table(result), tmp_path)
+    text = _printed(demo_report.table(result), tmp_path)
     assert all(row.name in text for row in result.rows) and "2k-2200" in text and "held-out standard library files" in text
 
 
@@ -112,11 +112,11 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
     assert result.recall_lines()[0].startswith("keys recalled: unpatched ")
 
     picture = tmp_path / "demo.png"
-    demo_result.draw(result, picture)
+    demo_report.draw(result, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    text = _printed(demo_result.table(result), tmp_path)
+    text = _printed(demo_report.table(result), tmp_path)
     assert "512-768*" in text and "*: beyond the 512 positions" in text and "English" in text
-    asked = _printed(demo_result.keys_table(result), tmp_path)
+    asked = _printed(demo_report.keys_table(result), tmp_path)
     assert ("chat template" in asked) is chat and ("plain continuation" in asked) is not chat
     stored = json.loads(json.dumps(result.to_dict()))
     assert stored["plan"]["limit"] == 512 and stored["ratios"][1]["start"] == 512 and stored["sources"][0]["sha256"] == sources[0].sha256
@@ -195,10 +195,10 @@ def test_a_window_that_is_too_large_is_refused_before_any_work(model_dir: Path) 
 
 def test_heldout_text_is_one_stream_of_whole_files(model_dir: Path) -> None:
     tokenizer = load_model(model_dir)[1]
-    ids, files = show.heldout_ids(tokenizer, 20000)
+    ids, files = texts.heldout_ids(tokenizer, 20000)
     assert len(ids) == 20001 and files > 1
     assert ids[0] == tokenizer.bos_token_id and int((ids == tokenizer.bos_token_id).sum()) == files
-    again, _ = show.heldout_ids(tokenizer, 5000)
+    again, _ = texts.heldout_ids(tokenizer, 5000)
     assert torch.equal(again, ids[:5001])
 
 
@@ -208,9 +208,9 @@ def test_a_python_without_sources(model_dir: Path, monkeypatch: pytest.MonkeyPat
     def no_sources(split: str) -> list[Path]:
         raise FileNotFoundError("no Python sources")
 
-    monkeypatch.setattr(show, "stdlib_files", no_sources)
+    monkeypatch.setattr(texts, "stdlib_files", no_sources)
     with pytest.raises(TextError, match="complete Python"):
-        show.heldout_ids(tokenizer, 100)
+        texts.heldout_ids(tokenizer, 100)
 
 
 def test_the_model_is_an_argument_or_an_option(model_dir: Path, short_contexts: None, tmp_path: Path) -> None:

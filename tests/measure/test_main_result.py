@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from patchkit import StreamingLLM, patched
-from patchkit.measure.demo import heldout_ids
 from patchkit.measure.perplexity import block_nll, stream_nll
+from patchkit.measure.texts import heldout_ids
 from patchkit.models import load_model
 
 

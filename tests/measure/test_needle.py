@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from patchkit import patch_model, report
 from patchkit.cli import app
 from patchkit.errors import PatchError, UnsupportedModel
-from patchkit.measure import needle_grid, needle_text
+from patchkit.measure import needle_report, needle_text
 from patchkit.measure.english_text import TextSource, english_ids
 from patchkit.measure.needle import answers, run_needle
 from patchkit.measure.needle_grid import Answer, NeedleGrid
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_left_out_or_refused(loaded: tuple[Any, Any]) -> No
 def test_a_template_that_changes_what_is_said_is_refused(loaded: tuple[Any, Any]) -> None:
     tokenizer = loaded[1]
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] | upper | reverse }}{% endfor %}"
-    with pytest.raises(NeedleError, match="changes what a user says"):
+    with pytest.raises(NeedleError, match="changes a user's message"):
         Asking.of(tokenizer)
 
 
@@ -228,7 +228,7 @@ def test_run_needle_and_its_files(loaded: tuple[Any, Any], tmp_path: Path) -> No
     mine = [a for a in grid.answers[spec] if (a.case.length, a.case.distance) == (250, 60)]
     assert grid.cells(spec)[1].log_probability == pytest.approx(sum(a.log_probability for a in mine) / 2)
 
-    grid.write(tmp_path / "out", environment={"cpu": "none"})
+    needle_report.write(grid, tmp_path / "out", environment={"cpu": "none"})
     stored = json.loads((tmp_path / "out" / "needle.json").read_text())
     assert stored["environment"] == {"cpu": "none"} and stored["recall"]["beyond"][spec]["trials"] == 2
     assert stored["cells"][spec][0]["distance"] == 60 and stored["sources"][0]["sha256"]
@@ -236,7 +236,7 @@ def test_run_needle_and_its_files(loaded: tuple[Any, Any], tmp_path: Path) -> No
     assert len(rows) == 6 and [row["window"] for row in rows[3:]] == ["inside", "inside", "beyond"]
     assert (tmp_path / "out" / "needle.png").read_bytes().startswith(b"\x89PNG")
     with Console(width=130, record=True, file=(tmp_path / "table.txt").open("w")) as console:
-        console.print(needle_grid.table(grid))
+        console.print(needle_report.table(grid))
     text = console.export_text()
     assert spec in text and "in window" in text and "beyond" in text and "0/2" in text
 
@@ -268,7 +268,7 @@ def test_the_command(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["settings"]["lengths"] == [150, 250] and found["settings"]["distances"] == [60, 200] and found["window"] == 100
-    assert found["environment"]["torch"] == torch.__version__ and sorted(file.name for file in out.iterdir()) == sorted(needle_grid.FILES)
+    assert found["environment"]["torch"] == torch.__version__ and sorted(file.name for file in out.iterdir()) == sorted(needle_report.FILES)
     assert "3 keys" in result.stderr and "min on this machine" in result.stderr
     plain = _run(*arguments, "--out", out)
     assert plain.exit_code == 0 and "keys recalled inside the window of 100 tokens" in plain.stdout and str(out) in plain.stdout

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from patchkit import StreamingLLM, patched
 from patchkit.errors import UnsupportedModel
-from patchkit.measure.perplexity import TextError, block_nll, by_position, default_edges, encode, read_text, stream_nll
+from patchkit.measure.perplexity import TextError, block_nll, by_position, default_edges, stream_nll
+from patchkit.measure.texts import encode, read_text
 from patchkit.models import load_model
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 

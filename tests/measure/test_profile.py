@@ -23,7 +23,7 @@ def test_phases_hold_what_ran_in_them(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     phases = run_profile(model, parse_spec("streaming(sinks=2, window=6) + mlp_int8"), IDS, 5, trace)
     assert_restored(before, model)
-    assert [(phase.way, phase.name) for phase in phases] == [
+    assert [(phase.variant, phase.name) for phase in phases] == [
         (way, name) for way in ("unpatched", "patched") for name in ("prefill", "decode")
     ]
     for phase in phases:
@@ -33,10 +33,10 @@ def test_phases_hold_what_ran_in_them(tmp_path: Path) -> None:
         # one embedding per forward: one in prefill, five in decoding
         assert costs["aten::embedding"].calls == (1 if phase.name == "prefill" else 5)
     # two layers of q, k, v, o, gate, up, down, and the head; int8 takes the three of the feed-forward layer
-    linears = {(phase.way, phase.name): next(op.calls for op in phase.ops if op.name == "aten::linear") for phase in phases}
+    linears = {(phase.variant, phase.name): next(op.calls for op in phase.ops if op.name == "aten::linear") for phase in phases}
     assert linears["unpatched", "prefill"] == 15 and linears["unpatched", "decode"] == 5 * 15 and linears["patched", "decode"] == 5 * 9
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
-    assert all(names.count(f"{phase.way}: {phase.name}") == 1 for phase in phases)
+    assert all(names.count(f"{phase.variant}: {phase.name}") == 1 for phase in phases)
     assert "[memory]" in names
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchkit import Target, UnsupportedModel, patch_model, patched, report
 from patchkit.export import export
-from patchkit.measure.perplexity import encode, perplexity_of, stream_nll
+from patchkit.measure.perplexity import perplexity_of, stream_nll
+from patchkit.measure.texts import encode
 from patchkit.models import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, bundled_path, find, load_model, smollm2_gguf
 from patchkit.testing import TOLERANCES
 

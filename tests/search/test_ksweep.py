@@ -69,7 +69,7 @@ def test_another_text_than_plain_decoding_is_said_and_is_exit_code_1(
             text[-1] += 1
         return text, seconds
 
-    longest = max(prompt.shape[1] for prompt in ksweep.load_prompts(str(prompts), load_model(model_dir)[1], 3, 0))
+    longest = max(prompt.shape[1] for prompt in ksweep.encoded_prompts(str(prompts), load_model(model_dir)[1], 3, 0))
     monkeypatch.setattr(ksweep, "_generate", wrong)
     options = ("--ks", "1", "--prompts", prompts, "--new-tokens", 8, "--iterations", 1, "--out", tmp_path / "out")
     result = run("ksweep", model_dir, "--draft", "prompt_lookup", *options)
@@ -108,11 +108,11 @@ def test_prompts_of_a_json_list_may_hold_several_lines(model_dir: Path, tmp_path
     tokenizer = load_model(model_dir)[1]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(["def f():\n    pass", "x = 1"]))
-    first, second = ksweep.load_prompts(str(path), tokenizer, 8, 0)
+    first, second = ksweep.encoded_prompts(str(path), tokenizer, 8, 0)
     assert tokenizer.decode(first[0], skip_special_tokens=True) == "def f():\n    pass" and second.ndim == 2
     path.write_text('{"a": 1}')
     with pytest.raises(TextError, match="list of texts"):
-        ksweep.load_prompts(str(path), tokenizer, 8, 0)
+        ksweep.encoded_prompts(str(path), tokenizer, 8, 0)
 
 
 @pytest.mark.parametrize(
