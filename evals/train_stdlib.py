@@ -41,7 +41,8 @@ from evals.stdlib_tokens import BOUNDARY, CONTEXT, MODELS, batch_of, load_tokens
 from patchkit import _compat
 from patchkit.measure.environment import environment
 from patchkit.measure.stdlib_text import read_texts, stdlib_files
-from patchkit.training.heads import accepted_by_position, agreement, optimizers_of, train_heads
+from patchkit.training.heads import accepted_by_position, optimizers_of, train_heads
+from patchkit.training.heads_loss import agreement
 from patchkit.training.linearize import linearize
 
 VOCABULARY = 4096

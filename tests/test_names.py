@@ -17,7 +17,6 @@ TO_DO: frozenset[str] = frozenset(
         "anatomy",
         "api",
         "cli",
-        "definitions",
         "export",
         "handle",
         "int8",

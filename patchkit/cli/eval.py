@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,8 @@ from patchkit.cli.common import (
     stderr,
 )
 from patchkit.errors import IrreversiblePatch, PatchError
+from patchkit.lm_eval.finished import finished_results, identity, key_of, label_of
+from patchkit.lm_eval.scores import TaskScore, scores_markdown, scores_table
 from patchkit.patch import Patch, available_patches
 from patchkit.spec import parse_spec
 
@@ -46,32 +48,6 @@ _REFUSED = {
     "wandb_args": "results are in lm-eval's format in --out, from where they can be logged",
     "trackio_args": "results are in lm-eval's format in --out, from where they can be logged",
 }
-# Options of lm-eval that change no result, so a run that was broken off may be taken up with others.
-_IRRELEVANT = (
-    "config tasks model output_path include_path use_cache cache_requests hf_hub_log_args verbosity show_config write_out "
-    "check_integrity log_samples wandb_args wandb_config_args trackio_args"
-)
-
-
-@dataclass
-class TaskScore:
-    """One task under one spec: what lm-eval returned, or why there is no score."""
-
-    spec: str
-    task: str
-    results: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-    def figures(self) -> dict[tuple[str, str], str]:
-        """Value and standard error by subtask and metric."""
-        found = {}
-        for task, metrics in self.results.get("results", {}).items():
-            for name, value in metrics.items():
-                metric, _, kind = name.partition(",")
-                if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
-                    error = metrics.get(f"{metric}_stderr,{kind}")
-                    found[task, metric] = f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) and error > 0 else "")
-        return found
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -113,7 +89,7 @@ def evaluate(
             cells.append(cell)
             _say(cell)
             if out and cell.results:
-                (out / "table.md").write_text(_markdown(cells), encoding="utf-8")
+                (out / "table.md").write_text(scores_markdown(cells), encoding="utf-8")
     if int(os.environ.get("RANK", 0)):
         return
     if as_json:
@@ -121,7 +97,7 @@ def evaluate(
     else:
         console = Console()
         console.width = max(console.width, 50 + 20 * len(chosen))
-        print_table(console, None, *_table(cells), right=True)
+        print_table(console, None, *scores_table(cells), right=True)
     unscored = [name for name in chosen if not any(cell.results for cell in cells if cell.spec == name)]
     if unscored:
         raise PatchError("; ".join(f"no score for {cell.spec}: {cell.error}" for cell in cells if cell.spec in unscored))
@@ -177,25 +153,25 @@ def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path
 
 def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, manager: Any, out: Path | None) -> Iterator[TaskScore]:
     """Every task under every spec, as they come; what ``out`` holds already is read from there."""
-    finished = _finished(out) if out else {}
+    finished = finished_results(out, _say_unfinished) if out else {}
     lm = None
     for name, patches in chosen.items():
         lm = lm or _load(model, dtype, config)
-        runs = {_label(task): _identity(lm, model, name, _label(task), config) for task in config.tasks}
-        if all(_key(run) in finished for run in runs.values()):
-            yield from (TaskScore(name, task, finished[_key(run)]) for task, run in runs.items())
+        runs = {label_of(task): identity(lm, model, name, label_of(task), config) for task in config.tasks}
+        if all(key_of(run) in finished for run in runs.values()):
+            yield from (TaskScore(name, task, finished[key_of(run)]) for task, run in runs.items())
             continue
         try:
             with _patched(lm, patches):
                 for task in config.tasks:
-                    run = runs[_label(task)]
-                    if _key(run) in finished:
-                        yield TaskScore(name, _label(task), finished[_key(run)])
+                    run = runs[label_of(task)]
+                    if key_of(run) in finished:
+                        yield TaskScore(name, label_of(task), finished[key_of(run)])
                         continue
                     try:
-                        yield TaskScore(name, _label(task), _evaluated(lm, task, run, config, manager, out))
+                        yield TaskScore(name, label_of(task), _evaluated(lm, task, run, config, manager, out))
                     except (PatchError, OSError, ValueError) as error:
-                        yield TaskScore(name, _label(task), error=str(error))
+                        yield TaskScore(name, label_of(task), error=str(error))
         except IrreversiblePatch:
             lm = None
         except PatchError as error:
@@ -248,7 +224,7 @@ def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: An
         max_batch_size=config.max_batch_size,
         device=config.device,
         # Answers of one spec must not be taken for those of another.
-        use_cache=config.use_cache and f"{config.use_cache}_{hashlib.sha256(_key(run).encode()).hexdigest()[:16]}",
+        use_cache=config.use_cache and f"{config.use_cache}_{hashlib.sha256(key_of(run).encode()).hexdigest()[:16]}",
         cache_requests=config.cache_requests.get("cache_requests", False),
         rewrite_requests_cache=config.cache_requests.get("rewrite_requests_cache", False),
         delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
@@ -289,44 +265,6 @@ def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: An
     return results
 
 
-def _identity(lm: Any, model: str, spec: str, task: str, config: Any) -> dict[str, Any]:
-    """What a result depends on: two runs with the same are the same."""
-    from patchkit.measure.environment import version_of
-    from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
-
-    head = lm_head_weight(lm.model)
-    return {
-        "model": model,
-        "head": None if head is None else fingerprint(head),
-        "weights": {} if head is None else TrainedFor.of(lm.model).samples,
-        "dtype": str(lm.model.dtype),
-        "spec": spec,
-        "task": task,
-        "options": {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT.split()},
-        "versions": {name: version_of(name) for name in ("patchkit", "lm_eval", "transformers", "torch")},
-    }
-
-
-def _key(run: dict[str, Any]) -> str:
-    return json.dumps(run, sort_keys=True, default=str)
-
-
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder, by what they depend on. A file that was cut off while it was written is left out."""
-    found = {}
-    for path in sorted(out.rglob("results_*.json")):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            found[_key(results["config"]["patchkit"]["run"])] = results
-        except (OSError, ValueError, KeyError, TypeError):
-            stderr().print(f"{path} holds no finished result of patchkit eval, and is left alone", highlight=False, soft_wrap=True)
-    return found
-
-
-def _label(task: Any) -> str:
-    return task if isinstance(task, str) else str(task.get("task") or task.get("group"))
-
-
 @contextlib.contextmanager
 def _one_description_of_the_machine() -> Iterator[None]:
     """lm-eval describes the machine after every task, which takes seconds; within one run it is the same."""
@@ -340,21 +278,11 @@ def _one_description_of_the_machine() -> Iterator[None]:
         collect_env.get_pretty_env_info = describe
 
 
+def _say_unfinished(path: Path) -> None:
+    stderr().print(f"{path} holds no finished result of patchkit eval, and is ignored", highlight=False, soft_wrap=True)
+
+
 def _say(cell: TaskScore) -> None:
     figures = ", ".join(f"{task} {metric} {value}" for (task, metric), value in cell.figures().items())
     line = f"{time.strftime('%H:%M:%S')} {cell.spec} | {cell.task}: {cell.error or figures}"
     stderr().print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _table(cells: list[TaskScore]) -> tuple[list[str], list[list[str]]]:
-    """A column per spec and a row per metric; where a patch never acted, a dash."""
-    specs = list(dict.fromkeys(cell.spec for cell in cells))
-    rows = dict.fromkeys(row for cell in cells for row in cell.figures())
-    figures = {(cell.spec, row): value for cell in cells for row, value in cell.figures().items()}
-    return ["task", "metric", *specs], [[*row, *(figures.get((spec, row), "-") for spec in specs)] for row in rows]
-
-
-def _markdown(cells: list[TaskScore]) -> str:
-    headings, rows = _table(cells)
-    lines = [headings, ["---", "---", *["---:"] * len(headings[2:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -16,7 +16,6 @@ Importing this module makes the model known to lm-eval as "patchkit".
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +24,14 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit._compat.lm_eval import batch_size_finder, length_asked, length_set_to, lm_eval_check, set_processes
-from patchkit.api import patch_model, report
-from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
+from patchkit.api import patch_model
+from patchkit.errors import PatchConflict, UnsupportedModel
+from patchkit.lm_eval.activity import Activity, NeverActed
+from patchkit.lm_eval.arguments import split_outside_brackets
 from patchkit.measure.perplexity import TextError, stream_nll
 from patchkit.measure.texts import encode
 from patchkit.models import BUNDLED, bundled_path
-from patchkit.patch import Patch, available_patches
-from patchkit.record import Report
+from patchkit.patch import Patch
 
 try:
     from lm_eval.api.registry import register_model
@@ -46,10 +46,6 @@ lm_eval_check()
 ANY_LENGTH = 10**9
 
 _logger = logging.getLogger("patchkit")
-
-
-class NeverActed(PatchError):
-    """A patch did nothing in a task, so what was measured is the model without it, and no score of the patch."""
 
 
 @register_model("patchkit")
@@ -92,15 +88,14 @@ class PatchkitLM(HFLM):
         if patches:
             patch_model(self.model, patches)
         self.chunk = chunk
-        self._scored: Counter[str] = Counter()
-        self._tasks: dict[str, dict[str, Counter[str]]] = {}
+        self._activity = Activity(self.model)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> PatchkitLM:
         """As lm-eval's, but a comma inside brackets belongs to its spec: `pretrained=DIR,patches=streaming(sinks=4,window=508)`."""
         from lm_eval.utils import handle_arg_string
 
-        parts = [part.partition("=") for part in _split(arg_string) if part.strip()]
+        parts = [part.partition("=") for part in split_outside_brackets(arg_string) if part.strip()]
         given: dict[str, Any] = {name.strip(): value if name.strip() == "patches" else handle_arg_string(value) for name, _, value in parts}
         given |= {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**given)
@@ -128,7 +123,7 @@ class PatchkitLM(HFLM):
         """
         super().set_cache_hook(cache_hook)
         answers = cache_hook.dbdict
-        mine = " + ".join(patch.spec for patch in self._report().patches) or "no patches"
+        mine = " + ".join(patch.spec for patch in self._activity.report().patches) or "no patches"
         if answers is not None:
             if len(answers) and (whose := answers.get("patchkit")) != mine:
                 raise PatchConflict(f"this use_cache holds answers of a model with {whose or 'unknown patches'}: give another for {mine}")
@@ -140,10 +135,10 @@ class PatchkitLM(HFLM):
         Raises:
             NeverActed: nothing was run since the last time, because every answer came from lm-eval's cache of responses.
         """
-        patches = self._report().patches
-        if patches and not self._tasks:
+        patches = self._activity.report().patches
+        if patches and not self._activity.tasks:
             raise NeverActed("no task has run on the patched model: its answers came from a cache of responses (use_cache), leave that out")
-        tasks, self._tasks = self._tasks, {}
+        tasks, self._activity.tasks = self._activity.tasks, {}
         facts = {"name", "spec", "changed", "left_alone", "warnings", "same_up_to"}
         return super().get_model_info() | {
             "patchkit": {
@@ -164,7 +159,7 @@ class PatchkitLM(HFLM):
         answers = []
         for request, ids in zip(requests, documents, strict=True):
             nll = stream_nll(self.model, ids, self.chunk) if len(ids) > 1 else torch.zeros(0)
-            self._count(0, len(nll))
+            self._activity.count(0, len(nll))
             answers.append(-nll.double().sum().item())
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
         return answers
@@ -200,7 +195,7 @@ class PatchkitLM(HFLM):
                     wanted = torch.tensor(tokens, device=each.device)
                     total = each[0, -len(tokens) :].gather(1, wanted[:, None]).sum()
                     answer = (float(total), bool((likeliest[-len(tokens) :] == wanted).all()))
-                    self._count(len(row) - len(tokens), len(tokens))
+                    self._activity.count(len(row) - len(tokens), len(tokens))
                     answers.append(answer)
                     if same is not None:
                         self.cache_hook.add_partial("loglikelihood", same, answer)
@@ -243,7 +238,7 @@ class PatchkitLM(HFLM):
         made = (tokens[:, context.shape[1] :] != self.tokenizer.pad_token_id).sum(1)
         mask = options.get("attention_mask", torch.ones_like(context))
         for prompt, new in zip(mask.sum(1).tolist(), made.tolist(), strict=True):
-            self._count(prompt - 1, new)
+            self._activity.count(prompt - 1, new)
         return tokens
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
@@ -253,15 +248,8 @@ class PatchkitLM(HFLM):
 
     # -- what the patches did ----------------------------------------------------------------------------------------------
 
-    def _count(self, first: int, tokens: int) -> None:
-        """Count ``tokens`` as scored, the first of them by the query at row position ``first``."""
-        self._scored["tokens scored"] += tokens
-        for patch in self._report().patches:
-            if patch.same_up_to:
-                self._scored[_beyond(patch.name)] += max(0, first + tokens - max(first, patch.same_up_to))
-
     def _counted(self, method: Callable[..., list[Any]], requests: list[Any], disable_tqdm: bool) -> list[Any]:
-        """Answer the requests, those of each task together, and note what the patches did in it.
+        """Answer the requests, those of each task together, and record what the patches did in it.
 
         Raises:
             NeverActed: a patch did nothing in a task.
@@ -272,25 +260,12 @@ class PatchkitLM(HFLM):
         answers: list[Any] = [None] * len(requests)
         found = {}
         for task, indices in tasks.items():
-            before = self._counters()
+            before = self._activity.counters()
             for index, answer in zip(indices, method([requests[index] for index in indices], disable_tqdm=disable_tqdm), strict=True):
                 answers[index] = answer
-            found[task] = {what: counts - before[what] for what, counts in self._counters().items()}
-        done: dict[str, dict[str, Counter[str]]] = {}
-        for each in self._of_all_processes(found):
-            _add(done, each)
-        # The same in all processes, so that none of them waits for one that has stopped.
-        idle = [reason for task, record in done.items() if (reason := self._idle(task, record))]
-        _add(self._tasks, done)
-        if idle:
-            self._tasks = {}
-            why = [text for patch in self._report().patches for text, count in patch.warnings.items() if count]
-            remedy = f"it says why: {'; '.join(why)}" if why else "give longer texts or other tasks"
-            raise NeverActed(f"{'; '.join(idle)}. What was measured is the model without it: {remedy}")
+            found[task] = {name: counts - before[name] for name, counts in self._activity.counters().items()}
+        self._activity.record(self._of_all_processes(found))
         return answers
-
-    def _counters(self) -> dict[str, Counter[str]]:
-        return {"scored": Counter(self._scored), **{patch.name: Counter(patch.hits) for patch in self._report().patches}}
 
     def _of_all_processes(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         if self.world_size == 1:
@@ -299,54 +274,9 @@ class PatchkitLM(HFLM):
         torch.distributed.all_gather_object(gathered, found)
         return gathered
 
-    def _idle(self, task: str, record: dict[str, Counter[str]]) -> str | None:
-        """The patch that did nothing in a task, in words."""
-        for patch in self._report().patches:
-            acts = available_patches()[patch.name].acts or tuple(record[patch.name])
-            if not any(record[patch.name][counter] for counter in acts):
-                return f"{patch.spec} never acted in {task} (no {' or '.join(acts) or 'counter of it rose'})"
-            if patch.same_up_to and not record["scored"][_beyond(patch.name)]:
-                return f"{patch.spec} never acted in {task} (no token beyond {patch.same_up_to} was scored)"
-        return None
-
-    def _report(self) -> Report:
-        try:
-            return report(self.model)
-        except PatchConflict:
-            return Report([])
-
 
 def has_position_table(model: nn.Module, rows: int) -> bool:
     """Whether positions are looked up in a table that ends after ``rows`` of them (some models keep a few rows more)."""
     tokens = model.get_input_embeddings()  # type: ignore[operator]
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
     return any(table.ndim == 2 and rows <= table.shape[0] <= rows + 2 for table in [*tables, *model.buffers()])
-
-
-def _add(total: dict[str, dict[str, Counter[str]]], more: dict[str, dict[str, Counter[str]]]) -> None:
-    for task, record in more.items():
-        for what, counts in record.items():
-            total.setdefault(task, {}).setdefault(what, Counter()).update(counts)
-
-
-def _beyond(patch: str) -> str:
-    return f"tokens scored beyond the window of {patch}"
-
-
-def _split(text: str) -> list[str]:
-    """The parts between commas that are in no brackets and no quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts

@@ -49,6 +49,11 @@ class Score:
     fresh_ratio: float = 1.0
     streamed_ratio: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any] | None) -> Score | None:
+        """The inverse of `dataclasses.asdict`; None stays None."""
+        return None if facts is None else cls(**facts)
+
 
 @dataclass
 class StageResult:
@@ -97,6 +102,10 @@ class Conversion:
     kept_softmax: list[int]
     ms_per_token: dict[str, float]
 
+    def reference_scores(self) -> dict[str, Score | None]:
+        """Scores of what the stages are compared with, by name."""
+        return {name: getattr(self, name) for name in ("unpatched", "window_alone", "start")}
+
     def to_json(self) -> dict[str, Any]:
         """All but the weights, as plain data."""
         facts = {name: getattr(self, name) for name in ("context", "limit", "start_errors", "kept_softmax", "ms_per_token")}
@@ -105,9 +114,7 @@ class Conversion:
             **state,
             "adapted": sorted(self.state.lora),
             **facts,
-            "unpatched": plain(self.unpatched),
-            "window_alone": plain(self.window_alone),
-            "start": plain(self.start),
+            **{name: score and dataclasses.asdict(score) for name, score in self.reference_scores().items()},
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": sum(stage.seconds for stage in self.stages),
         }
@@ -149,11 +156,3 @@ class Conversion:
             found = [f"{stage.errors[index]:.4f}" for stage in fits]
             layers.add_row(str(index), f"{error:.4f}", *found, "softmax kept" if index in self.kept_softmax else "")
         return [*tables, layers]
-
-
-def plain(score: Score | None) -> dict[str, Any] | None:
-    return None if score is None else dataclasses.asdict(score)
-
-
-def score_of(facts: dict[str, Any] | None) -> Score | None:
-    return None if facts is None else Score(**facts)

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from patchkit.errors import PatchError
 from patchkit.speculation.heads import EagleHead, Heads, MedusaHeads, TrainedFor
+from patchkit.training.heads_loss import accepted_by_position, last_hidden_states, loss_of
+from patchkit.training.muon import optimizers_of
+from patchkit.views import evaluating, frozen
 
-_FEATURE_WEIGHT = 0.5  # of the smooth L1 distance between EAGLE's features and the model's, beside the cross-entropy
 # The share of positions that are scored, drawn anew for each step: logits over the vocabulary cost more than EAGLE's layer.
 _SCORED = {"medusa": 1.0, "eagle": 0.25}
 _ALONE = 0.4  # the first part of EAGLE's steps, in which it goes on from the model's features only, which costs less
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 # Where a run is given minutes, so many steps are timed, and until then there is no end to it.
 _TIMED_STEPS, _UNTIMED_STEPS = 8, 10**9
-_LATER = 0.8  # a head that looks one token further weighs this much less, as in Medusa
 
 
 def train_heads(
@@ -108,7 +107,7 @@ def train_heads(
             torch.save(saved, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
 
-    with _frozen(model), _noted_signals() as interrupted:
+    with evaluating(model), frozen(model), _noted_signals() as interrupted:
         while step < steps:
             begun = time.monotonic()
             random = torch.Generator().manual_seed(1_000_003 * seed + step)
@@ -167,63 +166,6 @@ def _noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def loss_of(
-    heads: Heads, model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depth: int, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training loss on texts [B, T] with the model's ``hidden`` [B, T, D], and for drafts of ``depth`` tokens that begin after
-    each of ``positions`` [n], all below T - depth, whether each token is the model's choice: [depth, B, n] bool."""
-    head = model.get_output_embeddings()
-    if isinstance(heads, EagleHead):
-        embedded = model.get_input_embeddings()(tokens[:, 1:]).float()
-        features = heads.unrolled(embedded, hidden[:, :-1].float(), depth)
-        drafts = [features[j][:, positions + j] for j in range(depth)]
-        distances = [F.smooth_l1_loss(features[j][:, j:], hidden[:, j + 1 :].float()) for j in range(depth)]
-    else:
-        assert isinstance(heads, MedusaHeads)
-        drafts = list(heads(hidden[:, positions].float()).unbind(-2))[:depth]
-        distances = [hidden.new_zeros(())] * depth
-    losses, agrees = [], []
-    for j, draft in enumerate(drafts):
-        with torch.no_grad():
-            logits = head(hidden[:, positions + j + 1]).float()
-            choice = logits.argmax(-1)
-            wanted = 0.5 * logits.softmax(-1)
-            wanted.scatter_add_(-1, choice[..., None], wanted.new_full((*choice.shape, 1), 0.5))
-        drafted = head(draft.to(head.weight.dtype)).float()
-        losses.append(F.cross_entropy(drafted.flatten(0, 1), wanted.flatten(0, 1)) + _FEATURE_WEIGHT * distances[j])
-        agrees.append(drafted.argmax(-1) == choice)
-    weights = [_LATER**j for j in range(depth)]
-    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights), torch.stack(agrees)
-
-
-def accepted_by_position(agrees: torch.Tensor) -> torch.Tensor:
-    """[depth]: the share of drafts whose first 1, 2, ... tokens are all the model's choice."""
-    return agrees.int().cumprod(0).flatten(1).float().mean(1).cpu()
-
-
-@torch.no_grad()
-def agreement(heads: Heads, model: Any, texts: torch.Tensor, depth: int, first: int = 0) -> torch.Tensor:
-    """[depth, N, n] bool: of drafts that begin after each position from ``first`` on in texts [N, T], which tokens are the model's
-    choice; n = T - depth - 1 - first."""
-    agrees = []
-    for batch in texts.long().to(model.device).split(16):
-        positions = torch.arange(first, batch.shape[1] - depth - 1, device=model.device)
-        agrees.append(loss_of(heads, model, batch, last_hidden_states(model, batch), depth, positions)[1])
-    return torch.cat(agrees, 1)
-
-
-@torch.no_grad()
-def last_hidden_states(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What the LM head is given for texts [B, T]: [B, T, D]."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        hook.remove()
-    return seen[0]
-
-
 def _texts(tokens: torch.Tensor, batch: int, length: int, random: torch.Generator) -> torch.Tensor:
     if tokens.ndim == 2:
         return tokens[torch.randint(len(tokens), (batch,), generator=random), :length].long()
@@ -237,68 +179,3 @@ def _continued(model: Any, texts: torch.Tensor) -> torch.Tensor:
     return model.generate(
         input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1
     )
-
-
-@contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode, and no parameter of the model takes a gradient."""
-    training, wanting = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-
-
-def optimizers_of(module: nn.Module, peak: float = 1.0) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices but embeddings, Adam for the rest; every group's highest learning rate is its entry ``peak``."""
-    matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
-    others = [p for name, p in module.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, 3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"] * peak
-    return optimizers
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): matrices of one shape share a
-    batched Newton-Schulz iteration in fp32."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients."""
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                updates = []
-                for p in params:
-                    assert p.grad is not None
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(buffer, group["momentum"]))
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalised(torch.stack(updates)), strict=True):
-                    p.sub_(update, alpha=scale)
-
-
-def orthogonalised(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of ``x`` [N, rows, columns], by a quintic Newton-Schulz."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.transpose(1, 2) if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x

@@ -22,7 +22,8 @@ from patchkit.errors import PatchConflict, PatchError, UnsupportedModel
 from patchkit.linear.state import LinearState
 from patchkit.measure.texts import encode
 from patchkit.training.conversion import Conversion, Rates
-from patchkit.training.run import ConversionRun, weights_frozen
+from patchkit.training.run import ConversionRun
+from patchkit.views import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +117,7 @@ def linearize(
         keep_softmax=keep_softmax, batch=batch, length=length, rates=list(dataclasses.astuple(rates)), seed=seed,
     )  # fmt: skip
     run.open(None if checkpoint is None else Path(checkpoint), facts)
-    with weights_frozen(model):
+    with frozen(model):
         if run.report.stages == [] and run.partial is None:
             run.begin()
         if closed_form:

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from patchkit import _compat
 from patchkit._compat.peft import adapter_parameters, adapter_scaling, insert_adapters
-from patchkit.errors import PatchError
+from patchkit.anatomy.target import Target
+from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.training.student import Student
 
 
@@ -75,3 +77,23 @@ def lm_loss(student: Student, texts: torch.Tensor, teacher: Any = None, context:
         wanted = teacher(input_ids=texts[:, :-1][:, :context], use_cache=False).logits.float().softmax(-1)
     given = logits[:, : wanted.shape[1]].float()
     return (1 - share) * loss + share * F.cross_entropy(given.flatten(0, 1), wanted.flatten(0, 1))
+
+
+def projections(target: Target, layers: list[int]) -> list[str]:
+    """The linear layers inside the attention modules of these layers, by name.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    found = [
+        f"{layer.name}.{name}"
+        for layer in target.attention_layers
+        if layer.index in layers
+        for name, module in layer.module.named_modules()
+        if isinstance(module, nn.Linear | _compat.Conv1D)
+    ]
+    if not found:
+        raise UnsupportedModel(
+            f"{type(target.model).__name__} has no linear layers in its attention: leave the recovery out (lora_steps=0)"
+        )
+    return list(dict.fromkeys(found))

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from patchkit import _compat
 from patchkit.anatomy.target import Target
-from patchkit.api import patch_model
-from patchkit.errors import PatchError, UnsupportedModel
-from patchkit.linear.state import LinearState, load_state
+from patchkit.errors import PatchError
+from patchkit.linear.state import LinearState
 from patchkit.measure.latency import DecodeStream, decode_latency, median_ms, prefilled_cache
-from patchkit.measure.perplexity import block_nll, by_position, stream_nll
-from patchkit.training.conversion import Conversion, Rates, Score, StageName, StageResult, plain, score_of
-from patchkit.training.recovery import Lora, lm_loss
+from patchkit.training.checkpoint import read_checkpoint, write_checkpoint
+from patchkit.training.conversion import Conversion, Rates, StageName, StageResult
+from patchkit.training.recovery import Lora, lm_loss, projections
+from patchkit.training.scoring import Scorer
 from patchkit.training.student import Student
 from patchkit.training.transfer import errors, fit_readouts, transfer_loss
-from patchkit.views import evaluating, twin
+from patchkit.views import twin
 
 _SAVE_EVERY = 25
 
@@ -60,19 +55,20 @@ class ConversionRun:
         seed: int,
         progress: bool,
     ) -> None:
-        self.model, self.target, self.tokens, self.heldout, self.context = model, target, tokens, heldout, context
+        self.model, self.target, self.tokens, self.context = model, target, tokens, context
         self.batch, self.length, self.rates, self.seed, self.progress = batch, length, rates, seed, progress
         self.report = Conversion(state, context, limit, None, None, None, {}, [], [], {})
+        self.scorer = Scorer(model, target, heldout, context, limit)
         self.partial: dict[str, Any] | None = None
         self.path: Path | None = None
         self.facts: dict[str, Any] = {}
         self.student = Student(twin(model).eval(), target, state)
         self._to_device()
 
-    # -- the file -------------------------------------------------------------------------------------------------------------
+    # -- the checkpoint -------------------------------------------------------------------------------------------------------
 
     def open(self, path: Path | None, facts: dict[str, Any]) -> None:
-        """Go on from the checkpoint, if there is one.
+        """Resume from the checkpoint, if there is one.
 
         Raises:
             PatchError: it belongs to another run.
@@ -80,54 +76,24 @@ class ConversionRun:
         self.path, self.facts = path, facts
         if path is None or not path.exists():
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["run"] != facts:
-            other = {
-                name: saved["run"].get(name) for name in facts.keys() | saved["run"].keys() if facts.get(name) != saved["run"].get(name)
-            }
-            raise PatchError(f"{path} belongs to another run ({other}): delete it, or name another checkpoint")
-        report = saved["report"]
-        self.report = Conversion(
-            load_state(saved["state"], self.target),
-            self.context,
-            self.report.limit,
-            score_of(report["unpatched"]),
-            score_of(report["window_alone"]),
-            score_of(report["start"]),
-            report["start_errors"],
-            [StageResult(**{**stage, "score": score_of(stage["score"])}) for stage in report["stages"]],
-            report["kept_softmax"],
-            {},
-        )
-        self.partial = saved["partial"]
+        self.report, self.partial = read_checkpoint(path, facts, self.target, self.report)
         self.student.state = self.report.state
         self._to_device()
 
     def save(self, partial: dict[str, Any] | None = None) -> None:
         """Write the checkpoint."""
-        if self.path is None:
-            return
-        report = {
-            "unpatched": plain(self.report.unpatched),
-            "window_alone": plain(self.report.window_alone),
-            "start": plain(self.report.start),
-            "start_errors": self.report.start_errors,
-            "stages": [dataclasses.asdict(stage) for stage in self.report.stages],
-            "kept_softmax": self.report.kept_softmax,
-        }
-        new = self.path.with_suffix(".new")
-        torch.save({"run": self.facts, "report": report, "state": self.report.state.state_dict(), "partial": partial}, new)
-        new.replace(self.path)
+        if self.path is not None:
+            write_checkpoint(self.path, self.facts, self.report, partial)
 
     # -- the stages -----------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Score the model as it is, with the window alone, and with untrained hybrid attention."""
         self.report.start_errors = self._errors()
-        self.report.unpatched = self.score(self.model)
-        alone = self.window_alone()
-        self.report.window_alone = None if alone is None else self.score(alone)
-        self.report.start = self.score(self.patched(self.report.state))
+        self.report.unpatched = self.scorer.score(self.model)
+        alone = self.scorer.window_alone(self.report.state)
+        self.report.window_alone = None if alone is None else self.scorer.score(alone)
+        self.report.start = self.scorer.score(self.scorer.patched(self.report.state))
         self.save()
 
     def closed_form(self) -> None:
@@ -159,8 +125,8 @@ class ConversionRun:
         self.report.kept_softmax = sorted(sorted(last, key=last.__getitem__, reverse=True)[:count])
         for index in self.report.kept_softmax:
             del self.report.state.parts[index]
-        alone = self.window_alone()  # these layers keep all keys there, too
-        self.report.window_alone = None if alone is None else self.score(alone)
+        alone = self.scorer.window_alone(self.report.state)  # these layers keep all keys there, too
+        self.report.window_alone = None if alone is None else self.scorer.score(alone)
         self.save()
 
     def recovery(self, steps: int, rank: int, distill: float) -> None:
@@ -189,7 +155,7 @@ class ConversionRun:
         """The report, with the times of a decoded token; the state is frozen and on the CPU."""
         for part in self.report.state.parts.values():
             part.requires_grad_(False).cpu()
-        unpatched, linear = twin(self.model).eval(), self.patched(self.report.state)
+        unpatched, linear = twin(self.model).eval(), self.scorer.patched(self.report.state)
         streams = {
             name: DecodeStream(model, prefilled_cache(model, _TIMED_CONTEXT))
             for name, model in (("unpatched", unpatched), ("linear", linear))
@@ -242,7 +208,7 @@ class ConversionRun:
     def _close(self, stage: StageResult, errors: dict[int, float]) -> None:
         if errors:
             stage.errors, stage.after = errors, _mean(errors)
-        stage.score = self.score(self.patched(self.report.state))
+        stage.score = self.scorer.score(self.scorer.patched(self.report.state))
         self.report.stages.append(stage)
         self.save()
 
@@ -271,86 +237,6 @@ class ConversionRun:
     def _to_device(self) -> None:
         for part in self.report.state.parts.values():
             part.requires_grad_(False).to(self.model.device)
-
-    # -- what it is worth -----------------------------------------------------------------------------------------------------
-
-    def patched(self, state: LinearState) -> Any:
-        """A twin of the model, patched with a copy of ``state``."""
-        from patchkit.patches.linear import LinearAttention
-
-        frozen = load_state(state.state_dict(), self.target)
-        return patch_model(twin(self.model).eval(), LinearAttention(state_dict=frozen), verbose=False)
-
-    def window_alone(self) -> Any:
-        """A twin of the model in which the layers to convert see sinks and window, and nothing else; None where streaming is refused."""
-        from patchkit.patches.streaming import StreamingLLM
-
-        state = self.report.state
-        alone = StreamingLLM(sinks=state.sinks, window=state.window, layers=tuple(state.layers))
-        try:
-            return patch_model(twin(self.model).eval(), alone, verbose=False)
-        except UnsupportedModel:  # learned positions cannot stream; a linear layer has none
-            return None
-
-    def score(self, model: Any) -> Score | None:
-        """Perplexity of a model on the text kept back; None without such text."""
-        if len(self.heldout) <= self.context:
-            return None
-        edges = [0, self.context, 8 * self.context, 32 * self.context]
-        fresh_reference, streamed_reference = self.references
-        with evaluating(model):
-            fresh, streamed = block_nll(model, self.heldout, self.context), stream_nll(model, self.heldout)
-        buckets = by_position(streamed, edges)
-        ratios = by_position(streamed - streamed_reference, edges)
-        spans = [f"{bucket.start}-{bucket.stop}" for bucket in buckets]
-        return Score(
-            by_position(fresh, [0, len(fresh)])[0].perplexity,
-            {span: bucket.perplexity for span, bucket in zip(spans, buckets, strict=True)},
-            by_position(fresh - fresh_reference, [0, len(fresh)])[0].perplexity,
-            {span: bucket.perplexity for span, bucket in zip(spans, ratios, strict=True)},
-        )
-
-    @functools.cached_property
-    def references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats per token of the unpatched model, [n - 1] each: given C tokens at a time, and as many as it was made for."""
-        with evaluating(self.model):
-            pieces = [
-                stream_nll(self.model, self.heldout[start : start + self.report.limit + 1])
-                for start in range(0, len(self.heldout) - 1, self.report.limit)
-            ]
-            return block_nll(self.model, self.heldout, self.context), torch.cat(pieces)
-
-
-@contextlib.contextmanager
-def weights_frozen(model: Any) -> Iterator[None]:
-    """No parameter of the model takes a gradient; afterwards, those do that did."""
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-
-
-def projections(target: Target, layers: list[int]) -> list[str]:
-    """The linear layers inside the attention modules of these layers, by name.
-
-    Raises:
-        UnsupportedModel: there is none.
-    """
-    found = [
-        f"{layer.name}.{name}"
-        for layer in target.attention_layers
-        if layer.index in layers
-        for name, module in layer.module.named_modules()
-        if isinstance(module, nn.Linear | _compat.Conv1D)
-    ]
-    if not found:
-        raise UnsupportedModel(
-            f"{type(target.model).__name__} has no linear layers in its attention: leave the recovery out (lora_steps=0)"
-        )
-    return list(dict.fromkeys(found))
 
 
 def _mean(errors: dict[int, float]) -> float:

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from patchkit.cli import app
-from patchkit.cli.prove import _documents
 from patchkit.models import load_model
+from patchkit.prove import texts
 from patchkit.prove.checks.plan import PROMISES, STEPS, UnknownPromise
 from patchkit.prove.checks.quality import BEYOND_THE_WINDOW, NOT_TOO_GOOD
 from patchkit.prove.proof import Proof
@@ -172,10 +172,10 @@ def test_documents_are_longer_than_what_is_kept() -> None:
     model, tokenizer = load_model("bundled")
     reach = reach_of(model, parse_spec("streaming(window=508)"))
     assert reach == 512
-    assert max(map(len, _documents(tokenizer, None, 4096))) == 512
-    assert max(map(len, _documents(tokenizer, None, 4096, reach))) == 768
+    assert max(map(len, texts.documents(tokenizer, None, 4096))) == 512
+    assert max(map(len, texts.documents(tokenizer, None, 4096, reach))) == 768
     # Four documents at least: intervals are over documents.
-    assert max(map(len, _documents(tokenizer, None, 4096, 4096))) == 1024
+    assert max(map(len, texts.documents(tokenizer, None, 4096, 4096))) == 1024
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------------

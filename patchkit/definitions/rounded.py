@@ -1,0 +1,87 @@
+"""Definition of modules with weights of eight bits."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.definitions.forward import NoDefinition, hooks_removed, logits_at
+
+if TYPE_CHECKING:
+    from patchkit.record import PatchReport
+
+
+# Steps by which an input of int8 layers, in units of its rounding, may differ between two computations: some last bits of float32.
+_UNSURE_STEPS = 127 * 2.0**-21
+
+
+# The same where inputs are not rounded, as a share of a row's largest: kernels take them as integers of 16 bits (docs/kernels.md).
+_UNSURE_SHARE = 2.0**-16
+
+
+def rounded_logits(
+    model: Any, ids: torch.Tensor, facts: PatchReport, *, at: torch.Tensor | None = None, unsure: torch.Generator | None = None
+) -> torch.Tensor:
+    """The modules that the patch reports with weights rounded to 255 levels per output channel; in mode "dynamic" inputs too, per token.
+
+    Args:
+        unsure: with it the inputs of these modules are moved at random by what two computations of them may differ; what that does to
+            logits is what nobody can promise.
+
+    Raises:
+        NoDefinition: fused experts that round their inputs, which nothing outside them sees; or weights that came in int8.
+    """
+    originals: list[tuple[nn.Module, str, Any]] = []
+    hooks = []
+    try:
+        for name, about in facts.modules.items():
+            module = model.get_submodule(name)
+            dynamic, linear = about["mode"] == "dynamic", getattr(module, "weight", None) is not None
+            if dynamic and not linear:
+                raise NoDefinition(f"{name} rounds what goes between its experts' layers, which cannot be done from outside")
+            for key, parameter in list(_compat.parameters_of(module).items()):
+                if parameter is None or parameter.ndim < 2 or (key != "weight" and parameter.ndim != 3):
+                    continue
+                if type(parameter) is not nn.Parameter:
+                    raise NoDefinition(f"{name} had a weight of {type(parameter).__name__} before it was patched")
+                across = parameter.ndim - 1
+                if isinstance(module, _compat.Conv1D) or getattr(module, "is_transposed", False):
+                    across -= 1
+                originals.append((module, key, parameter))
+                _compat.parameters_of(module)[key] = nn.Parameter(_rounded(parameter.detach(), across), requires_grad=False)
+            if dynamic or unsure is not None:
+                hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, dynamic, unsure)))
+        with hooks_removed(hooks):
+            return logits_at(model, ids, at)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, key, parameter in originals:
+            _compat.parameters_of(module)[key] = parameter
+
+
+def _input_rounded(dynamic: bool, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the first one rounded in mode "dynamic", and moved by what is unsure of it."""
+    x = args[0]
+    if dynamic:
+        return _rounded(x, -1, unsure), *args[1:]
+    moved = x.float() + _UNSURE_SHARE * x.float().abs().amax(-1, keepdim=True) * _noise(x, unsure)
+    return moved.to(x.dtype), *args[1:]
+
+
+def _rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None) -> torch.Tensor:
+    """x on the 255 levels from -127 to 127 times max|x| / 127, the maximum being taken along one dimension; computed in float32."""
+    step = x.float().abs().amax(across, keepdim=True).clamp(min=1e-30) / 127
+    steps = x.float() / step
+    if unsure is not None:
+        steps = steps + _UNSURE_STEPS * _noise(x, unsure)
+    return (steps.round() * step).to(x.dtype)
+
+
+def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Numbers from -1 to 1, of x's shape."""
+    return 2 * torch.rand(x.shape, generator=generator).to(x.device) - 1

@@ -1,0 +1,72 @@
+"""Loss of draft heads against the model's own distribution, and how often drafts are its choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from patchkit.speculation.heads import EagleHead, Heads, MedusaHeads
+
+_FEATURE_WEIGHT = 0.5  # of the smooth L1 distance between EAGLE's features and the model's, beside the cross-entropy
+
+
+_LATER = 0.8  # a head that looks one token further weighs this much less, as in Medusa
+
+
+def loss_of(
+    heads: Heads, model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depth: int, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss on texts [B, T] with the model's ``hidden`` [B, T, D], and for drafts of ``depth`` tokens that begin after
+    each of ``positions`` [n], all below T - depth, whether each token is the model's choice: [depth, B, n] bool."""
+    head = model.get_output_embeddings()
+    if isinstance(heads, EagleHead):
+        embedded = model.get_input_embeddings()(tokens[:, 1:]).float()
+        features = heads.unrolled(embedded, hidden[:, :-1].float(), depth)
+        drafts = [features[j][:, positions + j] for j in range(depth)]
+        distances = [F.smooth_l1_loss(features[j][:, j:], hidden[:, j + 1 :].float()) for j in range(depth)]
+    else:
+        assert isinstance(heads, MedusaHeads)
+        drafts = list(heads(hidden[:, positions].float()).unbind(-2))[:depth]
+        distances = [hidden.new_zeros(())] * depth
+    losses, agrees = [], []
+    for j, draft in enumerate(drafts):
+        with torch.no_grad():
+            logits = head(hidden[:, positions + j + 1]).float()
+            choice = logits.argmax(-1)
+            wanted = 0.5 * logits.softmax(-1)
+            wanted.scatter_add_(-1, choice[..., None], wanted.new_full((*choice.shape, 1), 0.5))
+        drafted = head(draft.to(head.weight.dtype)).float()
+        losses.append(F.cross_entropy(drafted.flatten(0, 1), wanted.flatten(0, 1)) + _FEATURE_WEIGHT * distances[j])
+        agrees.append(drafted.argmax(-1) == choice)
+    weights = [_LATER**j for j in range(depth)]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights), torch.stack(agrees)
+
+
+def accepted_by_position(agrees: torch.Tensor) -> torch.Tensor:
+    """[depth]: the share of drafts whose first 1, 2, ... tokens are all the model's choice."""
+    return agrees.int().cumprod(0).flatten(1).float().mean(1).cpu()
+
+
+@torch.no_grad()
+def agreement(heads: Heads, model: Any, texts: torch.Tensor, depth: int, first: int = 0) -> torch.Tensor:
+    """[depth, N, n] bool: of drafts that begin after each position from ``first`` on in texts [N, T], which tokens are the model's
+    choice; n = T - depth - 1 - first."""
+    agrees = []
+    for batch in texts.long().to(model.device).split(16):
+        positions = torch.arange(first, batch.shape[1] - depth - 1, device=model.device)
+        agrees.append(loss_of(heads, model, batch, last_hidden_states(model, batch), depth, positions)[1])
+    return torch.cat(agrees, 1)
+
+
+@torch.no_grad()
+def last_hidden_states(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """What the LM head is given for texts [B, T]: [B, T, D]."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
