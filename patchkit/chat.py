@@ -1,4 +1,4 @@
-"""How many tokens a system message takes, so that a window can keep it."""
+"""Number of tokens of a system message, so that a window can keep it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from patchkit.errors import PatchError
 
 
 def system_tokens(tokenizer: Any, system: str) -> int:
-    """Tokens with which every chat under this system message begins: as ``sinks`` of `StreamingLLM` they stay visible for ever.
+    """Number of tokens with which every chat under this system message begins; as ``sinks`` of `StreamingLLM` they stay visible.
 
     Args:
-        tokenizer: of the model, with a chat template.
+        tokenizer: the model's tokenizer, with a chat template.
         system: the system message.
 
     Raises:
         PatchError: there is no chat template, or it refuses a system message.
     """
     if not tokenizer.chat_template:
-        raise PatchError("this tokenizer has no chat template, so it knows no system message: give sinks as a number of tokens")
+        raise PatchError("this tokenizer has no chat template, so it has no system message: give sinks as a number of tokens")
     from jinja2 import TemplateError
 
     try:
-        # Two messages of the user that differ from their first character on: what both chats begin with is the system's.
+        # Two user messages that differ from their first character on: the common prefix of both chats belongs to the system message.
         first, second = (
             tokenizer.apply_chat_template(
                 [{"role": "system", "content": system}, {"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True

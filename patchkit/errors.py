@@ -1,4 +1,4 @@
-"""The errors of patchkit. Every message ends with the remedy, so that nobody has to read the source to go on."""
+"""Errors of patchkit. Every message ends with the remedy, so that a user can continue without reading the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PatchConflict(PatchError):
 
 
 class IrreversiblePatch(PatchError):
-    """An edit could not be undone; the message says what is left and how to get a clean model."""
+    """An edit could not be undone; the message names what is left and how to get a clean model."""
 
 
 class SpecError(PatchError, ValueError):
@@ -28,12 +28,12 @@ class SpecError(PatchError, ValueError):
 
 
 class StreamError(PatchError, RuntimeError):
-    """A patched model is run in a way that its patch cannot serve: a foreign cache, packed positions and the like."""
+    """A patched model is run in a mode that its patch cannot serve: a foreign cache, packed positions and the like."""
 
 
 class KernelError(PatchError):
-    """An op was asked for what none of its backends, or not the one that was asked for, can do."""
+    """No backend of an op, or not the requested one, can serve a call."""
 
 
 class SlowerPatch(PatchError):
-    """A patch that was told to be strict found that it would slow this model down on this machine."""
+    """A strict patch would slow this model down on this machine."""

@@ -1,4 +1,4 @@
-"""`Exclusive`: a patched model runs in one thread at a time, and says so instead of mixing two texts up."""
+"""`Exclusive`: a patched model runs in one thread at a time, and raises instead of mixing two sequences up."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from patchkit.errors import StreamError
 
 
 class Exclusive:
-    """Held by the thread in which a patched model runs; the same thread may take it again.
+    """Re-entrant lock of a patched model that raises instead of waiting.
 
-    Nobody waits for it: what a patch keeps while a forward, or a call of generate, is under way belongs to that thread, and a second one
-    is better told than slowed down without a word. Copies and pickles are free, and so is what a thread held that has ended.
+    The state of a patch during a forward, or during a call of generate, belongs to one thread. A second thread gets an error, because
+    waiting would slow it down silently. Copies and pickles are unlocked, and a lock of a thread that has ended is free.
     """
 
     def __init__(self) -> None:
@@ -22,12 +22,12 @@ class Exclusive:
         self._depth = 0
 
     def take(self, what: str, module: Any = None, nested: bool = True) -> None:
-        """Take it for this thread; ``give_back`` as often.
+        """Take the lock for this thread; ``give_back`` has to be called as often.
 
         Args:
-            what: that runs, for the message: "a forward of this LlamaModel".
-            module: where its holder is not told of every end (KeyboardInterrupt), the module whose forward must be running in its thread.
-            nested: what this thread has taken and not given back is still under way; else it was interrupted, and counts no more.
+            what: the work that holds the lock, for the message: "a forward of this LlamaModel".
+            module: if the holder is not notified of every end (KeyboardInterrupt), the module whose forward must be running in its thread.
+            nested: earlier calls of this thread are still running; else they were interrupted, and no longer count.
 
         Raises:
             StreamError: another thread has it.
@@ -43,7 +43,7 @@ class Exclusive:
             self._owner = thread
 
     def give_back(self) -> bool:
-        """Give back what this thread has taken. Returns False, and does nothing, if it has not."""
+        """Release the lock once. Returns False, and does nothing, if this thread does not hold it."""
         with self._guard:
             if self._owner is not threading.current_thread():
                 return False
@@ -60,5 +60,5 @@ class Exclusive:
 
 
 def _is_running(thread: threading.Thread, module: Any) -> bool:
-    """Whether a thread is alive and, if a module is given, in a call of it. Looked at only where two threads meet."""
+    """Whether a thread is alive and, if a module is given, inside a call of it. Only checked when two threads collide."""
     return thread.is_alive() and (module is None or is_in_call_of(thread, module))

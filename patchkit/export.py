@@ -1,4 +1,4 @@
-"""A directory that loads patched wherever transformers loads models: `AutoModelForCausalLM`, `pipeline`, plain lm-eval.
+"""Export of a directory that loads patched wherever transformers loads models: `AutoModelForCausalLM`, `pipeline`, plain lm-eval.
 
 It is a stock checkpoint with two additions: config.json names the patches, and a module of three lines that transformers imports with
 `trust_remote_code=True`, and that hands over to `PatchkitForCausalLM`. Without it, the unpatched model loads: transformers has no
@@ -38,25 +38,25 @@ class ExportError(PatchError):
 
 
 class PatchkitForCausalLM:
-    """What transformers finds in an exported directory; it never becomes an object, but loads the model's own class and patches it.
+    """Entry point of an exported directory for transformers: loads the model's own class and patches it. Never instantiated.
 
-    No `PreTrainedModel`: transformers would ask one for the class of its configuration, and this stands for all.
+    Not a `PreTrainedModel`, because transformers would ask that for the class of its configuration, and this serves all classes.
     """
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any) -> None:
-        """Nothing to do: it is asked for when a model is to be saved with its code, and this one never is."""
+        """Do nothing: transformers calls this when a model is saved with its code, which never happens here."""
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any, **options: Any) -> Any:
-        """The model of an exported directory, patched.
+        """Load the model of an exported directory, and patch it.
 
         Raises:
             PatchError: its patches are unknown here, or refuse the model as it was loaded (device, dtype).
         """
         config = copy.deepcopy(config)
         spec = config.patchkit
-        # Saved again, the model is the stock checkpoint that a patched model saves.
+        # Without these fields, saving the model again writes a stock checkpoint.
         del config.patchkit, config.auto_map
         loaded = getattr(transformers, config.architectures[0]).from_pretrained(name, *args, config=config, **options)
         patch_model(loaded[0] if isinstance(loaded, tuple) else loaded, spec)
@@ -67,8 +67,8 @@ def export(model: PreTrainedModel, tokenizer: Any, patches: str | Sequence[Patch
     """Write an unpatched model so that it loads patched. Everything is checked before anything is written, and a failure leaves nothing.
 
     Args:
-        model: as it is to be saved, in its present dtype; it is patched for a moment, to see that it can be.
-        tokenizer: saved beside it; None for none.
+        model: saved in its present dtype; it is patched briefly, to check that it can be.
+        tokenizer: saved next to the model; None for none.
         patches: a spec string, or `Patch` objects that a spec string can spell.
         directory: must not exist, or be empty.
 

@@ -40,7 +40,7 @@ class PatchGate:
         tokenizer: PreTrainedTokenizerBase | None = None,
         documents: Sequence[str | Sequence[int]] | None = None,
     ) -> Gate:
-        """Measure the patched model beside the unpatched one, and fail the test unless every bound is shown to hold.
+        """Measure the patched model against the unpatched one, and fail the test unless every bound is shown to hold.
 
         Bounds are those of `patchkit.gates.result.Bounds`, other arguments those of `run_gate`. The figures are in the benchmark's
         `extra_info["patch_gate"]`, and with `--benchmark-json=FILE` in that file, for `patchkit gate`.
@@ -61,7 +61,7 @@ class PatchGate:
             found = gate.run_gate(model, patches, bounds, context, rounds, tokenizer, documents, self.benchmark.pedantic)
         except PatchError as error:
             pytest.fail(f"patch_gate: {error}", pytrace=False)
-        # pytest-benchmark has timed all rounds as one; its own tables shall speak of the patched model.
+        # pytest-benchmark has timed all rounds as one; its tables should show the patched model.
         self.benchmark.stats.stats.data[:] = [ms / 1000 for ms in found.rounds_ms[gate.PATCHED]]
         self.benchmark.extra_info["patch_gate"] = found.to_dict()
         if found.failures:
@@ -72,7 +72,7 @@ class PatchGate:
 class _WithBenchmark:
     @pytest.fixture
     def patch_gate(self, benchmark: Any) -> Iterator[PatchGate]:
-        """Fail unless a patch is as fast and as good as demanded; see patchkit.pytest_plugin."""
+        """Fail unless a patch is as fast and as good as demanded; patchkit.pytest_plugin has the arguments."""
         gate = PatchGate(benchmark)
         yield gate
         if not gate.called and not benchmark.skipped:
@@ -93,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    # pytest-benchmark marks every benchmark to be skipped, and a skipped gate looks green.
+    # pytest-benchmark skips every benchmark, and a skipped gate would look green.
     skipping = item.config.getoption("benchmark_skip", False) and not item.config.getoption("benchmark_only", False)
     if skipping and "patch_gate" in getattr(item, "fixturenames", ()):
         pytest.fail("patch_gate measured nothing, because of --benchmark-skip: run gates without it, or deselect them", pytrace=False)

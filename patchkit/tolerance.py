@@ -1,4 +1,4 @@
-"""How far two computations of the same thing may lie apart, by dtype."""
+"""Largest allowed difference between two computations of the same tensor, by dtype."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Tolerance:
     """One row of ``TOLERANCES``.
 
     Attributes:
-        logits: largest allowed ``logit_error`` between two ways to compute the same logits.
+        logits: largest allowed ``logit_error`` between two computations of the same logits.
         ratio: largest allowed RMSE of an op's output relative to the RMS of its reference.
-        differs: a difference of logits that rounding cannot explain: what a test asks for where a rule must show.
+        differs: a difference of logits that rounding cannot explain; tests demand it where a rule must have an effect.
     """
 
     logits: float

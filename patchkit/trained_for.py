@@ -1,4 +1,4 @@
-"""`TrainedFor`: which model a file of trained weights belongs to, so that it is refused for any other."""
+"""`TrainedFor`: the model that a file of trained weights belongs to, so that it is refused for any other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 from patchkit.errors import UnsupportedModel
 
-# Weights of which a few elements are kept, and how many of each.
+# Number of sampled weights, and of elements of each.
 _SAMPLED, _ELEMENTS = 48, 4
-# Relative: what rounding to bfloat16 changes, twice.
+# Relative: twice the rounding error of bfloat16.
 _ROUNDING = 2.0**-7
 
 
@@ -24,8 +24,8 @@ class TrainedFor:
 
     Attributes:
         hidden_size, embedding_size, vocabulary: D, E and V.
-        fingerprint: of the LM head's weight, in bfloat16, so that it is the same whether the model is loaded in that or in float32.
-        samples: a few elements of up to 48 weights by name; empty in files of a time when none were kept.
+        fingerprint: hash of the LM head's weight in bfloat16, so that it is the same whether the model is loaded in that or in float32.
+        samples: a few elements of up to 48 weights by name; empty in older files.
     """
 
     model_type: str
@@ -37,7 +37,7 @@ class TrainedFor:
 
     @classmethod
     def of(cls, model: Any) -> TrainedFor:
-        """The facts about ``model``.
+        """Identify ``model``.
 
         Raises:
             UnsupportedModel: it has no LM head of one weight [V, D], or no input embeddings.
@@ -45,8 +45,8 @@ class TrainedFor:
         weight, embeddings = lm_head_weight(model), model.get_input_embeddings()
         if weight is None or not hasattr(embeddings, "weight"):
             raise UnsupportedModel(
-                f"{type(model).__name__} has no LM head of one weight matrix, by which trained weights are known to be its own: "
-                "draft heads need one, and converted attention does. Use what needs no training, such as PromptLookup"
+                f"{type(model).__name__} has no LM head of one weight matrix, which identifies the model of trained weights: "
+                "draft heads and converted attention need one. Use a drafter that needs no training, such as PromptLookup"
             )
         return cls(
             model_type=model.config.model_type,
@@ -58,9 +58,9 @@ class TrainedFor:
         )
 
     def other_weight(self, have: TrainedFor) -> str | None:
-        """The name of a weight that is another one in the model that ``have`` was made of; None if all are the same up to rounding.
+        """Name of a weight that differs in the model of ``have``; None if all are equal up to rounding.
 
-        Weights that only one of the two has are passed over: one of them may be quantised.
+        Weights that only one of the two has are skipped: one model may be quantised.
         """
         for name, mine in self.samples.items():
             theirs = have.samples.get(name, mine)
@@ -70,34 +70,34 @@ class TrainedFor:
 
 
 def _samples(model: Any) -> dict[str, list[float]]:
-    """Four elements of each of 48 weight matrices of ``model`` that are spread over it; quantised and offloaded ones are left out."""
-    # PEFT puts names of its own around those of the model.
+    """Four elements of each of 48 weight matrices spread over ``model``, without quantised and offloaded ones."""
+    # PEFT adds prefixes and infixes to the model's names.
     found = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
-        # 8-bit floating point is a quantised format: its values are without their scales.
+        # 8-bit floating point is a quantised format: its values lack their scales.
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.dtype.itemsize > 1
         if parameter.ndim > 1 and parameter.numel() and parameter.device.type != "meta"
         if "lora_" not in name
     }
     samples = {}
-    # Spread by a hash of the name, so that mostly the same are chosen where some are left out.
+    # Chosen by a hash of the name, so that mostly the same are chosen if some are excluded.
     for name in sorted(found, key=lambda name: zlib.crc32(name.encode()))[:_SAMPLED]:
         flat = found[name].detach().flatten()
-        # In whole numbers: torch.linspace is of floating point, and beyond 2^24 elements it rounds to an index that is not there.
+        # In integers: torch.linspace computes in floating point, which beyond 2^24 elements rounds to an index that does not exist.
         places = [i * (len(flat) - 1) // (_ELEMENTS - 1) for i in range(_ELEMENTS)]
         samples[name] = flat[torch.tensor(places, device=flat.device)].float().tolist()
     return samples
 
 
 def lm_head_weight(model: Any) -> torch.Tensor | None:
-    """The LM head's weight [V, D]; None if it has no one matrix."""
+    """The LM head's weight [V, D]; None if it is not a single matrix."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """Of 256 rows of ``weight`` [N, D], rounded to bfloat16."""
+    """Hash of 256 rows of ``weight`` [N, D], rounded to bfloat16."""
     rows = torch.linspace(0, len(weight) - 1, min(len(weight), 256), device=weight.device).long()
     sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -16,23 +16,16 @@ TO_DO: frozenset[str] = frozenset(
         "_compat",
         "anatomy",
         "api",
-        "cli",
-        "export",
         "handle",
         "int8",
         "kernels",
         "linear",
-        "lm_eval",
-        "models",
         "patch",
-        "prove",
         "record",
         "speculation",
         "spelled",
         "static_step",
         "streaming",
-        "testing",
-        "training",
     }
 )
 # A docstring that begins so is a riddle, or cannot be understood without another docstring.

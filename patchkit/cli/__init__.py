@@ -1,7 +1,7 @@
-"""The command line. Each file of this folder but common.py is one command, and is found by being there.
+"""The command line. Each file of this folder except common.py is one command, and is discovered by name.
 
-Results go to stdout, progress and remarks to stderr. With `--json` stdout carries one JSON object and nothing else. What a
-user can get wrong ends in one line on stderr and exit code 1 (2 for a wrong call), never in a traceback.
+Results go to stdout, progress and remarks to stderr. With `--json` stdout carries one JSON object and nothing else. A user's
+mistake ends in one line on stderr and exit code 1 (2 for a wrong call), never in a traceback.
 """
 
 from __future__ import annotations

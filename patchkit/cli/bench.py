@@ -31,7 +31,7 @@ from patchkit.cli.common import (
 @app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP[:-1]}; with --endpoint its name there.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML; what is given beside it wins.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML; other options override it.")] = None,
     patches: Annotated[str | None, typer.Option("--patches", metavar="SPEC", help="Patches of a local model.")] = None,
     endpoint: Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="A server, such as http://localhost:8000/v1.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Ask /chat/completions instead of /completions.")] = None,

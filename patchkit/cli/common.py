@@ -1,4 +1,4 @@
-"""What the commands share: the application, options, loading and patching, and how results are printed."""
+"""Shared parts of the commands: the application, options, loading and patching, and printing of results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class UsageError(PatchError):
-    """The command is well-formed, but what it was given cannot be used."""
+    """The command is well-formed, but its arguments cannot be used."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -91,10 +91,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def load(model: str, dtype: Dtype = Dtype.float32, device: str = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
     from patchkit.models import find, load_model
 
-    find(model)  # what is wrong with a name shows before anything large is imported
+    find(model)  # a wrong name fails before anything large is imported
     import transformers
 
-    # What goes wrong is said by patchkit; the rest of transformers' remarks would bury it.
+    # patchkit reports what goes wrong; transformers' other remarks would hide it.
     transformers.logging.set_verbosity_error()
     loaded: Any
     loaded, tokenizer = load_model(model, dtype=dtype.value)
@@ -122,7 +122,7 @@ def patch(model: PreTrainedModel, chosen: list[Patch]) -> None:
 
 
 def report(model: PreTrainedModel, chosen: list[Patch]) -> Report:
-    """What the patches changed, with their counters so far; empty for an unpatched model."""
+    """Report of the patches, with their counters so far; empty for an unpatched model."""
     from patchkit.api import report
     from patchkit.record import Report
 

@@ -61,14 +61,16 @@ def evaluate(
     ] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="The unpatched model too.")] = False,
     limit: Annotated[float | None, typer.Option(help="Documents per task, or below 1 their share.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results as they come, and leave out what is there.", file_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write results as they are finished, and skip those that are there.", file_okay=False)
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate with lm-evaluation-harness, patched beside unpatched. All other options are lm-eval's own (lm_eval run --help)."""
+    """Evaluate with lm-evaluation-harness, patched and unpatched. All other options are lm-eval's own (lm_eval run --help)."""
     if model.startswith("-"):
-        raise UsageError(f"{model!r} stands where the model should: give the model first, and then the options")
+        raise UsageError(f"{model!r} is in the place of the model: give the model first, and then the options")
     if limit is not None and limit <= 0:
         raise UsageError(f"--limit {limit:g} leaves no documents: give a number, or below 1 a share")
     chosen = {name: spec for spec in patches or [] if (name := " + ".join(patch.spec for patch in parse(spec)))}
@@ -110,7 +112,7 @@ def task_folder() -> Path:
 
 
 def _tokenizer_place(model: str) -> str:
-    """What transformers loads the tokenizer of a model from, so that tasks of lm-eval that want one find it, too."""
+    """Place from which transformers loads the tokenizer of a model, for tasks of lm-eval that need one."""
     from patchkit.models import BUNDLED, bundled_path
 
     return str(bundled_path(model)) if model == "bundled" or model in BUNDLED else model
@@ -152,7 +154,7 @@ def _harness(model: str, tasks: str, limit: float | None, device: str, out: Path
 
 
 def _run(model: str, dtype: Dtype, chosen: dict[str, list[Patch]], config: Any, manager: Any, out: Path | None) -> Iterator[TaskScore]:
-    """Every task under every spec, as they come; what ``out`` holds already is read from there."""
+    """Yield the score of every task under every spec as it is finished; those in ``out`` are read from there."""
     finished = finished_results(out, _say_unfinished) if out else {}
     lm = None
     for name, patches in chosen.items():
@@ -208,7 +210,7 @@ def _patched(lm: Any, patches: list[Patch]) -> Iterator[None]:
 
 
 def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: Any, out: Path | None) -> dict[str, Any]:
-    """What lm-eval returns for one task, written to ``out`` in its format; nothing in all processes but the first."""
+    """Results of lm-eval for one task, written to ``out`` in its format; empty in all processes but the first."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import sanitize_model_name
@@ -223,7 +225,7 @@ def _evaluated(lm: Any, task: Any, run: dict[str, Any], config: Any, manager: An
         batch_size=config.batch_size,
         max_batch_size=config.max_batch_size,
         device=config.device,
-        # Answers of one spec must not be taken for those of another.
+        # Cached answers of one spec must not be used for another.
         use_cache=config.use_cache and f"{config.use_cache}_{hashlib.sha256(key_of(run).encode()).hexdigest()[:16]}",
         cache_requests=config.cache_requests.get("cache_requests", False),
         rewrite_requests_cache=config.cache_requests.get("rewrite_requests_cache", False),

@@ -50,15 +50,15 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that hold this share of the probability.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end-of-text tokens.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end-of-text tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, or answer a message; tokens are printed as they come."""
+    """Continue a text, or answer a message; tokens are printed as they are generated."""
     _check(chat, system, temperature, top_p, stop or [])
-    # What needs no model is looked at before anything large is imported.
+    # Arguments are checked before anything large is imported.
     from patchkit.models import find
     from patchkit.spec import check_spelling
 
@@ -150,7 +150,7 @@ def _is_chat(chat: bool | None, system: str | None, model: str, tokenizer: Any) 
     has_template = bool(tokenizer.chat_template)
     if not has_template and (chat or system is not None):
         option = "--chat" if chat else "--system"
-        raise UsageError(f"the tokenizer of {model} has no chat template, so the model knows no messages: leave {option} out")
+        raise UsageError(f"the tokenizer of {model} has no chat template, so the model takes no messages: leave {option} out")
     return has_template if chat is None else chat
 
 
@@ -168,7 +168,7 @@ def _chat_inputs(tokenizer: Any, text: str, system: str | None) -> Any:
 
 
 def _padding(model: Any, tokenizer: Any) -> int:
-    """A token to pad with, which generate asks for and which one row never shows."""
+    """A padding token, which generate requires although a single row never contains it."""
     settings = model.generation_config
     known = [*_as_list(settings.pad_token_id), *_as_list(tokenizer.pad_token_id), *_as_list(settings.eos_token_id)]
     return int((known or [0])[0])

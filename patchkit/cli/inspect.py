@@ -70,7 +70,7 @@ def _print_pairs(console: Console, pairs: dict[str, Any]) -> None:
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    """One line per run of neighbouring layers that are alike; `layer` and `module` are what tells them apart."""
+    """Table with one line per run of neighbouring layers that differ in `layer` and `module` only."""
     facts = [name for name in layers[0] if name not in ("layer", "module")]
     facts = [name for name in facts if any(layer[name] is not None for layer in layers)]
     runs: list[list[dict[str, Any]]] = []

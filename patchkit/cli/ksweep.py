@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,9 +22,6 @@ from patchkit.cli.common import (
     progress,
 )
 from patchkit.errors import PatchError
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

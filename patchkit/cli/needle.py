@@ -37,10 +37,12 @@ def needle(
     ] = None,
     distances: Annotated[
         str,
-        typer.Option("--distances", metavar="LIST", help="Tokens between a key and its answer; what does not fit a length is left out."),
+        typer.Option(
+            "--distances", metavar="LIST", help="Tokens between a key and its answer; distances that do not fit a length are skipped."
+        ),
     ] = "200,400,800,1600,3200,6400",
     trials: Annotated[
-        int, typer.Option("--trials", min=1, metavar="N", help="Keys, each in a text of its own, for every length and distance.")
+        int, typer.Option("--trials", min=1, metavar="N", help="Keys, each in a separate text, for every length and distance.")
     ] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the keys.")] = 0,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.", file_okay=False)] = Path("patchkit-needle"),
@@ -48,7 +50,7 @@ def needle(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Hide a key in long English texts and ask for it: recall by length and distance, unpatched beside patched."""
+    """Hide a key in long English texts and ask for it: recall by length and distance, unpatched and patched."""
     chosen = parse(patches)
     sizes = None if lengths is None else _token_list(lengths, "--lengths")
     far = _token_list(distances, "--distances")
@@ -62,15 +64,15 @@ def needle(
     asking = needle_prompt.Asking.of(tokenizer)
     cases = needle_text.possible(sizes or needle_text.lengths_for(loaded), far, trials, asking)
     haystack = quality.Haystack.of(asking, cases, seed)
-    ways, remarks = 2 if chosen else 1, stderr()
-    minutes = quality.estimated_seconds(loaded, haystack, cases, ways) / 60
+    models, remarks = 2 if chosen else 1, stderr()
+    minutes = quality.estimated_seconds(loaded, haystack, cases, models) / 60
     remarks.print(
-        f"{len(cases)} keys, {ways * haystack.work(cases):,} tokens to read: about {max(1, round(minutes))} min on this machine",
+        f"{len(cases)} keys, {models * haystack.work(cases):,} tokens to read: about {max(1, round(minutes))} min on this machine",
         highlight=False,
         soft_wrap=True,
     )
     with progress() as bar:
-        task = bar.add_task("", total=ways * haystack.work(cases))
+        task = bar.add_task("", total=models * haystack.work(cases))
         grid = quality.run_needle(
             loaded, haystack, cases, chosen, model, advance=lambda what, count: bar.update(task, advance=count, description=what)
         )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from patchkit.prove.proof import Proof
 
-# Where nobody sees a bar, something is said at least so often.
+# Without a progress bar, a line is printed at least this often.
 _SILENCE_S = 30.0
 
 
@@ -63,7 +63,7 @@ def prove(
 ) -> None:
     """Check everything that the patches promise on this model; exit code 1 if a promise is broken.
 
-    Interrupted by SIGINT or SIGTERM it writes what it found and what it did not check, and ends with 130 or 143.
+    Interrupted by SIGINT or SIGTERM, it writes its results and the checks that are missing, and exits with 130 or 143.
     """
     chosen = parse(patches)
     if not out.absolute().parent.is_dir():
@@ -78,7 +78,7 @@ def prove(
     from patchkit.prove.prove import reach_of
 
     names = None if only is None else list(wanted([name.strip() for name in only.split(",")]))
-    # Every view of the model would say again what patching says; the tables hold it.
+    # Patching every view would log the same lines again; the tables hold them.
     logging.getLogger("patchkit").setLevel(logging.ERROR)
     contents = [read_text(path) for path in text] if text else None
     loaded, tokenizer = load(model, dtype, device)
@@ -119,9 +119,9 @@ def _say(proof: Proof, out: Path, model: str, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _interruptible(proof: Proof) -> Iterator[list[int]]:
-    """Ends at SIGINT and SIGTERM, whose number is then in the list, and leaves what was found so far in ``proof``.
+    """End the context at SIGINT and SIGTERM, whose number is then in the list; results so far stay in ``proof``.
 
-    A second signal does what it would have done without this.
+    A second signal has its ordinary effect.
     """
     signals: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -147,7 +147,7 @@ def _interruptible(proof: Proof) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _shown(proof: Proof) -> Iterator[Callable[[str], object]]:
-    """A function that shows what is being done: on a bar, or in lines where stderr is no terminal, one for each check."""
+    """A function that shows progress: on a bar, or in one line per check if stderr is not a terminal."""
     if not stderr().is_terminal:
         lines = _Lines(proof)
         try:
@@ -168,31 +168,31 @@ def _shown(proof: Proof) -> Iterator[Callable[[str], object]]:
 
 
 class _Lines:
-    """Progress on a stderr that is no terminal."""
+    """Progress in lines, for a stderr that is not a terminal."""
 
     def __init__(self, proof: Proof) -> None:
-        self.proof, self.told, self.estimated = proof, 0, False
-        self.started = self.said = time.monotonic()
+        self.proof, self.shown, self.estimated = proof, 0, False
+        self.started = self.printed = time.monotonic()
 
     def advance(self, what: str) -> None:
-        """Say what was found since the last call; what is being done only if nothing was said for long."""
+        """Print checks that were finished since the last call; the present work only after a long silence."""
         if self.proof.estimated_seconds is not None and not self.estimated:
             self.estimated = True
             count = len(self.proof.not_checked)
             self._line(f"{count} checks, about {_duration(self.proof.estimated_seconds)} by the time of one forward")
         self.catch_up()
-        if time.monotonic() - self.said > _SILENCE_S:
+        if time.monotonic() - self.printed > _SILENCE_S:
             self._line(what)
 
     def catch_up(self) -> None:
-        """Say what was found since the last call."""
-        for check in self.proof.checks[self.told :]:
+        """Print checks that were finished since the last call."""
+        for check in self.proof.checks[self.shown :]:
             self._line(f"{check.status:<10} {check.seconds:6.1f} s  {check.promise} [{check.patches}]")
-        self.told = len(self.proof.checks)
+        self.shown = len(self.proof.checks)
 
     def _line(self, text: str) -> None:
-        self.said = time.monotonic()
-        typer.echo(f"{self.said - self.started:5.0f} s  {text}", err=True)
+        self.printed = time.monotonic()
+        typer.echo(f"{self.printed - self.started:5.0f} s  {text}", err=True)
 
 
 def _duration(seconds: float) -> str:

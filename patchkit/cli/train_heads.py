@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,9 +22,6 @@ from patchkit.cli.common import (
     load,
     stderr,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class HeadsKind(str, Enum):
@@ -66,7 +63,7 @@ def train_heads(
     texts = read_texts(stdlib_files("train")) if text == "stdlib" else [read_text(text)]
     loaded, tokenizer = load(model, dtype, device)
     tokens = torch.tensor([token for each in texts for token in encode(tokenizer, each)])
-    kept = len(tokens) // 20 // length * length  # the end is kept back, to see what the heads are worth
+    kept = len(tokens) // 20 // length * length  # the end is held out, to evaluate the heads
     started = time.perf_counter()
     try:
         heads = heads_training.train_heads(
@@ -96,4 +93,4 @@ def train_heads(
     console.print(f"{kind.value} heads: {out}, {out.stat().st_size / 2**20:.2f} MiB, {seconds:.0f} s", highlight=False, soft_wrap=True)
     if shares:
         listed = " ".join(f"{share:.2f}" for share in shares)
-        console.print(f"drafts of 1 to {depth} tokens that are the model's choice, on text kept back: {listed}", highlight=False)
+        console.print(f"drafts of 1 to {depth} tokens that are the model's choice, on held-out text: {listed}", highlight=False)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Objective(str, Enum):
-    """What to time."""
+    """Timed work: single steps, or whole calls of generate."""
 
     decode = "decode"
     generate = "generate"

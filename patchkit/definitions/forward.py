@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class NoDefinition(PatchError):
-    """The definition cannot be worked out on this model; the message says why."""
+    """The definition cannot be computed on this model; the message gives the reason."""
 
 
 def logits_at(model: Any, ids: torch.Tensor, at: torch.Tensor | None, **options: Any) -> torch.Tensor:
-    """Logits of ids [B, T] as a whole: [B, P, V] at positions ``at`` [P], [B, T, V] at all for None; without a cache by default."""
+    """Logits of ids [B, T] in one forward: [B, P, V] at positions ``at`` [P], [B, T, V] at all for None; without a cache by default."""
     options = {"use_cache": False, **options}
     if at is None or len(at) == ids.shape[1]:
         return model(input_ids=ids, **options).logits
@@ -31,13 +31,13 @@ def logits_at(model: Any, ids: torch.Tensor, at: torch.Tensor | None, **options:
 
 
 def keeps_some(model: Any) -> bool:
-    """Whether the model can leave out logits of positions that are not wanted."""
+    """Whether the model can compute logits at some positions only."""
     return "logits_to_keep" in _compat.argument_names(model)
 
 
 @contextlib.contextmanager
 def hooks_removed(hooks: list[Any]) -> Iterator[None]:
-    """Without gradients, and without these hooks afterwards."""
+    """Run the context without gradients, and remove these hooks afterwards."""
     try:
         with torch.no_grad():
             yield

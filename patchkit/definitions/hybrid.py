@@ -28,13 +28,13 @@ def hybrid_logits(
     adapted: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     at: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The equation of `patchkit.linear.hybrid`, pair by pair, all T x T of them.
+    """Logits by the equation of `patchkit.linear.hybrid`, computed for all T x T pairs.
 
-    Two rows of the text run, the second with every token at position 0: there the model itself makes queries and keys without rotation.
+    Two rows of the sequence run, the second with every token at position 0: there the model computes queries and keys without rotation.
 
     Args:
-        parts: what was trained (feature maps, factor, readout, horizon), by the name of the attention module.
-        adapted: (A, B) by the name of a projection, which gives W x + B A x.
+        parts: trained parts (feature maps, factor, readout, horizon), by the name of the attention module.
+        adapted: low-rank factors (A, B) by the name of a projection, whose output is W x + B A x.
 
     Raises:
         NoDefinition: the model takes no positions.
@@ -45,7 +45,7 @@ def hybrid_logits(
         if "position_ids" not in _compat.argument_names(model):
             raise NoDefinition(f"{type(model).__name__} takes no position_ids, so queries and keys cannot be had without rotation")
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        # The mask says that it is one text, whatever the positions.
+        # With a mask, transformers takes it for one sequence, whatever the positions.
         options = {"position_ids": torch.cat([positions, 0 * positions]), "attention_mask": torch.ones_like(ids).expand(2, -1)}
     named = {id(model.get_submodule(name)): part for name, part in parts.items()}
     name = "patchkit_definition"
@@ -63,7 +63,7 @@ def hybrid_logits(
 
     implementation = _compat.attention_named(model.config.get_text_config(decoder=True)) or "eager"
     if implementation not in ("eager", "sdpa"):
-        raise NoDefinition(f"another patch, or {implementation!r}, computes attention beside it")
+        raise NoDefinition(f"another patch, or {implementation!r}, computes attention too")
     original = _compat.attention_function("sdpa")
     _compat.register_attention(name, attend, _compat.mask_function("sdpa"))
     hooks = [model.get_submodule(each).register_forward_hook(_adapter(*pair)) for each, pair in adapted.items()]
@@ -74,7 +74,7 @@ def hybrid_logits(
 def _hybrid(
     part: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, sinks: int, window: int, min_length: int
 ) -> torch.Tensor:
-    """[T, H, V] in float64 of queries [B, H, T, K] and keys [B, G, T, K]: turned in the first row, plain in the last."""
+    """Output [T, H, V] in float64 for queries [B, H, T, K] and keys [B, G, T, K]: rotated in the first row, unrotated in the last."""
     groups = query.shape[1] // key.shape[1]
     q, k, v = query[0].double(), key[0].double().repeat_interleave(groups, 0), value[0].double().repeat_interleave(groups, 0)
     plain_q = part.query_map(query[-1:]).double()[0]
@@ -88,10 +88,10 @@ def _hybrid(
     if part.horizon is not None:
         weight = weight * (part.horizon / old.sum(1).clamp(min=part.horizon))[:, None]
     weights = softmax + weight * (plain_q @ plain_k.mT) * old
-    heard = weights @ v / weights.sum(-1, keepdim=True)
+    output = weights @ v / weights.sum(-1, keepdim=True)
     if part.readout is not None:
-        heard = heard @ part.readout.double()
-    return heard.transpose(0, 1)
+        output = output @ part.readout.double()
+    return output.transpose(0, 1)
 
 
 def _adapter(a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:

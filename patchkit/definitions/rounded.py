@@ -26,14 +26,14 @@ _UNSURE_SHARE = 2.0**-16
 def rounded_logits(
     model: Any, ids: torch.Tensor, facts: PatchReport, *, at: torch.Tensor | None = None, unsure: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The modules that the patch reports with weights rounded to 255 levels per output channel; in mode "dynamic" inputs too, per token.
+    """Logits with the weights of the patch's modules rounded to 255 levels per output channel; in mode "dynamic" inputs too, per token.
 
     Args:
-        unsure: with it the inputs of these modules are moved at random by what two computations of them may differ; what that does to
-            logits is what nobody can promise.
+        unsure: if given, the inputs of these modules are moved at random by as much as two computations of them may differ. The effect on
+            logits is the noise that no implementation can avoid.
 
     Raises:
-        NoDefinition: fused experts that round their inputs, which nothing outside them sees; or weights that came in int8.
+        NoDefinition: fused experts that round their inputs, which is not visible from outside; or weights that were loaded in int8.
     """
     originals: list[tuple[nn.Module, str, Any]] = []
     hooks = []
@@ -42,7 +42,7 @@ def rounded_logits(
             module = model.get_submodule(name)
             dynamic, linear = about["mode"] == "dynamic", getattr(module, "weight", None) is not None
             if dynamic and not linear:
-                raise NoDefinition(f"{name} rounds what goes between its experts' layers, which cannot be done from outside")
+                raise NoDefinition(f"{name} rounds activations between its experts' layers, which cannot be done from outside")
             for key, parameter in list(_compat.parameters_of(module).items()):
                 if parameter is None or parameter.ndim < 2 or (key != "weight" and parameter.ndim != 3):
                     continue
@@ -65,7 +65,7 @@ def rounded_logits(
 
 
 def _input_rounded(dynamic: bool, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the first one rounded in mode "dynamic", and moved by what is unsure of it."""
+    """The arguments with the first one rounded in mode "dynamic", and moved at random by its uncertainty."""
     x = args[0]
     if dynamic:
         return _rounded(x, -1, unsure), *args[1:]
@@ -83,5 +83,5 @@ def _rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None
 
 
 def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Numbers from -1 to 1, of x's shape."""
+    """Uniform random numbers from -1 to 1, of x's shape."""
     return 2 * torch.rand(x.shape, generator=generator).to(x.device) - 1

@@ -15,7 +15,7 @@ from patchkit.definitions.forward import NoDefinition, hooks_removed, logits_at
 if TYPE_CHECKING:
     from patchkit.record import PatchReport
 
-# Queries of which each is computed as a text of its own, at once.
+# Queries that are computed in one batch, each as a separate sequence.
 _ROWS = 16
 
 
@@ -30,11 +30,11 @@ def window_logits(
     in_cache: bool = True,
     at: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """StreamingLLM: query i of the attention modules named sees the first S tokens and the last W, and no others.
+    """Logits by StreamingLLM: each query of the named attention modules sees the first S tokens and the last W, and no others.
 
-    A query that sees S + W tokens is the last of a text that has no others. So the model runs over the whole text, and each of these
-    modules is run again for every query on the inputs of what that query sees: the module itself gives them the positions 0 to S + W - 1
-    (``in_cache``), or is given their true ones. No cache, mask or rotation is made here.
+    A query that sees S + W tokens is the last one of a sequence of just these tokens. So the model runs over the whole sequence, and each
+    of these modules runs again for every query on the inputs of the tokens that the query sees. The module assigns them the positions
+    0 to S + W - 1 (``in_cache``), or gets their true ones. No cache, mask or rotation is made here.
 
     Raises:
         NoDefinition: the modules do not take hidden states [B, T, D] and return them.
@@ -46,7 +46,7 @@ def window_logits(
     visible = torch.tensor(rows, device=ids.device)
     attention = [model.get_submodule(name) for name in modules]
     places = _token_arguments(model, attention, ids[:, :size])
-    # What the model itself passes along (rotations, masks, biases) with these tokens at these positions.
+    # The arguments that the model itself passes with these tokens at these positions: rotations, masks, biases.
     chunks = visible.split(_ROWS)
     calls = [_calls(model, attention, places, ids[0][chunk], None if in_cache else chunk) for chunk in chunks]
     count = Counter[int]()
@@ -71,8 +71,8 @@ def window_logits(
             for kind, place in places[key]:
                 given, own = (inputs[id(module)][0], own_args) if kind == "argument" else (inputs[id(module)][1], own_kwargs)
                 own[place] = given[place][0][chunk]
-            heard = _hidden(module(*own_args, **own_kwargs))
-            outputs += [heard[0, :-1]] * (not outputs) + [heard[:, -1]]
+            output_of_chunk = _hidden(module(*own_args, **own_kwargs))
+            outputs += [output_of_chunk[0, :-1]] * (not outputs) + [output_of_chunk[:, -1]]
         running = False
         return _with_hidden(output, torch.cat(outputs)[None])
 
@@ -82,7 +82,7 @@ def window_logits(
         return logits_at(model, ids, at)
 
 
-_Call = tuple[int, int]  # a module by identity, and how many times it was called before in this forward
+_Call = tuple[int, int]  # identity of a module, and the number of its earlier calls in this forward
 
 
 def _calls(
@@ -105,7 +105,7 @@ def _calls(
     if positions is not None:
         if "position_ids" not in _compat.argument_names(model):
             raise NoDefinition(f"{type(model).__name__} takes no position_ids, so true positions cannot be given")
-        # Without a mask, transformers reads a gap in the positions as the start of another text.
+        # Without a mask, transformers takes a gap in the positions for the start of another sequence.
         options = {"position_ids": positions, "attention_mask": torch.ones_like(ids)}
     with hooks_removed([module.register_forward_pre_hook(notice, with_kwargs=True) for module in set(modules)]):
         logits_at(model, ids, torch.tensor([ids.shape[1] - 1]), **options)  # the arguments are wanted, not the logits
@@ -113,7 +113,7 @@ def _calls(
 
 
 def _token_arguments(model: Any, modules: list[Any], ids: torch.Tensor) -> dict[_Call, list[tuple[str, Any]]]:
-    """Which arguments of each call hold one row per token that depends on the token: not positions, not masks."""
+    """Find the arguments of each call that hold one row per token and depend on the token: not positions, not masks."""
     first, second = (_calls(model, modules, None, each, None) for each in (ids, ids.flip(1).roll(1, 1)))
     shape = (1, ids.shape[1])
     places: dict[_Call, list[tuple[str, Any]]] = defaultdict(list)

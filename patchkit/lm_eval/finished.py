@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Options of lm-eval that change no result, so a run that was broken off may be taken up with others.
+# Options of lm-eval that change no result, so that an interrupted run may be resumed with others.
 _IRRELEVANT = (
     "config tasks model output_path include_path use_cache cache_requests hf_hub_log_args verbosity show_config write_out "
     "check_integrity log_samples wandb_args wandb_config_args trackio_args"
@@ -16,7 +16,7 @@ _IRRELEVANT = (
 
 
 def identity(lm: Any, model: str, spec: str, task: str, config: Any) -> dict[str, Any]:
-    """What a result depends on: two runs with the same are the same."""
+    """Everything that a result depends on: runs with equal identities have equal results."""
     from patchkit.measure.environment import version_of
     from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
 

@@ -1,7 +1,7 @@
-"""`PatchkitLM`: lm-evaluation-harness on a patched model, its texts fed as a decoder meets them.
+"""`PatchkitLM`: lm-evaluation-harness on a patched model, with whole sequences streamed through one cache.
 
-Stock lm-eval cuts what is longer than the model's context, so it never shows a streaming cache more than the window it was trained
-on. Here a text goes whole through one cache, in chunks, and a token beyond a window is scored as it would be generated.
+Stock lm-eval cuts sequences to the model's context, so a streaming cache never holds more than the window it was trained
+on. Here a whole sequence goes through one cache, in chunks, and a token beyond a window is scored as it would be generated.
 
     import lm_eval
     from patchkit.lm_eval.model import PatchkitLM
@@ -92,7 +92,7 @@ class PatchkitLM(HFLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> PatchkitLM:
-        """As lm-eval's, but a comma inside brackets belongs to its spec: `pretrained=DIR,patches=streaming(sinks=4,window=508)`."""
+        """Make the model from a string such as `pretrained=DIR,patches=streaming(sinks=4,window=508)`: commas in brackets do not split."""
         from lm_eval.utils import handle_arg_string
 
         parts = [part.partition("=") for part in split_outside_brackets(arg_string) if part.strip()]
@@ -102,7 +102,7 @@ class PatchkitLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """The length beyond which texts are cut: what was asked for, or where the model's table of positions ends."""
+        """Length beyond which sequences are cut: the given one, or the end of the model's table of positions."""
         stock: int = super().max_length
         return stock if length_asked(self) or has_position_table(self.model, stock) else ANY_LENGTH
 
@@ -116,7 +116,7 @@ class PatchkitLM(HFLM):
         return self._counted(super().generate_until, requests, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """lm-eval's cache of responses knows texts but not models, so it would hand out another model's answers.
+        """Set lm-eval's cache of responses; its keys are texts without the model, so it is refused for another model's answers.
 
         Raises:
             PatchConflict: it holds answers of a model with other patches.
@@ -130,7 +130,7 @@ class PatchkitLM(HFLM):
             answers["patchkit"] = mine
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval writes this into `results["config"]`.
+        """Facts about the model, its patches and their activity, which lm-eval writes into `results["config"]`.
 
         Raises:
             NeverActed: nothing was run since the last time, because every answer came from lm-eval's cache of responses.
@@ -151,7 +151,7 @@ class PatchkitLM(HFLM):
     # -- scoring -----------------------------------------------------------------------------------------------------------
 
     def _rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Each document through one cache; lm-eval's windows where documents are longer than `max_length`."""
+        """Score each document through one cache, or in lm-eval's windows if documents are longer than `max_length`."""
         documents = [self._encode_document(request.args[0]) for request in requests]
         if max(map(len, documents), default=0) > self.max_length + 1:
             _logger.warning("patchkit: texts are longer than the %d tokens allowed, and are scored in windows of that", self.max_length)
@@ -172,7 +172,7 @@ class PatchkitLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """As in `HFLM`, longest first, and one forward for requests that differ in their last token only; but streamed in chunks."""
+        """Score continuations: longest first, one forward for requests that differ in their last token only, streamed in chunks."""
         for strings, context, continuation in requests:
             if not context or not continuation:
                 raise TextError(f"an empty {'continuation' if context else 'context'} cannot be scored: {strings!r}")
@@ -202,7 +202,7 @@ class PatchkitLM(HFLM):
         return ordered.get_original(answers)
 
     def _fitting(self, ids: list[int]) -> list[int]:
-        """The last tokens of a text, as many as `max_length` allows."""
+        """The last tokens of a sequence, as many as `max_length` allows."""
         if len(ids) > self.max_length + 1:
             _logger.warning("patchkit: a text of %d tokens is cut to its last %d, where positions end", len(ids), self.max_length)
         return ids[-(self.max_length + 1) :]
@@ -242,7 +242,7 @@ class PatchkitLM(HFLM):
         return tokens
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
-        """As lm-eval's, at the length that the model was made for where no request gives one."""
+        """Find a batch size, at the length that the model was made for if no request gives one."""
         with length_set_to(self, length_asked(self) or (None if requests else super().max_length)):
             return super()._detect_batch_size(requests, pos)
 
@@ -276,7 +276,7 @@ class PatchkitLM(HFLM):
 
 
 def has_position_table(model: nn.Module, rows: int) -> bool:
-    """Whether positions are looked up in a table that ends after ``rows`` of them (some models keep a few rows more)."""
+    """Whether positions index a table that ends after ``rows`` of them (some models keep up to two rows more)."""
     tokens = model.get_input_embeddings()  # type: ignore[operator]
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
     return any(table.ndim == 2 and rows <= table.shape[0] <= rows + 2 for table in [*tables, *model.buffers()])

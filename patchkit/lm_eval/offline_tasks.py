@@ -1,10 +1,10 @@
 """Data for the lm-eval tasks of `evals/tasks`: made when asked for, from the running Python's library and seeds. Nothing is downloaded.
 
-Every document is held-out library text (`stdlib_text`). What has to be recalled is planted `distance` tokens before the end, where it is
+Every document is held-out library text (`stdlib_text`). The text to recall is planted `distance` tokens before the end, where it is
 asked for, in documents of `tokens` tokens; so one length serves all distances, and a window, which counts tokens too, divides them into
 those inside and those outside. Streamed and cloze texts are measured in characters, so that they are the same for every model.
 
-lm-eval hands over what `--metadata` says, so `--metadata documents=100 tokens=4000` makes longer runs; it hands over the model's
+lm-eval passes on `--metadata`, so `--metadata documents=100 tokens=4000` makes longer runs; it passes on the model's
 arguments too, which is why each function takes, and ignores, any others. The tokenizer is that of the model: `patchkit eval` names it;
 elsewhere it is `pretrained` of the model's arguments, or `metadata={"tokenizer": ...}`.
 """
@@ -40,7 +40,7 @@ def perplexity(documents: int = 4, characters: int = 10_000, **others: Any) -> S
     """The beginnings of `documents` held-out files, evenly spread over those that are long enough.
 
     Raises:
-        ValueError: so many files of this length do not exist.
+        ValueError: there are fewer files of this length.
     """
     long = [text for text in _texts() if len(text) > characters]
     if not 1 <= documents <= len(long):
@@ -68,7 +68,7 @@ def cloze(nearest: int, farthest: int, documents: int = 16, characters: int = 18
 
 
 def passkey(distance: int, documents: int = 10, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
-    """A word without a meaning, said three times in a row, and asked for later."""
+    """A random word, stated three times in a row, and asked for later."""
     rng = random.Random(f"passkey {distance} {seed}")
 
     def planted() -> tuple[str, str, str]:
@@ -79,7 +79,7 @@ def passkey(distance: int, documents: int = 10, tokens: int = 540, seed: int = 0
 
 
 def key_value(distance: int, pairs: int = 4, documents: int = 16, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
-    """Names with a digit each, said twice; one of the digits is asked for later. Guessing is right once in ten times."""
+    """Names with a digit each, stated twice; one of the digits is asked for later. Guessing is right once in ten times."""
     rng = random.Random(f"key_value {distance} {pairs} {seed}")
 
     def planted() -> tuple[str, str, str]:
@@ -91,7 +91,7 @@ def key_value(distance: int, pairs: int = 4, documents: int = 16, tokens: int = 
 
 
 def copy(distance: int, words: int = 8, documents: int = 16, tokens: int = 540, seed: int = 0, **others: Any) -> Splits:
-    """A list of names in no order, said twice; its beginning is said again, and three names are to follow."""
+    """A list of names in random order, stated twice; its beginning is repeated later, and the next three names are asked for."""
     rng = random.Random(f"copy {distance} {words} {seed}")
 
     def planted() -> tuple[str, str, str]:
@@ -102,28 +102,28 @@ def copy(distance: int, words: int = 8, documents: int = 16, tokens: int = 540, 
 
 
 def bits_per_byte(document: dict[str, str], results: list[float]) -> dict[str, Any]:
-    """lm-eval's `process_results` of streamed perplexity: documents are of one length, so their mean has a standard error."""
+    """lm-eval's `process_results` of streamed perplexity: documents have one length, so that their mean has a standard error."""
     (log_likelihood,) = results
     size = len(document["text"].encode())
     return {"bits_per_byte": -log_likelihood / size / math.log(2), "byte_perplexity": (log_likelihood, size)}
 
 
 def share_of_words(document: dict[str, str], results: list[str]) -> dict[str, float]:
-    """lm-eval's `process_results` of what is recalled: the share of the words that stand where they should."""
-    wanted, said = document["target"].split(), re.findall(r"\w+", results[0])
-    return {"acc": sum(word == answer for word, answer in zip(wanted, said, strict=False)) / len(wanted)}
+    """lm-eval's `process_results` of recall tasks: the share of words that are right and in the right place."""
+    wanted, answered = document["target"].split(), re.findall(r"\w+", results[0])
+    return {"acc": sum(word == answer for word, answer in zip(wanted, answered, strict=False)) / len(wanted)}
 
 
 def _recall(
     rng: random.Random, planted: Callable[[], tuple[str, str, str]], distance: int, documents: int, tokens: int, tokenizer: Any
 ) -> Splits:
-    """Documents with what `planted` gives: what is said, the beginning of the question, the answer."""
+    """Make documents; `planted` returns the text to recall, the beginning of the question, and the answer."""
     if not 0 <= distance < tokens:
         raise ValueError(f"distance={distance} in {tokens} tokens: give a distance that is shorter than the text")
 
     def document() -> dict[str, str]:
-        said, asked, answer = planted()
-        text = _lines(rng, tokens - distance, tokenizer) + said + _lines(rng, distance, tokenizer) + asked
+        stated, asked, answer = planted()
+        text = _lines(rng, tokens - distance, tokenizer) + stated + _lines(rng, distance, tokenizer) + asked
         return {"text": text, "target": answer}
 
     return _splits(document() for _ in range(documents))
@@ -138,10 +138,10 @@ def _found(document: Callable[[], dict[str, str] | None], attempts: int = 10_000
 
 
 def _piece(rng: random.Random, characters: int) -> str:
-    """Whole lines of a held-out file, at most so many characters.
+    """Whole lines of a held-out file, at most ``characters`` characters.
 
     Raises:
-        ValueError: no file is as long.
+        ValueError: no file is that long.
     """
     if characters >= max(map(len, _texts())):
         raise ValueError(f"no held-out file has {characters} characters: ask for shorter documents")
@@ -153,12 +153,12 @@ def _piece(rng: random.Random, characters: int) -> str:
 
 
 def _lines(rng: random.Random, tokens: int, tokenizer: Any) -> str:
-    """Whole lines of a held-out file, at most so many tokens, line by line, and few less."""
+    """Whole lines of held-out files, encoded line by line: at most ``tokens`` tokens, and hardly fewer."""
     if tokens == 0:
         return ""
     lines: list[str] = []
     total = 0
-    while True:  # several pieces, where the files are shorter than what is asked for
+    while True:  # several pieces, if files are shorter than ``tokens``
         for line in _piece(rng, min(8 * tokens, _PIECE)).splitlines(keepends=True):
             total += len(tokenizer(line, add_special_tokens=False)["input_ids"])
             if total > tokens:
@@ -170,7 +170,7 @@ def _tokenizer_of(arguments: Mapping[str, Any]) -> Any:
     """The tokenizer that distances are counted with.
 
     Raises:
-        ValueError: nobody says which.
+        ValueError: no tokenizer is named.
     """
     name = arguments.get("tokenizer") or arguments.get("pretrained")
     if name is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TaskScore:
-    """One task under one spec: what lm-eval returned, or why there is no score."""
+    """Results of lm-eval for one task under one spec, or the reason why there is no score."""
 
     spec: str
     task: str
@@ -28,7 +28,7 @@ class TaskScore:
 
 
 def scores_table(cells: list[TaskScore]) -> tuple[list[str], list[list[str]]]:
-    """A column per spec and a row per metric; where a patch never acted, a dash."""
+    """Headings and rows of a table: a column per spec, a row per metric, and a dash where there is no score."""
     specs = list(dict.fromkeys(cell.spec for cell in cells))
     rows = dict.fromkeys(row for cell in cells for row in cell.figures())
     figures = {(cell.spec, row): value for cell in cells for row, value in cell.figures().items()}

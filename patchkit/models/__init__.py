@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def bundled_path(name: str = DEFAULT) -> Path:
-    """The directory of a model of `BUNDLED`; `"bundled"` is the default one. That of smollm2 is made when first asked for.
+    """Directory of a model of `BUNDLED`; `"bundled"` is the default one. That of smollm2 is created by the first call.
 
     Raises:
         ModelUnavailable: there is no model of this name, its files are missing from this installation, or smollm2 cannot be converted.
@@ -40,13 +40,13 @@ def bundled_path(name: str = DEFAULT) -> Path:
 
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype | str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in evaluation mode on the CPU, and its tokenizer.
+    """Load a causal LM in evaluation mode on the CPU, and its tokenizer.
 
     Args:
         name_or_path: `"bundled"`, `"stdlib-7m"`, `"stdlib-1m-draft"`, `"smollm2"`, a directory with a saved model or with one GGUF
             file, a GGUF file, or a hub id. The first four and directories are never looked up on the hub. A hub model that is already
-            in the local cache needs no network. What comes from a GGUF file is an ordinary dense model. A directory with one of PEFT's
-            adapters gives its base model with the adapter merged into the weights.
+            in the local cache needs no network. A GGUF file becomes an ordinary dense model. A directory with one of PEFT's
+            adapters becomes its base model with the adapter merged into the weights.
         dtype: of the weights: a torch dtype, its name, or "auto" for the one that the checkpoint was saved in (float32 for a GGUF file).
 
     Raises:
@@ -59,10 +59,10 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str = "float32") -
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that `load_model` takes, without its weights.
+    """Load the tokenizer of a model that `load_model` accepts, without its weights.
 
     Raises:
-        ModelUnavailable: as there.
+        ModelUnavailable: nothing of this name, no usable tokenizer, or no network for a hub id.
     """
     source = find(name_or_path)
     from patchkit.models.loading import tokenizer_of

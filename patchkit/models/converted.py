@@ -1,7 +1,7 @@
 """Copies of models that were converted from another format, kept under the user's cache folder.
 
-A copy is a directory that `save_pretrained` wrote, with a list of what it was made from and of its own files, each with its SHA-256. It
-is used only if all of that is still so; else it is made anew. It comes into being by one rename, so nobody meets half of one.
+A copy is a directory that `save_pretrained` wrote, with a list of its source and of its own files, each with its SHA-256. It is used
+only if all hashes still match; else it is converted again. It is created by one rename, so that no process sees half of one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from patchkit.kernels.native import cache_folder
 
 _logger = logging.getLogger("patchkit")
 
-# To be raised when what is written changes: copies of other numbers are made anew.
+# To be raised when the written format changes: copies with other numbers are converted again.
 FORMAT = 1
-# What writing a model raises where the disk is full or the folder read-only; safetensors has an error of its own.
+# Errors of writing a model where the disk is full or the folder read-only; safetensors raises a separate one.
 WRITE_ERRORS = (OSError, SafetensorError)
 
 _LIST = "patchkit.json"
@@ -33,16 +33,16 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 
 
 def keep(file: Path, write: Callable[[Path], None]) -> Path | None:
-    """The directory with the copy that was made from ``file``, made now if there is none or if it is not what it was.
+    """Return the directory with the copy of ``file``; create it if there is none or if it has changed.
 
-    Several processes may call this at once: each makes what it misses, and the first to be done is what all use.
+    Several processes may call this at once: each converts, and all use the first finished copy.
 
     Args:
-        file: what the copy is made from.
+        file: the source of the copy.
         write: writes the copy into the empty directory that it is given.
 
     Returns:
-        None if nothing can be kept: no cache folder, not writable, or full. A line in the log says so.
+        None if nothing can be kept: no cache folder, not writable, or full. This is logged.
     """
     try:
         folder = cache_folder() / "models"
@@ -73,7 +73,7 @@ def keep(file: Path, write: Callable[[Path], None]) -> Path | None:
 
 
 def is_intact(copy: Path, made_from: str) -> bool:
-    """Whether ``copy`` was made from a file of this SHA-256, by this version of the format, and all its files are as they were."""
+    """Whether ``copy`` was made from a file with this SHA-256, in this version of the format, and its files have not changed."""
     try:
         listed = json.loads((copy / _LIST).read_text(encoding="utf-8"))
         return (
@@ -92,27 +92,27 @@ def _seal(made: Path, made_from: str) -> None:
 
 
 def _move(made: Path, copy: Path, made_from: str) -> None:
-    """Put ``made`` where ``copy`` is to be, unless another process has been there first.
+    """Rename ``made`` to ``copy``, unless another process was faster.
 
     Raises:
-        OSError: it cannot be done.
+        OSError: it cannot be renamed.
     """
     try:
         os.replace(made, copy)
         return
     except OSError:
-        # A directory that is not empty is in the way: what another process has just made, or what is to be made anew.
+        # A non-empty directory is in the way: another process has just made it, or it is outdated.
         if is_intact(copy, made_from):
             return
         if not copy.exists():
             raise
     aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=copy.parent))
     try:
-        # Whoever has the old one open goes on with it. An empty directory may be replaced.
+        # Processes that have the old one open can still use it. An empty directory may be replaced.
         os.replace(copy, aside)
         os.replace(made, copy)
     except OSError:
-        # Another process does the same, and was faster.
+        # Another process did the same, and was faster.
         if not is_intact(copy, made_from):
             raise
     finally:
@@ -120,7 +120,7 @@ def _move(made: Path, copy: Path, made_from: str) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed have left behind."""
+    """Remove unfinished directories of killed processes."""
     for left in folder.glob(f"{_UNFINISHED}*"):
         if time.time() - left.stat().st_mtime > _ABANDONED_AFTER_S:
             shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""GGUF files as ordinary dense models: transformers unpacks the weights, and what it leaves undone is done here.
+"""GGUF files as ordinary dense models: transformers unpacks the weights, and two of its gaps are closed here.
 
-It takes the model for a quantised one after unpacking it, and it does not read all that the file says about its tokenizer.
+It marks the unpacked model as quantised, and it does not read all tokenizer settings of the file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from patchkit.models.names import SMOLLM2, SMOLLM2_COMMAND, ModelUnavailable, fi
 
 _logger = logging.getLogger("patchkit")
 
-# Names under tokenizer.ggml.pre. llama.cpp splits the text of the first group as GPT-2 does, and that of the second so, too, but with
-# every digit apart first.
+# Names under tokenizer.ggml.pre. llama.cpp splits text of the first group as GPT-2 does. For the second group it isolates digits first.
 _LIKE_GPT2 = {"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion"}
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
@@ -29,14 +28,14 @@ _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown
 
 @dataclass(frozen=True)
 class Facts:
-    """What a GGUF file says about itself, as far as it is needed beside what transformers reads.
+    """Facts in a GGUF file that transformers does not read.
 
     Attributes:
-        name: what the user called the model.
+        name: the name that the user gave.
         special_tokens: {"eos_token": "<|im_end|>", ...}.
-        model: the kind of tokenizer, "gpt2" for byte-level BPE.
-        pre: how text is split before BPE, "smollm"; None if the file does not say.
-        scaled_positions: what says that rotary frequencies are scaled; None if nothing does.
+        model: kind of tokenizer, "gpt2" for byte-level BPE.
+        pre: name of the pre-tokenizer, such as "smollm"; None if the file has none.
+        scaled_positions: the key or tensor that scales rotary frequencies; None if there is none.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Facts:
 
 
 def read(file: Path, name: str) -> Facts:
-    """Read the head of a GGUF file.
+    """Read the header of a GGUF file.
 
     Raises:
         ModelUnavailable: the packages that read it are not installed, or it is no GGUF file.
@@ -95,10 +94,10 @@ def _scaled_positions(reader: Any, architecture: str) -> str | None:
 
 
 def make_dense(model: PreTrainedModel, facts: Facts) -> None:
-    """Take from a loaded model what calls it quantised.
+    """Remove the marks of quantisation from a loaded model.
 
     Raises:
-        ModelUnavailable: it is not dense, or transformers has dropped something of the file that its answers depend on.
+        ModelUnavailable: it is not dense, or transformers has dropped settings of the file that change its answers.
     """
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed:
@@ -109,13 +108,13 @@ def make_dense(model: PreTrainedModel, facts: Facts) -> None:
             "its answers would be wrong. Give the same model as safetensors"
         )
     _compat.forget_quantizer(model)
-    # As in any checkpoint that was saved.
+    # Saved checkpoints have this field.
     model.config.architectures = [type(model).__name__]
     _compat.forget_title(model.config)
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, facts: Facts) -> None:
-    """Make a tokenizer that transformers has built from a GGUF file do what the file says."""
+    """Correct a tokenizer that transformers has built from a GGUF file by the settings in the file."""
     wrong = {name: token for name, token in facts.special_tokens.items() if getattr(tokenizer, name) != token}
     if wrong:
         tokenizer.add_special_tokens({**wrong})
@@ -124,7 +123,7 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, f
         tokenizer.model_max_length = longest
     if facts.model != "gpt2":
         return
-    # Byte-level tokens are the text, spaces before full stops included.
+    # Byte-level tokens are exact text, including spaces before full stops.
     tokenizer.clean_up_tokenization_spaces = False
     backend: Any = tokenizer.backend_tokenizer
     if facts.pre in _DIGITS_APART:

@@ -1,4 +1,4 @@
-"""Load what `patchkit.models.find` has found, with transformers."""
+"""Loading of models and tokenizers that `patchkit.models.find` has found, with transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ _HUB_TIMEOUT_S = 5.0
 
 
 def load(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `patchkit.models.load_model`, of what was found."""
+    """Load a causal LM in evaluation mode, and its tokenizer.
+
+    Raises:
+        ModelUnavailable: broken or incomplete files, not a causal LM, or no network for a hub id.
+        ValueError: ``dtype`` is no floating-point dtype.
+    """
     if dtype != "auto":
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -79,7 +84,7 @@ def _load_adapted(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTra
 
 
 def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
-    """As `patchkit.models.load_tokenizer`, of what was found."""
+    """Load a tokenizer without the model's weights, except that of an adapter's base model."""
     if source.gguf is not None:
         return _tokenizer(str(directory_of(source)), source.name, local_files_only=True)
     if source.adapter and not (Path(source.place) / "tokenizer_config.json").is_file():
@@ -171,7 +176,7 @@ def _load(
     _refuse_unreachable(place, name, local_only)
     where: dict[str, Any] = {"local_files_only": local_only} | ({} if gguf_file is None else {"gguf_file": gguf_file})
     again = "save or download the model again"
-    # Foreign files can make transformers raise nearly anything; to the user each of it means that this model cannot be loaded.
+    # Foreign files can make transformers raise nearly anything; for the user, each error means that this model cannot be loaded.
     try:
         config = AutoConfig.from_pretrained(place, **where)
     except Exception as error:
@@ -199,4 +204,4 @@ def _tokenizer(place: str, name: str, **where: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(place, **where)
     except Exception as error:
-        raise ModelUnavailable(f"{name} has no usable tokenizer ({first_line(error)}): save one beside the weights") from error
+        raise ModelUnavailable(f"{name} has no usable tokenizer ({first_line(error)}): save one next to the weights") from error

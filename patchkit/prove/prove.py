@@ -1,12 +1,11 @@
-"""Whether patches keep what they promise, on this model and these texts: `patchkit prove`.
+"""`patchkit prove`: check that patches keep their promises, on this model and these documents.
 
-A patch says what it promises (`patchkit.patch.Promises`); nothing here knows which patches there are. Every promise is checked beside
-the same model without that one patch, in the same process and over the same weights. What every patched model has to keep is checked
-for all patches together: no token sees a later one, rows and texts do not mix, what is taken back leaves no trace, nothing is left
-when the patches are removed.
-
-Two sets of patches are checked: the given ones, and where these only act on long texts, the same with options under which all happens
-in a short one (`Patch.exercised`).
+* A patch declares its promises (`patchkit.patch.Promises`); nothing here depends on a particular patch.
+* Each promise is checked against the same model without that one patch, in the same process and over the same weights.
+* What every patched model has to keep is checked for all patches together: causality, no mixing of rows and sequences, exact rollback,
+  and complete removal.
+* Two sets of patches are checked: the given ones and, if these act on long sequences only, the same patches with options under which
+  they act on short ones (`Patch.exercised`).
 """
 
 from __future__ import annotations
@@ -44,22 +43,22 @@ def prove(
     advance: Advance = lambda what: None,
     only: Sequence[str] | None = None,
 ) -> None:
-    """Check everything and fill ``proof``, which holds what was found so far if this is interrupted, and what was not checked.
+    """Check everything and fill ``proof``; after an interruption it holds the checks that were done, and the names of the others.
 
     Args:
-        model: unpatched, in evaluation mode; it is left as it is. Patched are other views of the same weights.
+        model: unpatched, in evaluation mode; it is not changed, because views of the same weights are patched.
         patches: none compares the model with itself.
-        documents: token ids of texts that belong together, each scored through one cache.
-        passkeys: of a distance in tokens and the number of a trial, the ids of a text that ends in a passkey given that far before, and
-            the number of ids that are the passkey.
-        fast: check patches only with options for short texts, feed long texts in fewer pieces, and measure less.
-        advance: called with what is being done; ``proof`` holds all that was found before.
-        only: names of promises, as the report has them; nothing else is checked, and nothing is timed.
+        documents: token ids of each document; each is scored through one cache.
+        passkeys: called with a distance in tokens and the number of a trial; returns the ids of a sequence that ends in a passkey which
+            was stated that far before, and the number of ids of the passkey.
+        fast: check patches only with options for short sequences, use fewer chunks of long ones, and measure less.
+        advance: called with a description of the work; ``proof`` holds all earlier results.
+        only: names of promises in the report; nothing else is checked, and nothing is timed.
 
     Raises:
         PatchError: the model cannot be patched with these patches.
         TextError: no document has two tokens.
-        UnknownPromise: ``only`` names what is not checked, or nothing that these patches promise.
+        UnknownPromise: ``only`` has a name that is not checked, or none that these patches promise.
     """
     names = wanted(only)
     proof.only = None if only is None else list(names)
@@ -84,7 +83,7 @@ def prove(
 
 
 def reach_of(model: PreTrainedModel, patches: Sequence[Patch]) -> int:
-    """Tokens beyond which every patch acts on this model.
+    """Number of tokens beyond which every patch acts on this model.
 
     Raises:
         PatchError: the model cannot be patched with these patches.
@@ -100,7 +99,7 @@ def _run(given: Case, cases: list[Case], names: Sequence[str], quality: Quality)
     planned = [(case, step) for case in cases for step in STEPS if step.promise in names and step.applies(case)]
     measured = [name for name in quality.promises if name in names]
     if not planned and not measured:
-        raise UnknownPromise(f"{given.spec} promises nothing of what was asked for ({'; '.join(names)}): leave `only` out, or ask for more")
+        raise UnknownPromise(f"{given.spec} makes none of the requested promises ({'; '.join(names)}): leave `only` out, or ask for more")
     proof.not_checked = [_named(case, step.promise) for case, step in planned] + [_named(given, name) for name in measured]
     work = sum((step.work(case) for case, step in planned), quality.work if measured else Work(0))
     if proof.only is None:
@@ -126,13 +125,13 @@ def _named(case: Case, promise: str) -> str:
 
 
 def _seconds(case: Case, work: Work) -> float:
-    """An estimate from the time of a forward of one token, and of one of many."""
+    """Estimate seconds of work from the time of a forward of one token, and of one of many."""
     one, many = (_forward_seconds(case, length) for length in (1, _TIMED_TOKENS))
     return round(work.steps * one + work.tokens * many / _TIMED_TOKENS, 1)
 
 
 def _forward_seconds(case: Case, length: int) -> float:
-    ids = case.text(length)
+    ids = case.sequence(length)
     list(fed(case.plain, ids[:, :1], []))  # the first one is slower
     started = time.perf_counter()
     cache_after(case.plain, ids)

@@ -1,4 +1,4 @@
-"""A `Proof` for people and for programs: a table for the terminal, report.json, and report.html, which needs no other file."""
+"""Reports of a `Proof`: tables for the terminal, report.json, and report.html, which needs no other file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _STYLES = {"kept": "green", "broken": "bold red", "not judged": "yellow"}
 
 
 def write(proof: Proof, folder: Path, model: str, command: str) -> None:
-    """Write report.json and report.html into ``folder``, which is made if it is not there.
+    """Write report.json and report.html into ``folder``, which is created if it does not exist.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     where = environment()
     folder.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def write(proof: Proof, folder: Path, model: str, command: str) -> None:
 
 
 def tables(proof: Proof) -> list[Table]:
-    """The promises, one table for each set of patches, and quality and speed if measured, for a terminal of 110 columns or more."""
+    """Tables for a terminal of 110 columns or more: the promises of each set of patches, and quality and speed if measured."""
     found = []
     for patches in dict.fromkeys(check.patches for check in proof.checks):
         promises = Table(title=escape(patches), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -59,7 +59,7 @@ def tables(proof: Proof) -> list[Table]:
             if sum((other.promise, other.about) == (check.promise, check.about) for other in checks) > 1:
                 name += f", {check.detail.partition(',')[0]}"
             status = f"[{_STYLES[check.status]}]{check.status}[/]"
-            # What is not a matter of size says what it saw; reasons of what is not kept come below.
+            # A kept promise without a size shows its detail; reasons of promises that are not kept follow below the table.
             bound = escape(check.bound) if check.bound or check.status != "kept" else f"[dim]{escape(check.detail)}[/]"
             about = escape(check.about.partition("(")[0])
             promises.add_row(name, about, status, figure(check.measured), figure(check.allowed), bound)
@@ -76,15 +76,15 @@ def tables(proof: Proof) -> list[Table]:
 
 
 def remarks(proof: Proof) -> list[str]:
-    """What was found where a promise is not kept, why others were not judged, and what was not checked at all."""
-    said = [f"{check.status}: {check.promise}: {check.detail}" for check in proof.checks if check.status != "kept"]
+    """Lines about promises that are not kept or not judged, with the reason, and about those that were not checked."""
+    lines = [f"{check.status}: {check.promise}: {check.detail}" for check in proof.checks if check.status != "kept"]
     if proof.not_checked:
-        said.append(f"not checked: {', '.join(proof.not_checked)}")
-    return said
+        lines.append(f"not checked: {', '.join(proof.not_checked)}")
+    return lines
 
 
 def figures(proof: Proof) -> list[list[str]]:
-    """Rows of name, unpatched, patched, ratio: what was measured so far."""
+    """Rows of name, unpatched, patched and ratio of all measurements so far."""
     rows = []
     if proof.perplexity is not None:
         found = proof.perplexity
@@ -113,7 +113,7 @@ def figures(proof: Proof) -> list[list[str]]:
 
 
 def near_ties(proof: Proof) -> str:
-    """How often the likeliest token is a matter of rounding; empty if it was not measured."""
+    """Line about the share of near ties, where rounding decides the likeliest token; empty if it was not measured."""
     if proof.near_tie_rate is None:
         return ""
     return f"near ties: at {proof.near_tie_rate:.2%} of positions the two likeliest tokens are closer than one step of {proof.dtype}"
@@ -128,12 +128,12 @@ def _mebibytes(count: int) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Two digits; nothing for None."""
+    """Format a value with two digits; empty for None."""
     return "" if value is None else f"{value:.2g}"
 
 
 def _picture(proof: Proof) -> str | None:
-    """A PNG in base64, None before anything was measured."""
+    """PNG of quality and speed in base64; None before anything was measured."""
     if proof.perplexity is None:
         return None
     # matplotlib takes half a second to import.

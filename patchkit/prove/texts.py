@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from patchkit.measure.texts import encode, heldout_texts
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -11,31 +13,24 @@ if TYPE_CHECKING:
 
 
 def documents(tokenizer: PreTrainedTokenizerBase, contents: list[str] | None, tokens: int, reach: int = 0) -> list[list[int]]:
-    """Token ids of about ``tokens`` in all, in eight documents where the texts allow: intervals are over documents.
+    """Token ids of documents of about ``tokens`` tokens in total; eight documents if possible, because intervals are over documents.
 
-    Fewer, down to four, if they would not be longer by half than the ``reach`` tokens beyond which the patches act.
+    Fewer, down to four, if eight would not be 1.5 times as long as the ``reach`` tokens beyond which the patches act.
     """
-    from patchkit.measure.perplexity import TextError
-    from patchkit.measure.stdlib_text import read_texts, stdlib_files
-    from patchkit.measure.texts import encode
-
     length = max(64, tokens // 8, min(tokens // 4, reach + reach // 2))
     found: list[list[int]] = []
-    try:
-        for content in read_texts(stdlib_files("heldout")) if contents is None else contents:
-            ids = encode(tokenizer, content)
-            # Of the library the beginning of each file; of a text that was given, all of it.
-            last = length if contents is None else len(ids)
-            found += [ids[start : start + length] for start in range(0, min(last, len(ids)), length)]
-            if sum(map(len, found)) >= tokens:
-                break
-    except FileNotFoundError as error:
-        raise TextError(f"{error}: give texts of your own with --text") from error
+    for content in heldout_texts("give texts of your own with --text") if contents is None else contents:
+        ids = encode(tokenizer, content)
+        # Use the beginning of each library file, but all of a given text.
+        last = length if contents is None else len(ids)
+        found += [ids[start : start + length] for start in range(0, min(last, len(ids)), length)]
+        if sum(map(len, found)) >= tokens:
+            break
     return found[: max(1, -(-tokens // length))] if contents is not None else found
 
 
 def passkeys(tokenizer: PreTrainedTokenizerBase) -> Callable[[int, int], tuple[list[int], int]]:
-    """Texts of Python in which a string is given, and wanted again."""
+    """Return a function that makes Python code in which a string is stated and asked for ``distance`` tokens later."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

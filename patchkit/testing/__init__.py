@@ -1,4 +1,4 @@
-"""What tests of patches need: tolerances by name, tiny models of many anatomies, and a check that nothing was left behind.
+"""Tools for tests of patches: tolerances by dtype, tiny models of many anatomies, and a check that nothing was left behind.
 
     from patchkit.testing import TOLERANCES, assert_restored, families, snapshot, tiny_model
 

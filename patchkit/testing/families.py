@@ -113,7 +113,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # learned absolute positions
     "gpt2": ("gpt2", _GPT2),
     "opt": ("opt", _SIZES | dict(ffn_dim=128, word_embed_proj_dim=64)),
-    # recurrent mixers beside attention without position
+    # recurrent mixers, and attention without position
     "jamba": (
         "jamba",
         _LLAMA
@@ -144,7 +144,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             chunk_size=8,
         ),
     ),
-    # linear attention beside partial rotary with a gate
+    # linear attention, and partial rotary with a gate
     "qwen3_next": (
         "qwen3_next",
         _LLAMA
@@ -161,7 +161,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             shared_expert_intermediate_size=32,
         ),
     ),
-    # short convolutions beside attention
+    # short convolutions, and attention
     "lfm2": ("lfm2", _LLAMA | dict(layer_types=["conv", "full_attention"])),
     # a state-space mixer and attention side by side in every layer
     "falcon_h1": (
@@ -185,11 +185,11 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     """A random causal LM of 2 or 3 layers, about 10^5 parameters and a vocabulary of 128, in eval mode on the CPU.
 
     Every weight is moved by noise, so that no norm, bias or gate is the identity and hides a bug. The ids 0, 1 and 2 are special;
-    texts should use 3 to 127. Layers with a window of their own have a window of 8 tokens.
+    sequences should use 3 to 127. Sliding-window layers have a window of 8 tokens.
 
     Args:
         family: a name of ``families()``.
-        seed: the same seed gives the same weights; the global random state is left as it was.
+        seed: equal seeds give equal weights; the global random state is not changed.
         dtype: dtype of the floating parameters; the values are those of float32, rounded.
 
     Raises:

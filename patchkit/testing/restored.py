@@ -20,7 +20,7 @@ _PROBE_LENGTH = 12
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What ``assert_restored`` compares. It holds a copy of every tensor of the state dict."""
+    """State of a model that ``assert_restored`` compares, with a copy of every tensor of the state dict."""
 
     modules: dict[str, nn.Module] = field(repr=False)
     attributes: dict[str, dict[str, Any]] = field(repr=False)
@@ -32,7 +32,7 @@ class Snapshot:
 
 
 def snapshot(model: PreTrainedModel) -> Snapshot:
-    """The state of ``model`` for a later ``assert_restored``: modules, hooks, attributes, tensors, config and probe logits.
+    """Record the state of ``model`` for a later ``assert_restored``: modules, hooks, attributes, tensors, config and probe logits.
 
     The model runs once on a probe input of 12 tokens. Every tensor of the state dict is copied: meant for small models.
     """
@@ -66,7 +66,7 @@ def assert_restored(before: Snapshot, model: PreTrainedModel) -> None:
 
 
 def _differences(before: Snapshot, model: PreTrainedModel) -> Iterator[str]:
-    """One line per trace that is not a matter of logits."""
+    """One line per difference, except those of logits."""
     now = dict(model.named_modules())
     yield from _changed_names("module", before.modules, now)
     common = [name for name in before.modules if name in now]
@@ -120,7 +120,7 @@ def _changed_names(what: str, before: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _name_of(hook: Any) -> str:
-    """The name under which a person knows a hook."""
+    """Readable name of a hook, for messages."""
     return getattr(hook, "__qualname__", None) or type(hook).__name__
 
 

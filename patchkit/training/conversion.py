@@ -1,4 +1,4 @@
-"""What a conversion did, stage by stage."""
+"""Result of a conversion, stage by stage."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Rates:
     """Highest learning rates (Adam).
 
     Attributes:
-        maps, readouts, factors: in the transfer.
-        lora: of the adapters, in the recovery.
-        recovery: by what the first three are multiplied there: the language-modelling loss says much less about each of them.
+        maps, readouts, factors: rates in the transfer.
+        lora: rate of the adapters, in the recovery.
+        recovery: factor on the first three in the recovery, where the language-modelling loss determines them much less.
     """
 
     maps: float = 1e-2
@@ -34,14 +34,14 @@ class Rates:
 
 @dataclass
 class Score:
-    """Perplexity of the patched model on text that was kept back.
+    """Perplexity of a model on held-out text.
 
     Attributes:
-        fresh: of texts of one context length C each, at positions 0 to C.
-        streamed: of one long text through one cache, by range of positions, {"4096-16384": 12.3}.
-        fresh_ratio: over the unpatched model's on the same texts.
-        streamed_ratio: over the unpatched model's on the same tokens, streamed too; where the text is longer than the positions that it
-            was made for, it starts anew there.
+        fresh: perplexity of sequences of one context length C each, at positions 0 to C.
+        streamed: perplexity of one long sequence through one cache, by range of positions: {"4096-16384": 12.3}.
+        fresh_ratio: fresh / the unpatched model's on the same sequences.
+        streamed_ratio: streamed / the unpatched model's on the same tokens, also streamed, but restarted wherever the positions that it
+            was made for end.
     """
 
     fresh: float
@@ -57,13 +57,13 @@ class Score:
 
 @dataclass
 class StageResult:
-    """What one stage did.
+    """Result of one stage.
 
     Attributes:
-        seconds: of training, without scoring.
+        seconds: duration of training, without scoring.
         before, after: "closed form" and "transfer": RMS error of the attention outputs, relative, mean over layers; "recovery":
             nats per token of hybrid text. Both on the same pieces of the training text.
-        errors: after it, of each layer (not for "recovery", which changes the teacher's inputs).
+        errors: error of each layer after it (not for "recovery", which changes the teacher's inputs).
     """
 
     name: StageName
@@ -81,14 +81,14 @@ class Conversion:
 
     Attributes:
         state: for ``LinearAttention(state_dict=...)``; `LinearState.save` writes it.
-        context: C, tokens of each text that is scored from its beginning.
+        context: C, tokens of each sequence that is scored from its beginning.
         limit: positions that the unpatched model was made for.
-        unpatched: its score.
-        window_alone: the score of `streaming` with the same window and sinks, and nothing for older tokens: what a conversion has to beat.
-        start: the score of untrained hybrid attention, and each layer's error.
+        unpatched: score of the unpatched model.
+        window_alone: score of `streaming` with the same window and sinks, and nothing for older tokens: the baseline of a conversion.
+        start, start_errors: score of untrained hybrid attention, and the error of each layer.
         stages: in the order in which they ran.
-        kept_softmax: layers that stay as they are.
-        ms_per_token: of decoding after 1024 tokens, {"unpatched": ..., "linear": ...}.
+        kept_softmax: layers that keep softmax attention.
+        ms_per_token: milliseconds per decoded token after 1024 tokens, {"unpatched": ..., "linear": ...}.
     """
 
     state: LinearState
@@ -103,11 +103,11 @@ class Conversion:
     ms_per_token: dict[str, float]
 
     def reference_scores(self) -> dict[str, Score | None]:
-        """Scores of what the stages are compared with, by name."""
+        """Scores of the baselines that the stages are compared with, by name."""
         return {name: getattr(self, name) for name in ("unpatched", "window_alone", "start")}
 
     def to_json(self) -> dict[str, Any]:
-        """All but the weights, as plain data."""
+        """Everything except the weights, as plain data."""
         facts = {name: getattr(self, name) for name in ("context", "limit", "start_errors", "kept_softmax", "ms_per_token")}
         state = {name: getattr(self.state, name) for name in ("feature_map", "window", "sinks", "horizon", "layers")}
         return {
@@ -120,7 +120,7 @@ class Conversion:
         }
 
     def tables(self) -> list[Table]:
-        """Perplexity by stage and position, with the time of each stage; and the error of each layer by stage."""
+        """Tables of perplexity by stage and position, with the time of each stage, and of the error of each layer by stage."""
         from rich.table import Table
 
         alone = f"window of {self.state.window} alone" + (f", {self.state.sinks} sinks" if self.state.sinks else "")
@@ -133,7 +133,7 @@ class Conversion:
         tables = []
         if self.unpatched is not None:
             quality = Table(
-                title=f"perplexity (in brackets: over unpatched on the same tokens, which starts anew every {self.limit})",
+                title=f"perplexity (in brackets: / unpatched on the same tokens, restarted every {self.limit})",
                 title_justify="left",
             )
             quality.add_column("after")

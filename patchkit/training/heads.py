@@ -24,11 +24,11 @@ from patchkit.training.heads_loss import accepted_by_position, last_hidden_state
 from patchkit.training.muon import optimizers_of
 from patchkit.views import evaluating, frozen
 
-# The share of positions that are scored, drawn anew for each step: logits over the vocabulary cost more than EAGLE's layer.
+# Share of positions that are scored, sampled for each step: logits over the vocabulary cost more than EAGLE's layer.
 _SCORED = {"medusa": 1.0, "eagle": 0.25}
-_ALONE = 0.4  # the first part of EAGLE's steps, in which it goes on from the model's features only, which costs less
+_ALONE = 0.4  # share of EAGLE's steps, the first ones, that continue the model's features only, which costs less
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-# Where a run is given minutes, so many steps are timed, and until then there is no end to it.
+# With ``minutes``, this many steps are timed first; until then the run has practically no end.
 _TIMED_STEPS, _UNTIMED_STEPS = 8, 10**9
 
 
@@ -48,23 +48,23 @@ def train_heads(
     progress: bool = True,
     minutes: float | None = None,
 ) -> Heads:
-    """Heads for ``model``, which stays as it is.
+    """Train draft heads for ``model``, which is not changed.
 
     Args:
-        tokens: a text [n] int, from which pieces are cut at random, or texts [N, n >= length].
-        depth: Medusa's number of heads; for EAGLE, of how many of its own features in a row it learns to go on from.
-        batch, length: texts per step and tokens per text.
-        on_policy: the share of steps whose texts are the model's own greedy continuations of their first quarter. Heads are used on
-            such text, and it takes many times longer.
-        peak: the learning rates' highest value, in units of 0.02 for Muon and 0.003 for Adam.
-        checkpoint: a file that is written every minute, at the end, and at SIGINT or SIGTERM, and from which training goes on if it exists.
-        minutes: train for about so long, whatever ``steps`` says: their number follows from the time of the first few.
+        tokens: one sequence [n] int, from which pieces are cut at random, or sequences [N, n >= length].
+        depth: Medusa's number of heads; for EAGLE, the number of its own consecutive features that it learns to continue from.
+        batch, length: sequences per step, and tokens per sequence.
+        on_policy: share of steps on the model's own greedy continuations of the first quarter of each sequence. Heads are used on such
+            text; these steps take many times longer.
+        peak: highest learning rate, in units of 0.02 for Muon and 0.003 for Adam.
+        checkpoint: a file that is written every minute, at the end, and at SIGINT or SIGTERM; training resumes from it if it exists.
+        minutes: duration of training instead of ``steps``, whose number then follows from the time of the first few.
         progress: whether to show a bar, with the loss and, for each drafted position, how often all drafts so far are the model's choice.
 
     Raises:
         UnsupportedModel: the model has no LM head or embeddings that heads could share.
         PatchError: options or tokens that cannot be used, or a checkpoint of another run.
-        KeyboardInterrupt: SIGINT or SIGTERM came, and the step that was under way is done.
+        KeyboardInterrupt: SIGINT or SIGTERM was received; the current step is finished first.
     """
     if kind not in ("medusa", "eagle"):
         raise PatchError(f"there are no {kind!r} heads: use kind='medusa' or kind='eagle'")
@@ -121,7 +121,7 @@ def train_heads(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
-            # While steps are being timed, of both kinds by turns.
+            # While steps are being timed, both kinds alternate.
             alone = step % 2 == 0 if steps == _UNTIMED_STEPS else step < _ALONE * steps
             now = 1 if kind == "eagle" and alone else depth
             positions = torch.randperm(length - depth, generator=random)[: math.ceil((length - depth) * _SCORED[kind])]
@@ -145,7 +145,7 @@ def train_heads(
                 written = time.monotonic()
             if interrupted and step < steps:
                 bar.close()
-                kept = "" if checkpoint is None else f"; {checkpoint} goes on from there"
+                kept = "" if checkpoint is None else f"; {checkpoint} resumes from there"
                 raise KeyboardInterrupt(f"stopped after {step} steps of training{kept}")
     bar.close()
     return heads.eval().requires_grad_(False)
@@ -153,7 +153,7 @@ def train_heads(
 
 @contextlib.contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM within this context, put down instead of being acted on: a step that has begun comes to its end."""
+    """Record SIGINT and SIGTERM within this context instead of acting on them, so that the current step can finish."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield caught

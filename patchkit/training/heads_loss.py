@@ -9,17 +9,26 @@ import torch.nn.functional as F
 
 from patchkit.speculation.heads import EagleHead, Heads, MedusaHeads
 
-_FEATURE_WEIGHT = 0.5  # of the smooth L1 distance between EAGLE's features and the model's, beside the cross-entropy
+_FEATURE_WEIGHT = 0.5  # weight of the smooth L1 distance between EAGLE's features and the model's, relative to the cross-entropy
 
 
-_LATER = 0.8  # a head that looks one token further weighs this much less, as in Medusa
+_LATER = 0.8  # factor on the weight of each head that drafts one token further, as in Medusa
 
 
 def loss_of(
     heads: Heads, model: Any, tokens: torch.Tensor, hidden: torch.Tensor, depth: int, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training loss on texts [B, T] with the model's ``hidden`` [B, T, D], and for drafts of ``depth`` tokens that begin after
-    each of ``positions`` [n], all below T - depth, whether each token is the model's choice: [depth, B, n] bool."""
+    """Training loss of draft heads, and which drafted tokens are the model's choice.
+
+    Args:
+        tokens: sequences [B, T].
+        hidden: the model's last hidden states [B, T, D].
+        depth: tokens per draft.
+        positions: [n], all below T - depth, after which drafts begin.
+
+    Returns:
+        The loss, and [depth, B, n] bool: whether each drafted token is the model's most likely one.
+    """
     head = model.get_output_embeddings()
     if isinstance(heads, EagleHead):
         embedded = model.get_input_embeddings()(tokens[:, 1:]).float()
@@ -45,14 +54,17 @@ def loss_of(
 
 
 def accepted_by_position(agrees: torch.Tensor) -> torch.Tensor:
-    """[depth]: the share of drafts whose first 1, 2, ... tokens are all the model's choice."""
+    """Share of drafts [depth] whose first 1, 2, ... tokens are all the model's choice, from ``agrees`` [depth, ...]."""
     return agrees.int().cumprod(0).flatten(1).float().mean(1).cpu()
 
 
 @torch.no_grad()
 def agreement(heads: Heads, model: Any, texts: torch.Tensor, depth: int, first: int = 0) -> torch.Tensor:
-    """[depth, N, n] bool: of drafts that begin after each position from ``first`` on in texts [N, T], which tokens are the model's
-    choice; n = T - depth - 1 - first."""
+    """Which drafted tokens are the model's choice, for drafts that begin after each position from ``first`` on in texts [N, T].
+
+    Returns:
+        [depth, N, n] bool, with n = T - depth - 1 - first.
+    """
     agrees = []
     for batch in texts.long().to(model.device).split(16):
         positions = torch.arange(first, batch.shape[1] - depth - 1, device=model.device)
@@ -62,7 +74,7 @@ def agreement(heads: Heads, model: Any, texts: torch.Tensor, depth: int, first: 
 
 @torch.no_grad()
 def last_hidden_states(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """What the LM head is given for texts [B, T]: [B, T, D]."""
+    """Inputs [B, T, D] of the LM head for sequences [B, T]."""
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:

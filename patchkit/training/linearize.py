@@ -2,7 +2,7 @@
 
 Three stages, each optional: a closed-form readout per head and a gradient fit of the feature maps (`patchkit.training.transfer`), and
 low-rank recovery on the language-modelling loss (`patchkit.training.recovery`). After each, the model is scored as a user will run it:
-patched, streamed through one cache. Stages can be interrupted and taken up again, with the same result.
+patched, streamed through one cache. An interrupted run can be resumed, with the same result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _EVALUATED = 16384  # tokens
 
-# Where a model says nothing of its context.
+# Context of models without a position limit.
 _CONTEXT = 2048
 
 
@@ -59,28 +59,28 @@ def linearize(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Conversion:
-    """Convert the softmax attention of a model to a softmax window over a linear memory. The model is left as it is.
+    """Convert the softmax attention of a model to a softmax window over a linear memory. The model is not changed.
 
     Args:
         model: a causal language model of transformers, unpatched.
         texts: texts to learn on, or token ids [n].
-        tokenizer: of the model; needed for texts that are not token ids.
-        feature_map: see `patchkit.linear.feature_maps`.
+        tokenizer: the model's tokenizer; needed for texts that are not token ids.
+        feature_map: name of a map of `patchkit.linear.feature_maps`.
         window: W, last tokens that keep softmax attention.
-        sinks: S, first tokens of every text that keep it, too.
+        sinks: S, first tokens of every sequence that keep softmax attention too.
         layers: indices of the attention layers to convert; None for all with full attention.
         horizon: number of old tokens beyond which their weight grows no more; None for the model's trained context, or ``length`` if
             that is shorter.
-        closed_form: whether to fit a readout per head in closed form, on 32 texts.
-        transfer_steps: of the gradient fit of the feature maps; 0 leaves the stage out.
-        lora_steps: of the recovery; 0 leaves the stage out.
-        rank: of the adapters.
+        closed_form: whether to fit a readout per head in closed form, on 32 sequences.
+        transfer_steps: steps of the gradient fit of the feature maps; 0 omits the stage.
+        lora_steps: steps of the recovery; 0 omits the stage.
+        rank: rank of the adapters.
         distill: share of the softmax model's own distribution in the recovery's loss, within its context; 0 for the text alone.
-        keep_softmax: so many layers, those with the largest error after the transfer, stay as they are.
-        batch: texts per step.
-        length: tokens of each text in the recovery, best more than the model's context. The other stages take no more than the context.
-        heldout: token ids [n] to score on; None keeps back the last 20th of the texts, at most 16384 tokens.
-        checkpoint: a file that is written every 25 steps and after each stage, and from which training goes on if it exists.
+        keep_softmax: number of layers, those with the largest error after the transfer, that keep softmax attention.
+        batch: sequences per step.
+        length: tokens of each sequence in the recovery, best more than the model's context. The other stages use at most the context.
+        heldout: token ids [n] to score on; None holds out the last 20th of the texts, at most 16384 tokens.
+        checkpoint: a file that is written every 25 steps and after each stage; training resumes from it if it exists.
         progress: whether to show bars.
 
     Raises:
@@ -131,7 +131,7 @@ def linearize(
 
 
 def _layers(target: Target, feature_map: str, window: int, sinks: int, layers: Sequence[int] | None) -> list[int]:
-    """The layers to convert, after everything that the patch would refuse is refused."""
+    """Indices of the layers to convert; raises whatever error the patch would raise."""
     from patchkit.patches.linear import LinearAttention
 
     LinearAttention(feature_map=feature_map, window=window, sinks=sinks, layers=None if layers is None else tuple(layers)).check(target)
@@ -140,10 +140,10 @@ def _layers(target: Target, feature_map: str, window: int, sinks: int, layers: S
 
 
 def _check_length(target: Target, length: int) -> None:
-    """Texts may be longer than the context, since only differences of positions within the window count; but for two kinds of model."""
+    """Refuse a ``length`` that two kinds of model cannot use; others may exceed the context, as only relative positions matter."""
     name, switch = type(target.model).__name__, _compat.rope_switch(target.config)
     if switch is not None and length > switch:
-        raise UnsupportedModel(f"length={length}: {name} turns to other rotary frequencies beyond {switch} tokens, so use at most that")
+        raise UnsupportedModel(f"length={length}: {name} switches to other rotary frequencies beyond {switch} tokens, so use at most that")
     learned = any(layer.obstacle == BAKED_IN for layer in target.attention_layers)
     if learned and target.position_limit is not None and length > target.position_limit:
         raise UnsupportedModel(f"length={length}: the learned positions end at {target.position_limit} tokens, so use at most that")

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def optimizers_of(module: nn.Module, peak: float = 1.0) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices but embeddings, Adam for the rest; every group's highest learning rate is its entry ``peak``."""
+    """Muon for all matrices except embeddings, Adam for the rest; every group's highest learning rate is its entry ``peak``."""
     matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in module.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -21,15 +21,17 @@ def optimizers_of(module: nn.Module, peak: float = 1.0) -> list[torch.optim.Opti
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): matrices of one shape share a
-    batched Newton-Schulz iteration in fp32."""
+    """Muon: orthogonalised momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    Matrices of one shape share a batched Newton-Schulz iteration in fp32.
+    """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients."""
+        """Update the parameters from their gradients."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for p in group["params"]:
@@ -47,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of ``x`` [N, rows, columns], by a quintic Newton-Schulz."""
+    """Approximate the nearest semi-orthogonal matrix of each of ``x`` [N, rows, columns] by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     x = x.transpose(1, 2) if tall else x

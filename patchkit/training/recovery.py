@@ -1,9 +1,11 @@
 """Recovery: low-rank updates of the attention projections, trained on the language-modelling loss while the model runs as hybrid.
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) through peft, as LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254),
-section 3.2. Differs from it in that the feature maps and factors train on; in that the softmax model's own distribution is a target
-beside the text, from which far fewer tokens teach as much; and in the length of the texts, beyond the model's trained context, which is
-what teaches the linear part to weigh the many tokens of a long text.
+section 3.2. Differs from it in that
+
+* the feature maps and factors continue to train;
+* the softmax model's own distribution is a target in addition to the text (distillation), so that far fewer tokens suffice;
+* sequences are longer than the model's trained context, from which the linear part learns to weigh many old tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ class Lora:
     """Adapters on a student's projections, inserted by peft.
 
     Attributes:
-        layers: peft's modules by the name of the projection that each stands for.
+        layers: peft's modules by the name of the projection that each replaces.
     """
 
     def __init__(self, student: Student, projections: list[str], rank: int, seed: int) -> None:
-        """Adapters that change nothing yet.
+        """Insert adapters that change nothing yet.
 
         Raises:
             PatchError: peft is not installed, or cannot adapt a projection.
@@ -48,7 +50,7 @@ class Lora:
         self.layers: dict[str, Any] = {name: modules[name] for name in projections}
 
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of every adapter, in a fixed order."""
+        """Matrices A and B of every adapter, in a fixed order."""
         return [parameter for layer in self.layers.values() for parameter in adapter_parameters(layer)]
 
     def weights(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -61,11 +63,11 @@ class Lora:
 
 
 def lm_loss(student: Student, texts: torch.Tensor, teacher: Any = None, context: int = 0, share: float = 0.0) -> torch.Tensor:
-    """Mean next-token cross-entropy of texts [N, T], with every converted layer as hybrid attention.
+    """Mean next-token cross-entropy of sequences [N, T], with every converted layer as hybrid attention.
 
     Args:
-        teacher: the softmax model, if its distribution counts too, by a ``share`` of the loss.
-        context: at how many positions; beyond the context that it was trained on, it has nothing to teach.
+        teacher: the softmax model, whose distribution gets a ``share`` of the loss; None for the text alone.
+        context: number of positions at which the teacher is used: those that it was trained on.
     """
     texts = texts.to(student.model.device)
     with student.hybrid() as model:

@@ -1,4 +1,4 @@
-"""A conversion under way: its stages, its scores, its checkpoint."""
+"""A running conversion: its stages, its scores, its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from patchkit.views import twin
 
 _SAVE_EVERY = 25
 
-_PROBES = 16  # texts on which errors are taken before and after a stage
+_PROBES = 16  # sequences on which errors are measured before and after a stage
 
 _READOUT_TEXTS = 32
 
@@ -33,10 +33,10 @@ _TIMED_CONTEXT = 1024
 
 
 class ConversionRun:
-    """A conversion under way.
+    """A running conversion.
 
     Attributes:
-        report: what is done so far.
+        report: results so far.
         partial: the stage that a checkpoint stopped in: its name, steps done, seconds, error before, parameters and optimizer.
     """
 
@@ -88,7 +88,7 @@ class ConversionRun:
     # -- the stages -----------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Score the model as it is, with the window alone, and with untrained hybrid attention."""
+        """Score the baselines: the unpatched model, the window alone, and untrained hybrid attention."""
         self.report.start_errors = self._errors()
         self.report.unpatched = self.scorer.score(self.model)
         alone = self.scorer.window_alone(self.report.state)
@@ -97,7 +97,7 @@ class ConversionRun:
         self.save()
 
     def closed_form(self) -> None:
-        """Readouts."""
+        """Fit the readouts in closed form."""
         if self._has("closed form"):
             return
         started, before = time.perf_counter(), self.report.start_errors
@@ -105,7 +105,7 @@ class ConversionRun:
         self._close(StageResult("closed form", 1, time.perf_counter() - started, _mean(before), 0.0), self._errors())
 
     def transfer(self, steps: int) -> None:
-        """Feature maps, factors and, where there are any, readouts."""
+        """Train feature maps, factors and, if there are any, readouts on attention transfer."""
         if self._has("transfer"):
             return
         texts = max(1, self.batch * self.length // self.context)
@@ -118,7 +118,7 @@ class ConversionRun:
         self._close(StageResult("transfer", steps, seconds, before, 0.0), self._errors())
 
     def keep_worst(self, count: int) -> None:
-        """Give the worst layers back their softmax."""
+        """Restore the softmax attention of the ``count`` layers with the largest error."""
         if count == 0 or self.report.kept_softmax or self._has("recovery"):
             return
         last = self.report.stages[-1].errors if self.report.stages else self.report.start_errors
@@ -130,7 +130,7 @@ class ConversionRun:
         self.save()
 
     def recovery(self, steps: int, rank: int, distill: float) -> None:
-        """Adapters; feature maps, factors and readouts train on."""
+        """Train adapters on the language-modelling loss; feature maps, factors and readouts continue to train."""
         if self._has("recovery"):
             return
         lora = Lora(self.student, projections(self.target, self.report.state.layers), rank, self.seed)
@@ -152,7 +152,7 @@ class ConversionRun:
         self._close(StageResult("recovery", steps, seconds, before, probed()), {})
 
     def finish(self) -> Conversion:
-        """The report, with the times of a decoded token; the state is frozen and on the CPU."""
+        """Return the report, with the time per decoded token; the state is frozen and on the CPU."""
         for part in self.report.state.parts.values():
             part.requires_grad_(False).cpu()
         unpatched, linear = twin(self.model).eval(), self.scorer.patched(self.report.state)
@@ -226,7 +226,7 @@ class ConversionRun:
         return errors(self.student, self._texts(_PROBES, self.context, -1))
 
     def _texts(self, count: int, length: int, step: int) -> torch.Tensor:
-        """[count, length] pieces of the text, drawn from the seed and the step."""
+        """Pieces [count, length] of the text, sampled by the seed and the step."""
         random = torch.Generator().manual_seed(1_000_003 * self.seed + step + 2)
         starts = torch.randint(len(self.tokens) - length + 1, (count,), generator=random)
         return torch.stack([self.tokens[start : start + length] for start in starts.tolist()]).long()

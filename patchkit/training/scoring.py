@@ -37,7 +37,7 @@ class Scorer:
         return patch_model(twin(self.model).eval(), LinearAttention(state_dict=frozen), verbose=False)
 
     def window_alone(self, state: LinearState) -> Any:
-        """A twin of the model in which the layers to convert see sinks and window, and nothing else; None where streaming is refused."""
+        """A twin of the model whose converted layers see sinks and window only; None if streaming refuses it."""
         from patchkit.patches.streaming import StreamingLLM
 
         alone = StreamingLLM(sinks=state.sinks, window=state.window, layers=tuple(state.layers))
@@ -47,7 +47,7 @@ class Scorer:
             return None
 
     def score(self, model: Any) -> Score | None:
-        """Perplexity of a model on the text kept back; None without such text."""
+        """Perplexity of a model on the held-out text; None if it is shorter than a context."""
         if len(self.heldout) <= self.context:
             return None
         edges = [0, self.context, 8 * self.context, 32 * self.context]
@@ -66,7 +66,7 @@ class Scorer:
 
     @functools.cached_property
     def references(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats per token of the unpatched model, [n - 1] each: given C tokens at a time, and as many as it was made for."""
+        """Nats per token [n - 1] of the unpatched model, restarted every C tokens, and every ``limit`` tokens."""
         with evaluating(self.model):
             pieces = [
                 stream_nll(self.model, self.heldout[start : start + self.limit + 1])

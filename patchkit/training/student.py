@@ -1,6 +1,6 @@
-"""A model whose attention layers run as hybrid attention on whole sequences, with gradients: what the stages of a conversion train.
+"""Student of a conversion: a model whose attention layers run as hybrid attention on whole sequences, with gradients.
 
-All of it happens on a twin of the model, a second module tree over the same weights; the model itself is not edited.
+It is a twin of the model, a second module tree over the same weights; the model itself is not edited.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Watch = Callable[[int, "Inputs", torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one layer's attention is computed from: q [B, H, T, K], k and v [B, G, T, *], and q and k without rotation."""
+    """Inputs of one layer's attention: q [B, H, T, K], k and v [B, G, T, *], and q and k without rotation."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -47,7 +47,7 @@ class Student:
 
     Attributes:
         model: the twin.
-        state: whose parts run; it may be trained, and layers may be taken out of it.
+        state: holds the trained parts; layers may be removed from it.
     """
 
     def __init__(self, model: Any, target: Target, state: LinearState) -> None:
@@ -58,13 +58,13 @@ class Student:
 
     @contextlib.contextmanager
     def hybrid(self) -> Iterator[Any]:
-        """Within this context the model's layers run as hybrid attention; texts must be whole, without padding or a cache."""
+        """Run the model's layers as hybrid attention in this context, on whole sequences without padding or a cache."""
         with self._attention(lambda layer: functools.partial(_hybrid, self.state.parts[layer.index], layer.rotary, self.state)):
             yield self.model
 
     @contextlib.contextmanager
     def watched(self, watch: Watch) -> Iterator[Any]:
-        """Within this context the model runs as it is, and ``watch`` is shown what every layer's attention is given and gives."""
+        """Run the unchanged model in this context, and call ``watch`` with the inputs and the output of every layer's attention."""
         with self._attention(lambda layer: functools.partial(_watched, watch, layer)):
             yield self.model
 
@@ -114,7 +114,7 @@ def _inputs(rotary: Rotary | None, q: torch.Tensor, k: torch.Tensor, v: torch.Te
 
 
 def unrotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Queries or keys [B, H, T, K] of positions 0 .. T - 1 without their rotation."""
+    """Undo the rotation of queries or keys [B, H, T, K] at positions 0 .. T - 1."""
     cos, sin = _angles(rotary, x.shape[-2], x.device)
     return rotary.rotate(x, cos, -sin, rotary.start)
 

@@ -1,9 +1,9 @@
-"""Attention transfer: make each layer's hybrid attention give what its softmax attention gives, on the same inputs.
+"""Attention transfer: train each layer's hybrid attention to reproduce its softmax attention on the same inputs.
 
-The teacher is the model itself, on text no longer than it was trained on; every layer learns from the softmax model's own hidden
-states, not from what converted layers below it would hand on. LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254),
+The teacher is the model itself, on sequences no longer than its trained context; every layer learns from the softmax model's own hidden
+states, not from the outputs of converted layers below it. LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254),
 section 3.1, calls this attention transfer. Differs from it in the closed form, and in that a layer's loss is relative to the
-size of its outputs, so that all layers weigh the same.
+size of its outputs, so that all layers have the same weight.
 
 Shapes: H heads, V value dimension, N texts, T tokens.
 """
@@ -16,7 +16,7 @@ import torch
 
 from patchkit.training.student import Inputs, Student
 
-# The readout is drawn towards the identity as if by this share of the features' own variance.
+# Strength of the regularisation towards the identity, as a share of the features' own variance.
 RIDGE = 1e-8
 
 
@@ -38,7 +38,7 @@ def errors(student: Student, texts: torch.Tensor) -> dict[int, float]:
 
 @torch.no_grad()
 def fit_readouts(student: Student, texts: torch.Tensor, ridge: float = RIDGE) -> None:
-    """Give every layer the readout R [H, V, V] that minimises ``|y R - teacher|^2 + ridge |R - I|^2`` over texts [N, T].
+    """Set every layer's readout R [H, V, V] by ridge regression: minimise ``|y R - teacher|^2 + ridge |R - I|^2`` over texts [N, T].
 
     ``ridge`` is in units of the mean square of y; the sums are float64.
     """
@@ -65,8 +65,10 @@ def fit_readouts(student: Student, texts: torch.Tensor, ridge: float = RIDGE) ->
 
 
 def transfer_loss(student: Student, texts: torch.Tensor) -> float:
-    """Mean over layers of the squared error on texts [N, T], relative to the mean square of the teacher's outputs; its gradients
-    are added to those of the parts."""
+    """Mean over layers of the squared error on texts [N, T], relative to the mean square of the teacher's outputs.
+
+    Its gradients are added to those of the parts.
+    """
     parts, losses = student.state.parts, []
 
     def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:

@@ -222,7 +222,7 @@ def eos_ignored_one_by_one(monkeypatch: Any) -> None:
 BUGS = {
     "position off by one": Bug(position_off_by_one, STREAMING, "logits are those of the definition"),
     "sink dropped": Bug(sink_dropped, STREAMING, "logits are those of the definition"),
-    "window not rolled back": Bug(window_not_rolled_back, STREAMING, "tokens taken back leave no trace"),
+    "window not rolled back": Bug(window_not_rolled_back, STREAMING, "rolled back tokens leave no trace"),
     "drafts not rolled back": Bug(drafts_not_rolled_back, "speculative", "greedy text stays the same"),
     "scale after matmul": Bug(scale_after_matmul, "mlp_int8(mode=weight_only)", "no overflow in 16 bits"),
     "scale of another channel": Bug(scale_of_another_channel, "mlp_int8", "logits are those of the definition"),
@@ -240,9 +240,9 @@ BUGS = {
     "EOS ignored": Bug(eos_ignored, "speculative", "greedy text stays the same"),
     "every draft accepted": Bug(every_draft_accepted, "speculative", "greedy text stays the same"),
     "window not rotated when positions begin anew": Bug(
-        window_not_turned_when_positions_begin_anew, STREAMING, "any way of feeding is the same"
+        window_not_turned_when_positions_begin_anew, STREAMING, "any chunking gives the same logits"
     ),
-    "log does not wrap": Bug(log_does_not_wrap, STREAMING, "tokens taken back leave no trace"),
+    "log does not wrap": Bug(log_does_not_wrap, STREAMING, "rolled back tokens leave no trace"),
     "padding not reset": Bug(padding_not_reset, STREAMING, "a text after others is as in a fresh model"),
     "EOS ignored with a lossy acceptance": Bug(
         eos_ignored_one_by_one, "speculative(acceptance='topk_agree(2)')", "a text ends where it has to"

@@ -87,7 +87,7 @@ def test_logits_of_a_long_text_are_never_in_memory(spec: str, little_memory: Non
 
 def test_whole_logits_would_be_seen() -> None:
     """With room for all of them the same run has them in memory, and the counter says so."""
-    found = measured("streaming(window=508)", only=["any way of feeding is the same"])
+    found = measured("streaming(window=508)", only=["any chunking gives the same logits"])
     assert found.largest > 7 * MOST_BYTES
 
 

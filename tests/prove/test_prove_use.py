@@ -62,7 +62,7 @@ def test_quality_alone_can_say_that_a_text_is_too_short() -> None:
 
 
 def test_an_unknown_promise_is_refused_with_the_list() -> None:
-    with pytest.raises(UnknownPromise, match=r"'causal'.*no token sees a later one; any way of feeding"):
+    with pytest.raises(UnknownPromise, match=r"'causal'.*no token sees a later one; any chunking"):
         prove(Proof("", "float32"), tiny_model("llama"), [], documents(), only=["causal"])
     with pytest.raises(UnknownPromise, match="did you mean 'it acted'"):
         prove(Proof("", "float32"), tiny_model("llama"), [], documents(), only=["it acts"])
@@ -71,7 +71,7 @@ def test_an_unknown_promise_is_refused_with_the_list() -> None:
 
 
 def test_what_no_patch_promises_is_no_success() -> None:
-    with pytest.raises(UnknownPromise, match="mlp_int8 promises nothing of what was asked for"):
+    with pytest.raises(UnknownPromise, match="mlp_int8 makes none of the requested promises"):
         prove(Proof("mlp_int8", "float32"), tiny_model("llama"), parse_spec("mlp_int8"), documents(), only=["memory is bounded"])
 
 

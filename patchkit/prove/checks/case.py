@@ -1,4 +1,4 @@
-"""One set of patches on one model, and what all checks of it share: the views of the model, texts, and the proof to write to."""
+"""One set of patches on one model, as all checks of it share it: views of the model, sequences, and the proof to write to."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from patchkit.tolerance import TOLERANCES
 from patchkit.views import twin
 
 Advance = Callable[[str], object]
-# Tokens of a probe beyond those after which every patch acts.
+# Tokens of a probe after every patch has begun to act.
 BEYOND = 40
-# Positions that are kept bounded begin anew after this many tokens at the latest; of a model with room for more than `LONG` tokens in
-# what it keeps, no text is long enough to see that.
+# Bounded positions are rebased after this many tokens at the latest. If a model keeps more than `LONG` tokens, sequences of the checks are
+# too short to reach that.
 _WRAP = 1024
 LONG = 2048
 
 
 class Case:
-    """One set of patches on one model, and what all checks of it share.
+    """One set of patches on one model, with the state that all its checks share.
 
     Attributes:
-        plain, full: the model without patches, and with all.
-        before: what ``full`` was before it was patched; None once that has been compared.
-        reach: tokens beyond which every patch acts.
-        probe: tokens of the texts of most checks.
-        longest: tokens that the model can take at all; None without a limit.
-        thorough: long texts are fed in more pieces.
+        plain, full: the model without patches, and with all patches.
+        before: snapshot of ``full`` before it was patched; None once it has been compared.
+        reach: number of tokens beyond which every patch acts.
+        probe: length of the sequences of most checks.
+        longest: largest number of tokens that the model can take; None without a limit.
+        thorough: long sequences are fed in more chunks.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Case:
         self.proof, self.model, self.patches, self.advance, self.thorough = proof, model, patches, advance, thorough
         self.spec = spec_of(patches) or "unpatched"
         self.plain: Any = twin(model)
-        # Every call of generate is to be greedy, whatever the checkpoint says.
+        # Every call of generate is to be greedy, whatever the checkpoint's generation config is.
         self.pad = _pad(model)
         self.plain.generation_config = GenerationConfig(do_sample=False, pad_token_id=self.pad)
         fresh = self.twin()
@@ -69,18 +69,18 @@ class Case:
         self.tolerance = TOLERANCES[model.dtype]
         self.stream = torch.cat(texts)
         self.longest = self._longest()
-        self.probe = self.text(self.reach + BEYOND).shape[1]
+        self.probe = self.sequence(self.reach + BEYOND).shape[1]
         self.first: torch.Tensor | None = None
         self.once: dict[str, Any] = {}
 
     # -- the model ---------------------------------------------------------------------------------------------------------
 
     def twin(self) -> Any:
-        """Another unpatched view of the same weights."""
+        """A new unpatched view of the same weights."""
         return twin(self.plain)
 
     def view(self, patches: Sequence[Patch]) -> Any:
-        """The model with these patches only."""
+        """A view of the model with these patches only."""
         if not patches:
             return self.plain
         key = tuple(patch.spec for patch in patches)
@@ -91,11 +91,11 @@ class Case:
         return self._views[key]
 
     def without(self, patch: Patch) -> Any:
-        """The model with all patches but one."""
+        """A view of the model with all patches but one."""
         return self.view([other for other in self.patches if other is not patch])
 
     def facts(self, patch: Patch) -> Any:
-        """What ``patch`` reports of the patched model."""
+        """The report of ``patch`` on the patched model."""
         return next(each for each in api.report(self.full).patches if each.name == patch.name)
 
     @property
@@ -111,27 +111,27 @@ class Case:
 
     @property
     def vocabulary(self) -> int:
-        """V: logits of a position."""
+        """V, the number of logits of a position."""
         count: int = (self.plain.get_output_embeddings() or self.plain.get_input_embeddings()).weight.shape[0]
         return count
 
     @property
     def wrap(self) -> int:
-        """Tokens after which positions that are kept bounded begin anew, and buffers that grow have grown."""
+        """Number of tokens after which bounded positions have been rebased and growing buffers have grown."""
         return min(self.target.position_limit or _WRAP, _WRAP)
 
-    # -- texts -------------------------------------------------------------------------------------------------------------
+    # -- sequences ------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def cycle(self) -> torch.Tensor:
-        """Six tokens that are rare in the texts."""
+        """Six tokens that are rare in the documents."""
         count = Counter(self.stream.tolist())
         vocabulary = self.plain.get_input_embeddings().weight.shape[0]
         rarest = sorted((token for token in range(min(vocabulary, 1000)) if token != self.pad), key=lambda token: count[token])
         return torch.tensor(rarest[:6], device=self.model.device)
 
-    def text(self, length: int, number: int = 0) -> torch.Tensor:
-        """Token ids [1, length] of the documents, from another place for every number."""
+    def sequence(self, length: int, number: int = 0) -> torch.Tensor:
+        """Token ids [1, length] from the documents, from another place for every number."""
         if self.longest is not None:
             length = min(length, self.longest)
         start = number * 997 % len(self.stream)
@@ -139,38 +139,38 @@ class Case:
         return self.stream.repeat(repeats)[start : start + length][None].to(self.model.device)
 
     def places(self, length: int) -> list[int]:
-        """Where something begins or begins anew in a text of so many tokens."""
+        """Positions in a sequence of this length at which patches begin to act or positions are rebased."""
         return [place for place in sorted({self.reach, self.wrap, 2 * self.wrap}) if 0 < place < length]
 
     def watched(self, length: int, rows: int = 1) -> torch.Tensor | None:
-        """Positions [P] at which logits of ``rows`` texts of so many tokens are compared; None for all."""
+        """Positions [P] at which logits of ``rows`` sequences of this length are compared; None for all."""
         return watched(length, rows * self.vocabulary * self.model.dtype.itemsize, self.places(length))
 
-    def ways(self, length: int) -> list[list[int]]:
-        """Numbers of tokens per forward: as a whole without a cache (no numbers) and with one, in chunks, and one by one.
+    def chunkings(self, length: int) -> list[list[int]]:
+        """Chunkings of a sequence, as numbers of tokens per forward: whole without a cache (no numbers), whole, chunks, single tokens.
 
-        Some recurrent models start anew with every chunk: left out are ways in which the unpatched model does not agree with itself.
+        Chunkings in which the unpatched model does not agree with itself are left out: some recurrent models restart with every chunk.
         """
-        ways = [[length], in_chunks(length, self.places(length), self.thorough), one_by_one(length, self.reach)]
-        return [[], *(way for way, own in zip(ways, self._own_by_way, strict=True) if own <= self.tolerance.differs)]
+        chunkings = [[length], in_chunks(length, self.places(length), self.thorough), one_by_one(length, self.reach)]
+        return [[], *(chunks for chunks, own in zip(chunkings, self._own_by_chunking, strict=True) if own <= self.tolerance.differs)]
 
     @functools.cached_property
-    def _own_by_way(self) -> list[float]:
-        """What the unpatched model differs by between a probe as a whole and in each other way."""
-        ids, at = self.text(self.probe), self.watched(self.probe)
+    def _own_by_chunking(self) -> list[float]:
+        """The unpatched model's difference between a probe as a whole and in each other chunking."""
+        ids, at = self.sequence(self.probe), self.watched(self.probe)
         whole = list(fed(self.plain, ids, [], at=at))
-        ways = ([self.probe], in_chunks(self.probe, self.places(self.probe), self.thorough), one_by_one(self.probe, self.reach))
-        return [difference(fed(self.plain, ids, way, at=at), whole).largest for way in ways]
+        chunkings = ([self.probe], in_chunks(self.probe, self.places(self.probe), self.thorough), one_by_one(self.probe, self.reach))
+        return [difference(fed(self.plain, ids, chunks, at=at), whole).largest for chunks in chunkings]
 
     @property
     def own(self) -> float:
-        """What the unpatched model differs by between ways of feeding in which it agrees with itself."""
-        return max((own for own in self._own_by_way if own <= self.tolerance.differs), default=0.0)
+        """The unpatched model's difference between chunkings in which it agrees with itself."""
+        return max((own for own in self._own_by_chunking if own <= self.tolerance.differs), default=0.0)
 
     # -- judging -----------------------------------------------------------------------------------------------------------
 
     def check(self, about: str, promise: str, run: Callable[[], Check | None]) -> None:
-        """Add what ``run`` finds; what it raises is a broken promise, or a reason not to judge."""
+        """Add the check that ``run`` returns; an exception is a broken promise, or a reason not to judge."""
         self.advance(f"{self.spec}: {promise}")
         started = time.perf_counter()
         try:
@@ -184,7 +184,7 @@ class Case:
 
 
 def spec_of(patches: Sequence[Patch]) -> str:
-    """The patches as one spec."""
+    """The patches as one spec string."""
     return " + ".join(patch.spec for patch in patches)
 
 

@@ -1,6 +1,6 @@
-"""How far logits are apart, piece by piece: of two long texts no more than a piece each has to be in memory.
+"""Difference of two sequences of logits, piece by piece, so that only one piece of each has to be in memory.
 
-Logits are given as pieces, tensors [B, n, V] that follow one another along a text; V is the vocabulary, or anything else.
+Logits are given as pieces: tensors [B, n, V] of consecutive positions; V is the vocabulary, or anything else.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _AT_ONCE = 8 << 20
 
 @dataclass
 class Difference:
-    """How far two computations of the same logits are apart.
+    """Difference between two computations of the same logits.
 
     Attributes:
-        largest: of all logits, relative to a tenth of the largest expected one where that exceeds 10 (`patchkit.tolerance.logit_error`).
+        largest: maximum over all logits, relative to a tenth of the largest expected one if that exceeds 10 (as in `logit_error`).
         position: root mean square over the vocabulary, at the position where it is largest.
-        typical: the median over positions of what ``largest`` is of all.
+        typical: median over positions of the maximum at a position.
 
     All are infinite if one side has a NaN or an infinity where the other has not.
     """
@@ -35,7 +35,7 @@ class Difference:
 
 
 def difference(actual: Pieces, expected: Pieces) -> Difference:
-    """How far ``actual`` is from ``expected``; where either is cut into pieces does not matter.
+    """Difference of ``actual`` from ``expected``, whatever pieces they are cut into.
 
     Raises:
         ValueError: the shapes differ.
@@ -64,7 +64,7 @@ def difference(actual: Pieces, expected: Pieces) -> Difference:
 
 
 def _aligned(actual: Pieces, expected: Pieces) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of both that are of the same positions; empty ones are left out."""
+    """Pieces of both at the same positions, without empty ones."""
     sides = [(piece for piece in side if piece.shape[1]) for side in (actual, expected)]
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
@@ -72,7 +72,7 @@ def _aligned(actual: Pieces, expected: Pieces) -> Iterator[tuple[torch.Tensor, t
         left, right = (next(side, None) if held is None else held for side, held in zip(sides, (left, right), strict=True))
         if left is None or right is None:
             if left is not right:
-                raise ValueError("logits of texts of different lengths cannot be compared")
+                raise ValueError("logits of sequences of different lengths cannot be compared")
             return
         if (left.shape[0], left.shape[2:]) != (right.shape[0], right.shape[2:]):
             raise ValueError(f"logits of shape {list(left.shape)} cannot be compared with {list(right.shape)}")

@@ -1,6 +1,6 @@
-"""Feeding a model the tokens of a text in different ways, and which of its logits are looked at.
+"""Forwards of a sequence in different chunkings, and the positions at which logits are compared.
 
-Shapes: B rows, T tokens, P positions looked at, V vocabulary.
+Shapes: B rows, T tokens, P compared positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from patchkit import _compat
 from patchkit.definitions import keeps_some, logits_at
 
-# Of one side of a comparison so many bytes of logits may be in memory.
+# Largest number of bytes of logits in memory for one side of a comparison.
 MOST_BYTES = 128 << 20
-# Above this many, a text is fed one by one only where something begins or wraps around.
+# A longer sequence is fed token by token only where patches begin to act or positions wrap around.
 ONE_BY_ONE = 160
-# How far around such a place every token is looked at, or fed alone.
+# Distance from such a place within which every position is compared.
 _AROUND = 8
 
 
 class NotJudged(Exception):
-    """This cannot be decided here; the message says why."""
+    """A promise cannot be judged here; the message gives the reason."""
 
 
 def cut(sizes: Sequence[int], length: int) -> list[int]:
-    """These sizes, over and over, up to ``length`` in all."""
+    """Repeat the sizes in a cycle, up to ``length`` in total."""
     found: list[int] = []
     for size in itertools.cycle(sizes):
         if length == 0:
@@ -38,7 +38,7 @@ def cut(sizes: Sequence[int], length: int) -> list[int]:
 
 
 def in_chunks(length: int, places: Sequence[int], thorough: bool) -> list[int]:
-    """Chunks of many sizes, and single tokens around ``places``."""
+    """Sizes of chunks of ``length`` tokens: many different sizes, and single tokens around ``places``."""
     if length <= ONE_BY_ONE:
         return cut([1, 2, 7, 1, 13], length)
     if thorough:
@@ -56,7 +56,7 @@ def in_chunks(length: int, places: Sequence[int], thorough: bool) -> list[int]:
 
 
 def one_by_one(length: int, begins: int) -> list[int]:
-    """One by one; in long texts only from six tokens before ``begins`` on and at the end, with one leap between."""
+    """Sizes of chunks of one token; in long sequences only from six tokens before ``begins`` on and at the end, with one leap between."""
     if length <= ONE_BY_ONE:
         return [1] * length
     edge = max(1, min(begins - 6, length - 12))
@@ -65,12 +65,12 @@ def one_by_one(length: int, begins: int) -> list[int]:
 
 
 def watched(length: int, bytes_of_one: int, places: Sequence[int] = ()) -> torch.Tensor | None:
-    """Positions [P] at which logits of a text are compared: None for all, if they fit into `MOST_BYTES`.
+    """Positions [P] at which logits of a sequence are compared; None for all, if they fit into `MOST_BYTES`.
 
-    Else those around ``places`` and at both ends, nearest first, up to half of what fits, and others evenly spread over the text.
+    Else positions around ``places`` and at both ends, nearest first, up to half of what fits, and others evenly spread.
 
     Args:
-        bytes_of_one: bytes of all logits of one position.
+        bytes_of_one: bytes of all logits at one position.
     """
     room = that_fit(bytes_of_one)
     if room >= length:
@@ -83,39 +83,40 @@ def watched(length: int, bytes_of_one: int, places: Sequence[int] = ()) -> torch
 
 
 def that_fit(bytes_of_one: int) -> int:
-    """Positions of which all logits fit into `MOST_BYTES`, at least 8."""
+    """Number of positions whose logits fit into `MOST_BYTES`, at least 8."""
     return max(8, MOST_BYTES // bytes_of_one)
 
 
 def fed(
     view: Any,
     ids: torch.Tensor,
-    way: Sequence[int],
+    chunks: Sequence[int],
     mask: torch.Tensor | None = None,
     cache: Any = None,
     at: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Logits of ids [B, T] forward by forward, [B, n, V] each, fed in forwards of these many tokens; as a whole without a cache for none.
+    """Logits [B, n, V] of each forward over ids [B, T].
 
     Args:
+        chunks: numbers of tokens per forward; empty for one forward without a cache.
         mask: [B, T] attention mask, for padding.
-        cache: what was fed before.
-        at: positions [P] in rising order that are wanted; None for all.
+        cache: the cache to continue; None for a new one.
+        at: ascending positions [P] of the wanted logits; None for all.
 
     Raises:
         NotJudged: the model returns no cache.
     """
-    if not way:
+    if not chunks:
         options = {} if mask is None else {"attention_mask": mask}
         yield logits_at(view, ids, at, **options)
         return
     end = 0
-    for size in way:
+    for size in chunks:
         start, end = end, end + size
         options = {} if mask is None else {"attention_mask": mask[:, :end]}
         wanted = None if at is None else at[(at >= start) & (at < end)].to(ids.device) - start
         if wanted is not None and len(wanted) < size and keeps_some(view):
-            # Of none at all, the last one: an empty product is a shape that nobody else asks for.
+            # Where none is wanted, keep the last: models are not tested on empty products.
             options["logits_to_keep"] = wanted if len(wanted) else torch.tensor([size - 1], device=ids.device)
         out = view(input_ids=ids[:, start:end], use_cache=True, **{_compat.CACHE: cache}, **options)
         cache = cache_of(out)
@@ -126,7 +127,7 @@ def fed(
 
 
 def cache_after(view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> Any:
-    """The cache after ids [B, T] in one forward, of which no logits are wanted.
+    """Run one forward over ids [B, T] and return the cache.
 
     Raises:
         NotJudged: the model returns no cache.
@@ -138,7 +139,7 @@ def cache_after(view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, 
 
 
 def cache_of(out: Any) -> Any:
-    """The cache in an output.
+    """The cache of a model's output.
 
     Raises:
         NotJudged: there is none.
@@ -150,12 +151,12 @@ def cache_of(out: Any) -> Any:
 
 
 def padded(texts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch [B, length] of texts [1, T], padded on the left with tokens that must not count, and its mask."""
+    """A batch [B, length] of sequences [1, T], left-padded with ordinary tokens, which must not count, and its mask."""
     rows = [torch.cat([text[:, :1].expand(-1, length - text.shape[1]), text], 1) for text in texts]
     mask = [torch.arange(length, device=text.device)[None] >= length - text.shape[1] for text in texts]
     return torch.cat(rows), torch.cat(mask).long()
 
 
 def listed(values: Iterable[Any]) -> str:
-    """In words, with commas."""
+    """Values joined by commas, for a message."""
     return ", ".join(map(str, values))

@@ -1,4 +1,4 @@
-"""What is promised about `generate`: it says what forwards say, and ends where it has to."""
+"""Checks of `generate`: it agrees with forwards, and stops at the end token."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from patchkit.prove.proof import Check
 from patchkit.tolerance import logit_error
 
 NEW_TOKENS = 32
-# A processor, with which patches that judge tokens do it another way.
+# A logits processor, which makes speculation judge tokens by a different code path.
 PENALTY: dict[str, Any] = {"repetition_penalty": 1.3}
 
 
 def prompts(case: Case) -> list[torch.Tensor]:
-    """Texts to continue; a part of each comes twice, so that there is something to copy."""
+    """Prompts to continue; in two of them a part is repeated, so that there is something to copy."""
     length = 24 if case.longest is None else max(1, min(24, case.longest - NEW_TOKENS))
-    texts = [case.text(length, number) for number in range(3)]
+    texts = [case.sequence(length, number) for number in range(3)]
     return [torch.cat([text, text[:, : length // 2]], 1) for text in texts[:2]] + texts[2:]
 
 
 def padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The prompts as a padded batch, and its mask; None where the patches refuse padding or the unpatched model counts it."""
+    """The prompts as a padded batch, and its mask; None if the patches refuse padding or it changes the unpatched model's logits."""
     if "batch" not in case.once:
         case.once["batch"] = _padded_prompts(case)
     found: tuple[torch.Tensor, torch.Tensor] | None = case.once["batch"]
@@ -43,8 +43,8 @@ def _padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
         list(fed(case.full, batch, [batch.shape[1] - 1, 1], mask))
     except PatchError:
         return None
-    for way in ([], [batch.shape[1] - 1, 1]):
-        for row, text in zip(torch.cat(list(fed(case.plain, batch, way, mask)), 1), prompts(case), strict=True):
+    for chunks in ([], [batch.shape[1] - 1, 1]):
+        for row, text in zip(torch.cat(list(fed(case.plain, batch, chunks, mask)), 1), prompts(case), strict=True):
             if logit_error(row[None, -text.shape[1] :], next(fed(case.plain, text, []))) > case.tolerance.differs:
                 return None
     return batch, mask
@@ -53,7 +53,7 @@ def _padded_prompts(case: Case) -> tuple[torch.Tensor, torch.Tensor] | None:
 def generated(
     case: Case, view: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, eos: int | list[int] | None = None, **options: Any
 ) -> Any:
-    """What greedy `generate` gives for ids [B, T]: [B, T + new tokens], or what ``options`` ask for."""
+    """Output of greedy `generate` for ids [B, T]: ids [B, T + new tokens], or another output as ``options`` ask."""
     mask = torch.ones_like(ids) if mask is None else mask
     out: Any = view.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=eos, **options)
     return out
@@ -62,11 +62,11 @@ def generated(
 def step_logits(
     view: Any, text: torch.Tensor, prompt: int, mask: torch.Tensor | None = None, start: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Scores [B, V] in float32 of each new token of texts [B, T] after ``prompt`` tokens, in forwards as `generate` makes them.
+    """Logits [B, V] in float32 for each new token of sequences [B, T] after ``prompt`` tokens, by the forwards of plain `generate`.
 
     Args:
         mask: [B, prompt], of the prompts.
-        start: the first new token that is wanted, by its place in the text.
+        start: index in the sequence of the first new token that is wanted.
     """
     count = text.shape[1] - prompt
     if mask is not None:
@@ -77,9 +77,9 @@ def step_logits(
 
 
 def margin_of(scores: torch.Tensor, tokens: torch.Tensor) -> float:
-    """How far logits [B, V] have to be off for ``tokens`` [B] to be the likeliest: half of what they are below the best.
+    """Least error of logits [B, V] with which ``tokens`` [B] would be the likeliest: half of their distance from the best.
 
-    Relative to a tenth of the largest logit where that exceeds 10, as differences of logits are; infinite if not a number.
+    Relative to a tenth of the largest logit if that exceeds 10, as in `logit_error`; infinite instead of NaN.
     """
     below = scores.max(-1).values - scores.gather(-1, tokens[:, None])[:, 0]
     found = (below / 2 / (scores.abs().amax(-1) / 10).clamp(min=1.0)).max().item()
@@ -87,8 +87,8 @@ def margin_of(scores: torch.Tensor, tokens: torch.Tensor) -> float:
 
 
 def greedy(case: Case) -> None:
-    """Every new token is the likeliest of the patched model's own forwards over the text so far."""
-    promise = "generate says what forwards say"
+    """Check that every new token is the likeliest of the patched model's own forwards over the sequence so far."""
+    promise = "generate agrees with forwards"
 
     def run() -> Check:
         worst, count, alike = 0.0, 0, 0
@@ -109,7 +109,7 @@ def greedy(case: Case) -> None:
 
 
 def ends(case: Case) -> None:
-    """A text ends at its end token and not before, also where that comes in the middle of what is accepted at once."""
+    """Check that a sequence ends at its end token and not before, even if that is in the middle of accepted drafts."""
     promise = "a text ends where it has to"
 
     def run() -> Check:
@@ -125,25 +125,25 @@ def ends(case: Case) -> None:
                 count = new.index(end) + 1 if end in new else NEW_TOKENS
                 ended, compared = ended + (end in new), compared + 1
                 if any(token != case.pad for token in new[count:]) or len(new[:count]) < count:
-                    said = f"{len(new)} new tokens, where the end comes as number {count}" if end in new else f"{len(new)} new tokens"
-                    return Check(case.spec, "all", promise, "broken", detail=f"{said} ({options or 'greedy'})")
-        # Here the end comes in the middle of what a patch may draft and accept at once.
+                    found = f"{len(new)} new tokens, although the end is number {count}" if end in new else f"{len(new)} new tokens"
+                    return Check(case.spec, "all", promise, "broken", detail=f"{found} ({options or 'greedy'})")
+        # Here the end token is in the middle of the drafts that a patch may accept at once.
         prompt, end = case.cycle.repeat(3)[None], int(case.cycle[-2])
-        with going_round(case.cycle, case.full):
+        with repeating(case.cycle, case.full):
             new = generated(case, case.full, prompt, None, end)[0, prompt.shape[1] :].tolist()
         ended, compared = ended + (end in new), compared + 1
         if end in new[:-1]:
             return Check(case.spec, "all", promise, "broken", detail=f"{len(new)} new tokens, the end is number {new.index(end) + 1}")
         if not ended:
-            raise NotJudged("no text came to its end token")
-        return Check(case.spec, "all", promise, "kept", detail=f"{ended} of {compared} texts came to an end token")
+            raise NotJudged("no sequence reached its end token")
+        return Check(case.spec, "all", promise, "kept", detail=f"{ended} of {compared} sequences reached an end token")
 
     case.check("all", promise, run)
 
 
 @contextlib.contextmanager
-def going_round(cycle: torch.Tensor, *views: Any) -> Iterator[None]:
-    """Make the successor in ``cycle`` [n] of each of its tokens the likeliest, so that a text which holds them repeats itself."""
+def repeating(cycle: torch.Tensor, *views: Any) -> Iterator[None]:
+    """Make the successor in ``cycle`` [n] of each of its tokens the likeliest, so that a sequence with these tokens repeats itself."""
 
     def prefer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]

@@ -1,4 +1,4 @@
-"""Every check by the name of its promise, when there is something to check, and what it costs."""
+"""List of all checks: the name of the promise, when it applies, and its cost."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from patchkit.prove.checks.logits import any_feeding, causal, padded_rows, same_
 from patchkit.prove.checks.quality import BEYOND_THE_WINDOW, NOT_TOO_GOOD, SAME_PERPLEXITY
 from patchkit.prove.checks.removal import acted, bounded, restored
 from patchkit.prove.checks.rounding import no_overflow
-from patchkit.prove.checks.same_text import same_tokens
-from patchkit.prove.checks.traces import interleaved, not_mixed, taken_back
+from patchkit.prove.checks.same_tokens import same_tokens
+from patchkit.prove.checks.traces import interleaved, not_mixed, rolled_back
 from patchkit.prove.checks.work import Work
 
 
 class UnknownPromise(PatchError):
-    """Nothing of this name is checked; the message lists what is."""
+    """No promise of this name is checked; the message lists those that are."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Step:
     """A check.
 
     Attributes:
-        promise: as the report calls it.
-        applies: whether this set of patches promises it.
-        work: about what it costs.
+        promise: its name in the report.
+        applies: returns whether a set of patches promises it.
+        work: returns its approximate cost.
     """
 
     promise: str
@@ -41,14 +41,14 @@ class Step:
 
 
 def _fed(case: Case, length: int) -> Work:
-    """A text in all ways of feeding."""
+    """Cost of a sequence in all chunkings."""
     if length <= ONE_BY_ONE:
         return Work(length * 1.2 + 2, 0)
     return Work(40, 4 * length)
 
 
 def _singles(length: int) -> int:
-    """Single tokens of a text that is fed one by one."""
+    """Number of single-token forwards of a sequence that is fed one by one."""
     return length if length <= ONE_BY_ONE else 26
 
 
@@ -87,21 +87,21 @@ STEPS = (
         "logits are those of the definition",
         defined,
         lambda case: any(promise.definition is not None for promise in case.promises.values()),
-        # A definition that rounds is worked out for every way, and is the first to ask whether the unpatched model agrees with itself.
+        # A definition that rounds is computed for every chunking, and is the first check that measures the unpatched model's own noise.
         lambda case: _fed(case, case.probe) + (Work(1.2 * case.probe + 8) if case.rounding else Work(4, 41 * case.reach)),
     ),
     Step("no overflow in 16 bits", no_overflow, lambda case: bool(case.rounding), lambda case: Work(10)),
     Step("no token sees a later one", causal, lambda case: True, lambda case: Work(0.46 * case.probe, 10 * case.probe)),
     Step(
-        "any way of feeding is the same",
+        "any chunking gives the same logits",
         any_feeding,
         lambda case: _patched(case) and all(promise.any_feeding for promise in case.promises.values()),
         lambda case: _fed(case, case.probe) + (Work(70, 2 * (4 if case.thorough else 3) * _long(case)) if _long(case) else Work(0)),
     ),
     Step("a padded row is the row alone", padded_rows, _patched, lambda case: Work(9, 8.5 * case.probe)),
-    Step("tokens taken back leave no trace", taken_back, _patched, lambda case: Work(40, 3 * _long(case) + 4 * case.probe)),
+    Step("rolled back tokens leave no trace", rolled_back, _patched, lambda case: Work(40, 3 * _long(case) + 4 * case.probe)),
     Step(
-        "generate says what forwards say",
+        "generate agrees with forwards",
         greedy,
         lambda case: _patched(case) and all(promise.greedy for promise in case.promises.values()),
         lambda case: _text(8),
@@ -115,7 +115,7 @@ STEPS = (
         ),
         lambda case: Work(10, 3 * case.reach),
     ),
-    Step("two texts in turns do not mix", interleaved, _patched, lambda case: Work(case.probe, 4 * case.probe)),
+    Step("interleaved texts do not mix", interleaved, _patched, lambda case: Work(case.probe, 4 * case.probe)),
     Step(
         "a text after others is as in a fresh model",
         not_mixed,
@@ -125,16 +125,16 @@ STEPS = (
     Step("it acted", acted, _patched, lambda case: Work(0)),
     Step("nothing is left when removed", restored, _patched, lambda case: Work(4)),
 )
-# Judged from what is measured of the given patches, whatever texts there are.
+# Judged from measurements of the given patches on any documents.
 MEASURED = (BEYOND_THE_WINDOW, NOT_TOO_GOOD, SAME_PERPLEXITY)
 PROMISES = (*(step.promise for step in STEPS), *MEASURED)
 
 
 def wanted(only: Sequence[str] | None) -> tuple[str, ...]:
-    """The promises with these names; all for None.
+    """Names of the promises to check, in the order of the report; all for None.
 
     Raises:
-        UnknownPromise: there is none of such a name, or no name at all.
+        UnknownPromise: a name is unknown, or ``only`` is empty.
     """
     if only is None:
         return PROMISES

@@ -1,4 +1,4 @@
-"""Perplexity, passkeys and near ties, patched beside unpatched, and what is promised about them."""
+"""Perplexity, passkeys and near ties, patched and unpatched, and the promises about them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BEYOND_THE_WINDOW = "quality beyond the window"
 NOT_TOO_GOOD = "not suspiciously better"
 SAME_PERPLEXITY = "perplexity stays the same"
 
-# A lossy patch that lowers perplexity by more than this, beyond its interval, has seen what it should not.
+# A lossy patch that lowers perplexity by more than this, beyond its interval, has seen later tokens.
 _TOO_GOOD = 0.05
-# Tokens scored in a forward, where the vocabulary allows: their logits are in memory some four times over.
+# Most tokens per forward when scoring; large vocabularies allow fewer, because about four copies of the logits are in memory.
 _CHUNK = 256
 
 
 class Quality:
-    """Perplexity, passkeys and near ties of the given patches beside the unpatched model."""
+    """Perplexity, passkeys and near ties of the given patches, compared with the unpatched model."""
 
     def __init__(self, case: Case, texts: list[torch.Tensor], passkeys: Callable[[int, int], tuple[list[int], int]] | None) -> None:
         self.case, self.proof, self.passkeys = case, case.proof, passkeys
@@ -37,7 +37,7 @@ class Quality:
 
     @property
     def promises(self) -> list[str]:
-        """What can be judged here, as it is called in the report."""
+        """Names of the promises that can be judged here."""
         found = [NOT_TOO_GOOD]
         if max(map(len, self.texts)) <= self.case.reach:
             found.insert(0, BEYOND_THE_WINDOW)
@@ -47,18 +47,18 @@ class Quality:
 
     @property
     def work(self) -> Work:
-        """What all of it costs."""
+        """Cost of scoring."""
         return Work(0, 2 * sum(map(len, self.texts)))
 
     @property
     def passkey_work(self) -> Work:
-        """What `measure_passkeys` costs."""
+        """Cost of `measure_passkeys`."""
         distances, trials = self._distances
         return Work(0, 2 * trials * sum(distance + 24 for distance in distances))
 
     @property
     def _distances(self) -> tuple[list[int], int]:
-        """Tokens between a passkey and the place where it is wanted, and trials of each."""
+        """Numbers of tokens between a passkey and the question for it, and the number of trials of each."""
         case = self.case
         reach = case.reach or 128
         distances = sorted({max(16, reach // 4), max(32, reach // 2), reach + 64, 2 * reach + 64})
@@ -66,7 +66,7 @@ class Quality:
         return [distance for distance in distances if case.longest is None or distance + 64 <= case.longest], trials
 
     def run(self, wanted: Collection[str]) -> None:
-        """Measure all, and judge what is wanted."""
+        """Measure everything, and judge the wanted promises."""
         case = self.case
         plain, patched = self._nll(case.plain, "unpatched", ties=True), self._nll(case.full, case.spec)
         self._perplexity(plain, patched)
@@ -78,7 +78,7 @@ class Quality:
             case.check("all", SAME_PERPLEXITY, lambda: self._same(plain, patched))
 
     def _nll(self, view: Any, what: str, ties: bool = False) -> list[torch.Tensor]:
-        """Nats of every token of every text; if asked, near ties are counted on the way."""
+        """Nats of every token of every document; with ``ties``, near ties are counted too."""
         close = count = 0
 
         def notice(model: Any, args: Any, output: Any) -> None:
@@ -116,7 +116,11 @@ class Quality:
         return Check(case.spec, "all", SAME_PERPLEXITY, "kept" if kept else "broken", found, bound.value, bound.why, "nats of every token")
 
     def _not_too_good(self, plain: list[torch.Tensor], patched: list[torch.Tensor]) -> Check:
-        """Beyond the length that a model was made for it is lost, and a patch may help; so it is compared with a short context too."""
+        """Check that a patch is not much better than the unpatched model.
+
+        A model degrades beyond the length that it was made for, and a patch may help there; so the unpatched model is scored with a
+        short context too.
+        """
         case = self.case
         gains = [_difference(patched, plain)]
         limit = case.target.position_limit
@@ -126,27 +130,31 @@ class Quality:
         if len(plain) == 1:
             raise NotJudged("one document gives no interval: give several texts, or a longer one")
         nearest = max(gains, key=lambda gain: gain.high)
-        said = f"{math.expm1(nearest.value):+.2%} [{math.expm1(nearest.low):+.2%}, {math.expm1(nearest.high):+.2%}] of perplexity"
-        beside = "the unpatched model" if len(gains) == 1 else f"the better of the unpatched model with all context and with {limit} tokens"
+        change = f"{math.expm1(nearest.value):+.2%} [{math.expm1(nearest.low):+.2%}, {math.expm1(nearest.high):+.2%}] of perplexity"
+        reference = (
+            "the unpatched model" if len(gains) == 1 else f"the better of the unpatched model with all context and with {limit} tokens"
+        )
         status: Status = "broken" if nearest.high < -_TOO_GOOD else "kept"
         better = Bound(_TOO_GOOD, "nats per token better")
-        return Check(case.spec, "all", NOT_TOO_GOOD, status, max(0.0, -nearest.high), better.value, better.why, f"{said} beside {beside}")
+        return Check(
+            case.spec, "all", NOT_TOO_GOOD, status, max(0.0, -nearest.high), better.value, better.why, f"{change} compared with {reference}"
+        )
 
     def measure_passkeys(self) -> None:
-        """Share of passkeys that are completed, by how far before they were given."""
+        """Measure the share of passkeys that are completed, by distance."""
         case = self.case
         assert self.passkeys is not None
         distances, trials = self._distances
         for distance in distances:
-            case.advance(f"passkeys given {distance} tokens before")
+            case.advance(f"passkeys at distance {distance}")
             right = [0, 0]
             for trial in range(trials):
                 ids, length = self.passkeys(distance, trial)
                 row = torch.tensor([ids], device=case.model.device)
                 wanted = torch.arange(row.shape[1] - length - 1, row.shape[1] - 1)
                 for side, view in enumerate((case.plain, case.full)):
-                    said = next(fed(view, row, [], at=wanted))[0].argmax(-1)
-                    right[side] += bool(torch.equal(said, row[0, -length:]))
+                    likeliest = next(fed(view, row, [], at=wanted))[0].argmax(-1)
+                    right[side] += bool(torch.equal(likeliest, row[0, -length:]))
             self.proof.passkey.append(Passkey(distance, right[0] / trials, right[1] / trials, trials))
 
 
@@ -157,7 +165,7 @@ def _difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> paired.I
 
 
 def _nll_of_short_context(view: Any, ids: torch.Tensor, limit: int, chunk: int) -> torch.Tensor:
-    """As `stream_nll`, each token given at least limit / 2 and at most limit tokens before it."""
+    """Negative log-likelihood of each token, given at least limit / 2 and at most limit tokens before it."""
     step = max(1, limit // 2)
     parts = [stream_nll(view, ids[:limit], chunk=chunk)]
     for start in range(limit, len(ids), step):

@@ -1,4 +1,4 @@
-"""That patches do something, in bounded memory where they promise it, and that nothing is left when they are removed."""
+"""Checks that patches act, that memory is bounded where promised, and that nothing is left when patches are removed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from patchkit.views import cache_bytes
 
 
 def restored(case: Case) -> None:
-    """The model without its patches is the model before them."""
+    """Check that unpatching restores the model."""
 
     def run() -> Check:
         promise = "nothing is left when removed"
         if any(patch.irreversible for patch in case.patches):
-            raise NotJudged("these options say that they cannot be undone")
+            raise NotJudged("these options declare that they cannot be undone")
         assert case.before is not None
         api.unpatch_model(case.full)
         try:
@@ -37,7 +37,7 @@ def restored(case: Case) -> None:
 
 
 def acted(case: Case) -> None:
-    """The counters of every patch have moved; a text is generated first if none has been."""
+    """Check that the counters of every patch rose; text is generated first if nothing else made them rise."""
 
     def run(patch: Patch) -> Check:
         for attempt in range(2):
@@ -46,15 +46,15 @@ def acted(case: Case) -> None:
             if counted or attempt:
                 break
             generated(case, case.full, prompts(case)[0])
-        said = ", ".join(f"{name} {count}" for name, count in hits.items()) or "no counters moved"
-        return Check(case.spec, patch.spec, "it acted", "kept" if counted else "broken", detail=said)
+        counters = ", ".join(f"{name} {count}" for name, count in hits.items()) or "no counters moved"
+        return Check(case.spec, patch.spec, "it acted", "kept" if counted else "broken", detail=counters)
 
     for patch in sorted(case.patches, key=lambda patch: patch.stage):
         case.check(patch.spec, "it acted", functools.partial(run, patch))
 
 
 def bounded(case: Case) -> None:
-    """The cache stops growing."""
+    """Check that the cache stops growing."""
     promised = [promise for promise in case.promises.values() if promise.bounded]
 
     def run() -> Check:

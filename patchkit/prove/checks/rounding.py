@@ -1,4 +1,4 @@
-"""What is promised by patches that round: nothing overflows in 16 bits."""
+"""Check of patches that round: nothing overflows in 16 bits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from patchkit.patch import Patch
 from patchkit.prove.checks.case import Case, NotJudged
 from patchkit.prove.proof import Check
 
-# Decibels by which a module may be noisier on loud inputs in float16 than was reported of it.
+# Decibels by which a module's signal-to-noise ratio on loud inputs in float16 may be below the reported one.
 _MOST_WORSE = 10.0
-# The largest output of the original on loud inputs, and how often inputs are doubled or halved at most to get there.
+# Largest output of the original module on loud inputs, and how often inputs are doubled or halved at most to get there.
 _LOUDEST = 2.0**14
 _DOUBLINGS = 15
 
 
 def no_overflow(case: Case) -> None:
-    """Modules that round keep the signal-to-noise ratio that is reported of them on loud inputs in float16 too."""
+    """Check that modules that round keep their reported signal-to-noise ratio on loud inputs in float16."""
     for patch in case.rounding:
         case.check(patch.spec, "no overflow in 16 bits", functools.partial(_loud, case, patch))
 
@@ -35,21 +35,21 @@ def _loud(case: Case, patch: Patch) -> Check:
         for name in facts.modules
     ]
     try:
-        case.plain(input_ids=case.text(32))
+        case.plain(input_ids=case.sequence(32))
     finally:
         for hook in hooks:
             hook.remove()
     worst = (math.inf, "")
     for name, args in inputs.items():
         decibels = _loud_snr(case.plain.get_submodule(name), case.full.get_submodule(name), args)
-        beside = decibels - (facts.modules[name]["snr_db"] or 0)
-        # Loudness changes the ratio of what is not linear (fused experts), so that only has to be finite.
+        margin = decibels - (facts.modules[name]["snr_db"] or 0)
+        # Loudness changes the ratio of nonlinear modules (fused experts), so theirs only has to be finite.
         if getattr(case.plain.get_submodule(name), "weight", None) is None and math.isfinite(decibels):
-            beside = 0.0
-        worst = min(worst, (beside, name))
+            margin = 0.0
+        worst = min(worst, (margin, name))
     if not inputs:
         raise NotJudged("none of its modules ran")
-    detail = f"{len(inputs)} modules on loud inputs in float16; {worst[1]} is {worst[0]:+.1f} dB beside what was reported"
+    detail = f"{len(inputs)} modules on loud inputs in float16; {worst[1]} is {worst[0]:+.1f} dB relative to its report"
     return Check(
         case.spec,
         patch.spec,
@@ -65,7 +65,7 @@ def _loud(case: Case, patch: Patch) -> Check:
 def _loud_snr(original: nn.Module, patched: nn.Module, args: tuple[Any, ...]) -> float:
     """Signal-to-noise ratio in dB of a patched module in float16, on inputs as loud as the original in float16 can take."""
     exact, plain, half = copy.deepcopy(original).float(), copy.deepcopy(original).half(), copy.deepcopy(patched).to(torch.float16)
-    # What is not linear may need less; some modules of large models are too loud for float16 as they are.
+    # Nonlinear modules may need less; some modules of large models are too loud for float16 without doubling.
     first = math.floor(math.log2(_LOUDEST / max(1e-30, exact(*_as(torch.float32, args)).abs().max().item())))
     for exponent in range(max(-_DOUBLINGS, min(_DOUBLINGS, first)), -_DOUBLINGS - 1, -1):
         loudest = (args[0].float() * 2.0**exponent).half(), *args[1:]

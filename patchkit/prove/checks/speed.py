@@ -1,4 +1,4 @@
-"""Time, memory and bandwidth of the patched model beside the unpatched one."""
+"""Time, memory and bandwidth of the patched model, compared with the unpatched one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from patchkit.prove.checks.feeding import cache_after
 from patchkit.prove.checks.generating import NEW_TOKENS, generated, prompts
 from patchkit.prove.checks.work import Work
 from patchkit.prove.proof import Speed
-from patchkit.views import cache_bytes
+from patchkit.views import cache_bytes, synchronize
 
 
 def timed(case: Case) -> None:
-    """Time, memory and bandwidth of the patched and the unpatched model, in turns."""
+    """Measure time, memory and bandwidth of the patched and the unpatched model, interleaved."""
     case.advance("timing")
     proof, (rounds, prefills), context = case.proof, _rounds(case), _context(case)
     views = {"unpatched": case.plain, "patched": case.full}
-    prompt = case.text(min(256, context))
+    prompt = case.sequence(min(256, context))
     caches = {name: prefilled_cache(view, context) for name, view in views.items()}
     if any(cache is None for cache in caches.values()):
         return
     timings = decode_latency({name: DecodeStream(view, caches[name]) for name, view in views.items()}, rounds=rounds)
-    prefill = _in_turns({name: functools.partial(cache_after, view, prompt) for name, view in views.items()}, prefills)
+    prefill = _interleaved({name: functools.partial(cache_after, view, prompt) for name, view in views.items()}, prefills)
     texts: dict[str, list[float]] = {}
     if _changes_generate(case):
         ids = prompts(case)[0]
         calls = {name: functools.partial(generated, case, view, ids) for name, view in views.items()}
-        texts = {name: [ms / NEW_TOKENS for ms in times] for name, times in _in_turns(calls, prefills).items()}
+        texts = {name: [ms / NEW_TOKENS for ms in times] for name, times in _interleaved(calls, prefills).items()}
         proof.generate_speedup = paired.median_ratio(texts["unpatched"], texts["patched"])
     proof.speedup = paired.median_ratio(timings["unpatched"], timings["patched"])
     proof.bandwidth_gb_s = bandwidth = _copy_bandwidth(case.model.device)
@@ -57,14 +57,14 @@ def timed(case: Case) -> None:
 
 
 def timing_work(case: Case) -> Work:
-    """What `timed` costs."""
+    """Cost of `timed`."""
     rounds, prefills = _rounds(case)
     texts = NEW_TOKENS * 2 * (prefills + 1) if _changes_generate(case) else 0
     return Work(2 * (rounds + 3) + texts, 2 * _context(case) + 2 * (prefills + 1) * min(256, _context(case)))
 
 
 def _rounds(case: Case) -> tuple[int, int]:
-    """Steps and prompts that are timed."""
+    """Numbers of steps and of prompts that are timed."""
     return (40, 5) if case.thorough else (15, 3)
 
 
@@ -76,8 +76,8 @@ def _changes_generate(case: Case) -> bool:
     return bool(case.patches) and any(promise.same_tokens and not promise.same_up_to for promise in case.promises.values())
 
 
-def _in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, in turns; the first round is not counted."""
+def _interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, interleaved; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):
         for name, call in calls.items():
@@ -89,7 +89,7 @@ def _in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the weights that one token reads: all but an embedding that is not the head's too. int8 weights count as they are kept."""
+    """Bytes of the weights that one token reads: all but an embedding that is not tied to the head. int8 weights count as stored."""
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
     tied = head is not None and head.weight is embedding
@@ -110,7 +110,6 @@ def _copy_bandwidth(device: torch.device) -> float:
     for _ in range(6):
         started = time.perf_counter()
         target.copy_(source)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2 * source.nbytes / best / 1e9

@@ -1,4 +1,4 @@
-"""What a check costs, counted rather than timed."""
+"""Cost of a check in forwards and tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Forwards of a few tokens, which wait for the weights, and tokens in forwards of many."""
+    """Cost: number of forwards of a few tokens, which are bound by reading the weights, and of tokens in long forwards."""
 
     steps: float
     tokens: float = 0
