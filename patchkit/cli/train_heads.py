@@ -59,6 +59,7 @@ def train_heads(
     from patchkit.measure.stdlib_text import read_texts, stdlib_files
     from patchkit.measure.texts import encode, read_text
     from patchkit.training import heads as heads_training
+    from patchkit.training import heads_loss
 
     texts = read_texts(stdlib_files("train")) if text == "stdlib" else [read_text(text)]
     loaded, tokenizer = load(model, dtype, device)
@@ -77,8 +78,8 @@ def train_heads(
     seconds = time.perf_counter() - started
     shares = None
     if kept:
-        found = heads_training.agreement(heads, loaded, tokens[len(tokens) - kept :].view(-1, length)[:64], depth)
-        shares = heads_training.accepted_by_position(found).tolist()
+        found = heads_loss.agreement(heads, loaded, tokens[len(tokens) - kept :].view(-1, length)[:64], depth)
+        shares = heads_loss.accepted_by_position(found).tolist()
     if as_json:
         emit({
             "model": model,
