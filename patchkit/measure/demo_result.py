@@ -96,9 +96,9 @@ class Demo:
         if not counts:
             return []
         words = {UNPATCHED: UNPATCHED, "inside": "streaming, inside the window", "edge": "at its edge", "beyond": "beyond it"}
-        said = ", ".join(f"{words[w]} {counts[w]['recalled']} of {counts[w]['asked']}" for w in words if w in counts)
+        counted = ", ".join(f"{words[w]} {counts[w]['recalled']} of {counts[w]['asked']}" for w in words if w in counts)
         forgets = counts[UNPATCHED]["recalled"] > 0 and "beyond" in counts and counts["beyond"]["recalled"] == 0
-        return [f"keys recalled: {said}", *([FORGETS] if forgets else [])]
+        return [f"keys recalled: {counted}", *([FORGETS] if forgets else [])]
 
     def _streaming(self) -> DemoRow:
         return next(row for row in self.rows if row.name not in (UNPATCHED, REFERENCE))

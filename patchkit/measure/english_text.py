@@ -1,10 +1,12 @@
-"""Fluent English that is on every machine: the prose inside the running Python's library, then inside the packages installed beside it.
+"""Fluent English that is on every machine: the prose in the running Python's library, then in the installed packages.
 
-The library comes first, in a fixed order: Python's own reference (`pydoc_data/topics.py`, what `help()` shows), then the docstrings of its
-modules by path. That alone is some 80,000 words, so texts shorter than that are the same on every installation of one Python release,
-whatever else is installed; after it come licences and descriptions of the installed distributions, by name.
+The order is fixed:
 
-What counts as prose is decided paragraph by paragraph, by `is_prose`; a paragraph that has come before is left out.
+1. Python's own reference (`pydoc_data/topics.py`, the text of `help()`), then the docstrings of the library's modules by path. These are
+   some 80,000 words, so shorter texts are the same on every installation of one Python release.
+2. Licences and descriptions of the installed distributions, by name.
+
+`is_prose` decides paragraph by paragraph; repeated paragraphs are left out.
 """
 
 from __future__ import annotations
@@ -62,8 +64,11 @@ class TextSource:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph (one line) is running English: 20 words or more that begin with a capital and end with a full stop, at
-    least 30 % of them among 43 function words, and 96 % of its characters letters, spaces and , . ' -"""
+    """Whether a paragraph (one line) is running English.
+
+    It has 20 words or more, begins with a capital and ends with a full stop; at least 30 % of the words are among 43 function words, and
+    96 % of the characters are letters, spaces and , . ' -
+    """
     words = paragraph.split()
     if len(words) < _MIN_WORDS or not paragraph[0].isupper() or paragraph[-1] != ".":
         return False
@@ -73,7 +78,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The blocks between blank lines whose lines are all indented alike, each as one line; lists and hanging indents are left out."""
+    """Blocks between blank lines whose lines have equal indentation, each as one line; lists and hanging indents are left out."""
     for block in re.split(r"\n[^\S\n]*\n", text.expandtabs()):
         lines = [line for line in block.splitlines() if line.strip()]
         if len({len(line) - len(line.lstrip()) for line in lines}) == 1:
@@ -81,7 +86,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def english_documents(root: Path | None = None) -> Iterator[tuple[TextSource, list[str]]]:
-    """Every file that has prose, with its new paragraphs: first the library's, then the installed distributions'.
+    """Yield every file that has prose, with its new paragraphs: first the library's, then the installed distributions'.
 
     Args:
         root: of the library; None for the running interpreter's.
@@ -101,7 +106,7 @@ def english_documents(root: Path | None = None) -> Iterator[tuple[TextSource, li
 
 
 def english_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[torch.Tensor, list[TextSource]]:
-    """The start of this text as one document: the boundary token, then paragraphs with a blank line after each.
+    """Token ids of the start of this text as one document: the boundary token, then paragraphs with a blank line after each.
 
     Returns:
         tokens + 1 ids [T], and the files that they come from.
@@ -133,7 +138,7 @@ def _library(root: Path) -> Iterator[tuple[str, bytes, list[str]]]:
 
 
 def _documentation(name: str, source: bytes) -> list[str]:
-    """The docstrings of a Python file in the order they stand, or the topics of the reference; none if it cannot be parsed."""
+    """Docstrings of a Python file in source order, or the topics of the reference; empty if the file cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old sources

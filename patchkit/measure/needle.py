@@ -149,9 +149,9 @@ def window_of(patches: Sequence[Patch]) -> int | None:
     return min(windows) if windows else None
 
 
-def estimated_seconds(model: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCase], ways: int) -> float:
+def estimated_seconds(model: PreTrainedModel, haystack: Haystack, cases: Sequence[NeedleCase], models: int) -> float:
     """How long `run_needle` will take, about: from one forward of the unpatched model at half of the longest length."""
     cache = filled_cache(model, max(case.length for case in cases) // 2)
     started = time.perf_counter()
     _read(model, haystack.ids[:_CHUNK], cache, lambda count: None)
-    return ways * haystack.work(cases) * (time.perf_counter() - started) / _CHUNK
+    return models * haystack.work(cases) * (time.perf_counter() - started) / _CHUNK

@@ -46,11 +46,11 @@ def table(grid: NeedleGrid) -> Table:
     for distance in distances:
         where = {"inside": "in window", "edge": "at its edge", "beyond": "beyond", "": ""}[grid.side(distance)]
         result.add_column(f"{_short(distance)}\n{where}".rstrip(), justify="right", no_wrap=True)
-    for way in grid.answers:
+    for model in grid.answers:
         for number, length in enumerate(grid.settings["lengths"]):
-            cells = {cell.distance: cell for cell in grid.cells(way) if cell.length == length}
+            cells = {cell.distance: cell for cell in grid.cells(model) if cell.length == length}
             shown = [f"{c.hits}/{c.trials} {c.log_probability:6.2f}" if (c := cells.get(distance)) else "" for distance in distances]
-            result.add_row(way if number == 0 else "", _short(length), *shown, end_section=length == grid.settings["lengths"][-1])
+            result.add_row(model if number == 0 else "", _short(length), *shown, end_section=length == grid.settings["lengths"][-1])
     return result
 
 
@@ -61,9 +61,9 @@ def draw(grid: NeedleGrid, path: Path) -> None:
     lengths, distances = grid.settings["lengths"], grid.settings["distances"]
     figure = Figure(figsize=(1.5 + 4.6 * len(grid.answers), 1.9 + 0.55 * len(lengths)), layout="constrained")
     panels = figure.subplots(1, len(grid.answers), squeeze=False, sharey=True)[0]
-    for axes, way in zip(panels, grid.answers, strict=True):
+    for axes, model in zip(panels, grid.answers, strict=True):
         share = [[math.nan] * len(distances) for _ in lengths]
-        for cell in grid.cells(way):
+        for cell in grid.cells(model):
             row, column = lengths.index(cell.length), distances.index(cell.distance)
             share[row][column] = cell.hits / cell.trials
             label = f"{cell.hits}/{cell.trials}\n{cell.log_probability:.2f}"
@@ -71,11 +71,11 @@ def draw(grid: NeedleGrid, path: Path) -> None:
             axes.text(column, row, label, ha="center", va="center", fontsize=8, color=color)
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_facecolor("0.93")
-        axes.set_title(way, fontsize=10)
+        axes.set_title(model, fontsize=10)
         axes.set_xticks(range(len(distances)), [_short(distance) for distance in distances])
         axes.set_yticks(range(len(lengths)), [_short(length) for length in lengths])
         axes.set_xlabel("tokens between key and answer")
-        if grid.window is not None and way != UNPATCHED:
+        if grid.window is not None and model != UNPATCHED:
             axes.axvline(_column(distances, grid.window), color="tab:red", lw=1.6)
             axes.annotate(
                 f"window {grid.window}",

@@ -1,7 +1,7 @@
 """Real text that is on every machine: the standard library sources of the running Python.
 
-The bundled models were trained on such files; 5 % of them, chosen by a hash of each file's path and so
-the same on every Python version, were never shown to a model and serve for evaluation.
+The bundled models were trained on such files. 5 % of them are held out for evaluation; they are chosen by a hash of
+each file's path, so they are the same in every Python version.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def _load_adapted(source: ModelSource, dtype: torch.dtype | str) -> tuple[PreTra
             f"{source.name} is tuned by {config.peft_type.value}, which adds no weights but a prompt, and cannot be merged: load it in "
             "Python with peft.PeftModel, and patch that"
         )
-    beside = folder / base
-    model, tokenizer = load(find(beside if beside.is_dir() else base), dtype)
+    nearby = folder / base
+    model, tokenizer = load(find(nearby if nearby.is_dir() else base), dtype)
     try:
         adapted: Any = PeftModel.from_pretrained(model, source.place)
         merged = adapted.merge_and_unload(safe_merge=True)

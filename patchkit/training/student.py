@@ -23,12 +23,12 @@ from patchkit.linear.hybrid import HybridAttention, hybrid_attention
 from patchkit.linear.state import LinearState
 
 # Called as watch(index, the hybrid's inputs, the softmax output [B, H, T, V]).
-Watch = Callable[[int, "Inputs", torch.Tensor], None]
+Watch = Callable[[int, "AttentionInputs", torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs of one layer's attention: q [B, H, T, K], k and v [B, G, T, *], and q and k without rotation."""
+class AttentionInputs:
+    """AttentionInputs of one layer's attention: q [B, H, T, K], k and v [B, G, T, *], and q and k without rotation."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -107,10 +107,10 @@ def _watched(
     return out, weights
 
 
-def _inputs(rotary: Rotary | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kwargs: dict[str, Any]) -> Inputs:
+def _inputs(rotary: Rotary | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kwargs: dict[str, Any]) -> AttentionInputs:
     plain_q, plain_k = (x if rotary is None else unrotated(x, rotary) for x in (q, k))
     scaling = kwargs.get("scaling")
-    return Inputs(q, k, v, plain_q, plain_k, q.shape[-1] ** -0.5 if scaling is None else scaling)
+    return AttentionInputs(q, k, v, plain_q, plain_k, q.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def unrotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:

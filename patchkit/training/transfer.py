@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from patchkit.training.student import Inputs, Student
+from patchkit.training.student import AttentionInputs, Student
 
 # Strength of the regularisation towards the identity, as a share of the features' own variance.
 RIDGE = 1e-8
@@ -25,7 +25,7 @@ def errors(student: Student, texts: torch.Tensor) -> dict[int, float]:
     """RMS error of each layer's outputs on texts [N, T], relative to the RMS of the teacher's."""
     squares: dict[int, tuple[float, float]] = {}
 
-    def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
+    def watch(index: int, inputs: AttentionInputs, wanted: torch.Tensor) -> None:
         given = inputs.through(student.state.parts[index], student.state)
         wrong, size = squares.get(index, (0.0, 0.0))
         squares[index] = wrong + (given - wanted).square().sum().item(), size + wanted.square().sum().item()
@@ -47,7 +47,7 @@ def fit_readouts(student: Student, texts: torch.Tensor, ridge: float = RIDGE) ->
     for part in parts.values():
         part.readout = None
 
-    def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
+    def watch(index: int, inputs: AttentionInputs, wanted: torch.Tensor) -> None:
         given, wanted = (x.transpose(0, 1).flatten(1, 2).double() for x in (inputs.through(parts[index], student.state), wanted))
         gram, cross = given.mT @ given, given.mT @ wanted
         sums[index] = (sums[index][0] + gram, sums[index][1] + cross) if index in sums else (gram, cross)
@@ -71,7 +71,7 @@ def transfer_loss(student: Student, texts: torch.Tensor) -> float:
     """
     parts, losses = student.state.parts, []
 
-    def watch(index: int, inputs: Inputs, wanted: torch.Tensor) -> None:
+    def watch(index: int, inputs: AttentionInputs, wanted: torch.Tensor) -> None:
         # A layer's graph ends at its inputs, so each is gone before the next layer runs.
         with torch.enable_grad():
             loss = (inputs.through(parts[index], student.state) - wanted).square().mean() / wanted.square().mean()
