@@ -21,7 +21,6 @@ TO_DO: frozenset[str] = frozenset(
         "patch",
         "record",
         "speculation",
-        "spelled",
         "static_step",
         "streaming",
     }

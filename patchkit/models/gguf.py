@@ -27,8 +27,8 @@ _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts in a GGUF file that transformers does not read.
+class GGUFFacts:
+    """GGUFFacts in a GGUF file that transformers does not read.
 
     Attributes:
         name: the name that the user gave.
@@ -45,7 +45,7 @@ class Facts:
     scaled_positions: str | None
 
 
-def read(file: Path, name: str) -> Facts:
+def read(file: Path, name: str) -> GGUFFacts:
     """Read the header of a GGUF file.
 
     Raises:
@@ -65,7 +65,7 @@ def read(file: Path, name: str) -> Facts:
             index = _value(reader, f"tokenizer.ggml.{key}_token_id")
             if index is not None and tokens is not None:
                 special_tokens[attribute] = tokens.contents(index)
-        return Facts(
+        return GGUFFacts(
             name,
             special_tokens,
             _value(reader, "tokenizer.ggml.model"),
@@ -93,7 +93,7 @@ def _scaled_positions(reader: Any, architecture: str) -> str | None:
     return None
 
 
-def make_dense(model: PreTrainedModel, facts: Facts) -> None:
+def make_dense(model: PreTrainedModel, facts: GGUFFacts) -> None:
     """Remove the marks of quantisation from a loaded model.
 
     Raises:
@@ -113,7 +113,7 @@ def make_dense(model: PreTrainedModel, facts: Facts) -> None:
     _compat.forget_title(model.config)
 
 
-def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, facts: Facts) -> None:
+def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, facts: GGUFFacts) -> None:
     """Correct a tokenizer that transformers has built from a GGUF file by the settings in the file."""
     wrong = {name: token for name, token in facts.special_tokens.items() if getattr(tokenizer, name) != token}
     if wrong:
