@@ -61,8 +61,8 @@ BUGS = [
     Bug("sinks one position off", "(self.plan.main.capacity - 1)).clamp(min=0)", "self.plan.main.capacity).clamp(min=0)", STREAMING),
     Bug(
         "sinks rotated the wrong way",
-        "rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))",
-        "rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, -sin.to(k.device))",
+        "rotated = torch.addcmul(raw * cos.to(k.device), quarter, sin.to(k.device))",
+        "rotated = torch.addcmul(raw * cos.to(k.device), quarter, -sin.to(k.device))",
         STREAMING,
     ),
     Bug(
@@ -87,7 +87,7 @@ BUGS = [
     ),
     Bug(
         "sinks stay with their row when rows are reordered",
-        "self.raw, self.raw_quarter = index(self.raw), index(self.raw_quarter)",
+        "self.unrotated = UnrotatedSinks(*map(index, self.unrotated))",
         "pass",
         STREAMING,
     ),

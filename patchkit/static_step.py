@@ -1,4 +1,4 @@
-"""What compiled code sees of a cache: tensors of fixed shape at fixed addresses, and nothing that changes from step to step.
+"""Caches for compiled code: tensors of fixed shape at fixed addresses, and no Python number that changes from step to step.
 
 Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim, C capacity of the layer's buffers.
 
@@ -16,18 +16,20 @@ import torch
 from patchkit import _compat
 from patchkit.errors import StreamError
 
-# The least room of a `FixedCache`, in tokens; every room is a power of two, so that there are few.
+# The least room of a `FixedCache`, in tokens; every room is a power of two, so that there are few different ones.
 LEAST_ROOM = 512
 
 
 @dataclass(eq=False)
 class Sinks:
-    """The first S slots of a ring, which every step writes anew.
+    """Sinks in the first S slots of a ring buffer, which every step rewrites with its own rotation.
 
     Attributes:
-        in_values, start: where the n rotated dimensions are: in the values or the keys, and from which dimension on.
-        raw, quarter: [B, G, S, n] float32, the sinks unrotated, and rotated by a right angle.
-        cos, sin: [B or 1, 1, 1, n] the rotation.
+        in_values: the n rotated dimensions are in the values; otherwise in the keys.
+        start: the first of the n rotated dimensions.
+        raw: [B, G, S, n] float32, the sinks unrotated.
+        quarter: [B, G, S, n] float32, the sinks rotated by a right angle.
+        cos, sin: [B or 1, 1, 1, n] float32, the rotation.
     """
 
     in_values: bool
@@ -43,7 +45,7 @@ def _room(tokens: int) -> int:
 
 
 class StepLayer(_compat.CacheLayerMixin):
-    """One layer's buffers [B, G, C, K] and [B, G, C, V], and the slots [T] that the new tokens take."""
+    """One layer's buffers of keys [B, G, C, K] and values [B, G, C, V], and the slots [T] that the new tokens take."""
 
     is_compileable = True
 
@@ -55,10 +57,10 @@ class StepLayer(_compat.CacheLayerMixin):
             _compat.mark_static_address(tensor)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: a step is made of buffers that exist."""
+        """Do nothing: the buffers exist before the step does."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store T new keys [B, G, T, K] and values [B, G, T, V]; return the whole buffers."""
+        """Store T new keys [B, G, T, K] and values [B, G, T, V] in the slots; return the whole buffers."""
         assert self.keys is not None and self.values is not None
         self._write(self.keys, key_states, self.sinks if self.sinks is not None and not self.sinks.in_values else None)
         self._write(self.values, value_states, self.sinks if self.sinks is not None and self.sinks.in_values else None)
@@ -87,13 +89,13 @@ class StepLayer(_compat.CacheLayerMixin):
 
 
 class StepCache(_compat.Cache):
-    """One forward of T tokens as compiled code sees it.
+    """The cache that compiled code works on in one forward of T tokens.
 
     Attributes:
         layers: a `StepLayer` for every layer of the model.
         seen: [] int64, tokens before this forward.
-        masks: to be added to the scores [B or 1, 1, T, C], for each rule of a stream; empty where the model makes its own.
-        masks_open: the masks hide nothing, now and in all steps to come.
+        masks: [B or 1, 1, T, C] each, added to the scores, one for each rule of a stream; empty where the model makes its own mask.
+        masks_open: the masks hide nothing, in this step and in all later ones.
     """
 
     layers: list[Any]
@@ -120,7 +122,7 @@ class StepCache(_compat.Cache):
 
 
 class LayerOfStep(StepCache):
-    """A step of which only one layer is seen, so that no layer's code depends on its number."""
+    """A view of one layer of a `StepCache`, so that no decoder layer's code depends on its index."""
 
     def __init__(self, step: StepCache, index: int) -> None:
         self.layers = [step.layers[index]]
@@ -136,9 +138,9 @@ class LayerOfStep(StepCache):
 
 
 def of_one_dtype(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """New keys and values, and those that ``layer`` holds, in the wider of their dtypes, as where a cache concatenates them.
+    """Convert new keys and values, and those that ``layer`` holds, to the wider of their dtypes, as concatenation does.
 
-    They differ where autocast begins or ends within a text.
+    They differ where autocast begins or ends within a sequence.
     """
     if keys.dtype == layer.keys.dtype and values.dtype == layer.values.dtype:
         return keys, values
@@ -148,7 +150,7 @@ def of_one_dtype(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[
 
 
 class FixedLayer(_compat.CacheLayerMixin):
-    """All keys and values so far, at the front of a buffer with room for more."""
+    """All keys and values of one layer so far, at the front of a buffer with room for more."""
 
     is_compileable = False
     is_croppable = True
@@ -169,7 +171,7 @@ class FixedLayer(_compat.CacheLayerMixin):
 
     def reserve(self, tokens: int) -> bool:
         """Make room for ``tokens`` in all, at new addresses if there is none. Returns whether the buffers have moved."""
-        # What inference mode has made can be written to in inference mode only.
+        # Tensors made in inference mode can be written to in inference mode only.
         unwritable = self.is_initialized and self.keys.is_inference() and not torch.is_inference_mode_enabled()
         if tokens <= self.room and not unwritable:
             return False
@@ -211,10 +213,10 @@ class FixedLayer(_compat.CacheLayerMixin):
         self.seen += tokens_to_remove
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: every token is kept."""
+        """Do nothing: every token is kept."""
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a selection of batch rows."""
+        """Apply ``index``, a selection of batch rows, to keys and values."""
         if self.is_initialized:
             self.keys, self.values = index(self.keys), index(self.values)
 
@@ -225,7 +227,7 @@ class FixedCache(_compat.Cache):
     layers: list[Any]
 
     def __init__(self, layers: int, tokens: int = 1) -> None:
-        """Room for ``tokens`` in ``layers`` layers; more is made when it is needed."""
+        """Make ``layers`` layers with room for ``tokens`` tokens, which grows when it is needed."""
         super().__init__(layers=[FixedLayer(_room(tokens)) for _ in range(layers)])
         self._steps: dict[int, StepCache] = {}
         self.autocast: torch.dtype | None = None  # of the last eager forward
@@ -242,11 +244,11 @@ class FixedCache(_compat.Cache):
 
     @property
     def step_lengths(self) -> tuple[int, ...]:
-        """Numbers of tokens that forwards come in often enough to be compiled."""
+        """Numbers of tokens of a forward that occur often enough to be compiled."""
         return (1,)
 
     def fixed_step(self, tokens: int) -> StepCache:
-        """The next forward, of ``tokens`` tokens, as compiled code sees it; `advance` afterwards."""
+        """Return the cache that compiled code works on in the next forward, of ``tokens`` tokens. Call `advance` afterwards."""
         layers = self.layers
         seen, device = layers[0].seen, layers[0].keys.device
         for layer in layers:
@@ -258,7 +260,7 @@ class FixedCache(_compat.Cache):
         if step is None:
             slots = torch.empty(tokens, dtype=torch.int64, device=device)
             at = torch.zeros((), dtype=torch.int64, device=device)
-            # A decoder layer may have been taken out, whose place in the cache then stays empty.
+            # A decoder layer may have been removed; its layer of the cache then stays empty.
             own = [StepLayer(layer.keys, layer.values, slots) if layer.is_initialized else layer for layer in layers]
             step = self._steps[tokens] = StepCache(own, at)
         step.seen.fill_(seen)
@@ -266,7 +268,7 @@ class FixedCache(_compat.Cache):
         return step
 
     def advance(self, tokens: int) -> None:
-        """Compiled code has stored ``tokens`` tokens."""
+        """Count ``tokens`` tokens as seen, after compiled code has stored them."""
         for layer in self.layers:
             layer.seen += tokens
 

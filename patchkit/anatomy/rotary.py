@@ -1,4 +1,4 @@
-"""Rotary position embeddings: angles, and rotations by them."""
+"""Rotary position embeddings: angles, and rotations of keys and queries by them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Rotary:
     buffer: str
 
     def follow(self, buffer: torch.Tensor) -> None:
-        """Take the frequencies from the module's ``buffer`` [n/2] anew: the model was moved to another dtype, which rounds them."""
+        """Read the frequencies from the module's ``buffer`` [n/2] again: the model was moved to another dtype, which rounds them."""
         sign = -1 if self.buffer.startswith("-") else 1  # see `run_probe`
         object.__setattr__(self, "frequencies", sign * buffer.detach().double().cpu())
 
@@ -60,9 +60,23 @@ class Rotary:
             return rotated
         return torch.cat([x[..., :start], rotated, x[..., start + self.width :]], -1)
 
+    def cached_part(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A view of the n rotated dimensions [..., n] of what ``Cache.update`` is given, in keys [..., K] or values [..., V]."""
+        x = keys if self.slot == "keys" else values
+        return x[..., self.cached_start : self.cached_start + self.width]
+
+    def rotate_cached(
+        self, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, G, T, K] and values [B, G, T, V] as ``Cache.update`` is given them, with those of the two that rotate rotated."""
+        cos, sin = cos.to(keys.device), sin.to(keys.device)
+        if self.slot == "keys":
+            return self.rotate(keys, cos, sin, self.cached_start), values
+        return keys, self.rotate(values, cos, sin, self.cached_start)
+
 
 def same_rotary(a: Rotary | None, b: Rotary | None) -> bool:
-    """Whether two layers rotate their keys alike, so that angles computed for one serve the other."""
+    """Whether two layers rotate their keys in the same way, so that angles computed for one serve the other."""
     if a is None or b is None:
         return a is b
     mine, other = dataclasses.astuple(a), dataclasses.astuple(b)

@@ -1,4 +1,4 @@
-"""Attention of a linear layer: one token, or several."""
+"""The attention function of a linear layer, for one token and for several."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.attention import AttentionOutput
 from patchkit.errors import StreamError
 from patchkit.kernels.linear_attention import linear_attention
-from patchkit.linear.cache import LinearLayer, LinearRule, LinearStep, LinearStepLayer
+from patchkit.linear.cache import LinearLayer
 from patchkit.linear.hybrid import CHUNK, HybridAttention, banded_softmax_part, softmax_part
+from patchkit.linear.rule import LinearRule
+from patchkit.linear.step import LinearStep, LinearStepLayer
 from patchkit.streaming.attention import visible_columns
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 
-# Arguments of attention calls that change nothing about which keys are seen and how they are weighed, or that are served here.
+# Arguments of attention calls that do not change which keys are seen and how they are weighed, or that this function serves.
 _UNDERSTOOD = {
     *("scaling", "is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position", "cos", "sin"),
     *("use_cache", "input_ids", "labels", "token_type_ids", "logits_to_keep", "output_router_logits", "output_hidden_states"),
 }
 
-# Queries of long forwards that are computed at once: with a window, and where every query has a mask of its own.
+# Queries of long forwards that are computed at once: with a window, and where every query has its own mask.
 _QUERY_BLOCK = 4096
-
 _MASKED_BLOCK = 256
 
 
 def obstacle_of(layer: AttentionLayer, calls: int, learned: bool) -> str | None:
-    """Why hybrid attention cannot take the place of this layer's.
+    """The reason why hybrid attention cannot replace this layer's attention; None if it can.
 
     Args:
-        calls: how many times a forward calls its module's attention.
+        calls: number of times that a forward calls its module's attention.
         learned: positions come from a table, not from rotations.
     """
     if layer.alibi is not None:
@@ -56,7 +57,7 @@ def obstacle_of(layer: AttentionLayer, calls: int, learned: bool) -> str | None:
 
 @dataclass(eq=False)
 class HybridLayer:
-    """What the attention function of one layer knows: its index in the cache, its rule, and its hybrid attention."""
+    """Data of the attention function of one layer: the index in the cache, the rule, and the hybrid attention."""
 
     index: int
     rule: LinearRule
@@ -74,13 +75,17 @@ def attend_linearly(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """transformers' attention function as hybrid attention.
+    """Run hybrid attention in place of transformers' attention function.
 
     Args:
-        query: [B, H, T, K], key: [B, G, N, K], value: [B, G, N, V]; keys as `LinearLayer.update` returned them.
+        original: the model's attention function, which runs outside a forward of the patched decoder.
+        query, key, value: [B, H, T, K], [B, G, N, K] and [B, G, N, V]; keys as `LinearLayer.update` returned them.
 
     Returns:
-        [B, T, H, V] and no attention weights.
+        [B, T, H, V], and None for attention weights.
+
+    Raises:
+        StreamError: an argument changes attention in a way that hybrid attention cannot follow.
     """
     rule, context = hybrid.rule, runtime.context
     given = kwargs.get("scaling")
@@ -96,14 +101,14 @@ def attend_linearly(
         if hybrid.part.factor.device != query.device:  # the model was moved since it was patched
             hybrid.part.to(query.device)
         cached: Any = None if runtime.cache is None else runtime.cache.layers[hybrid.index]
-        if context.many:
+        if context.in_blocks:
             out = _several_tokens(hybrid, cached, context, query, key, value, scaling)
         else:
             token = torch.tensor([context.start], device=query.device)
             hidden = not context.sees_every_slot and (context.pads is not None or not rule.sees_all)
             seen = context.visible(rule, token, context.key_tokens(rule)).to(query.device) if hidden else None
             short = context.row_positions(token.to(context.device)) < rule.min_length if rule.min_length else None
-            layer = cached if context.start >= rule.steps_from else None  # nothing is old yet
+            layer = cached if context.start >= rule.full_from else None  # nothing is old yet
             out = _one_token(hybrid, layer, short, softmax_part(query, key, value, seen, scaling), query)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
@@ -125,10 +130,12 @@ def _one_token(
     both: tuple[torch.Tensor, torch.Tensor],
     query: torch.Tensor,
 ) -> torch.Tensor:
-    """[B, H, 1, V] from numerator and denominator of the softmax part, and the state of ``layer``, if anything is old.
+    """Outputs [B, H, 1, V] float32 of one token.
 
     Args:
+        layer: holds the state; None while no key is old.
         short: [B or 1, 1] bool, the query sees everything by softmax; None if no query does.
+        both: numerator [B, H, 1, V] and denominator [B, H, 1] of the softmax part.
     """
     rule, part = hybrid.rule, hybrid.part
     numerator, denominator = both
@@ -153,7 +160,7 @@ def _several_tokens(
     v: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """[B, H, T, V] of T tokens, by one call of `linear_attention`; the layer's state, if there is one, takes in what becomes old."""
+    """Outputs [B, H, T, V] float32 of T tokens, by one call of `linear_attention`. Keys that become old enter the state of ``layer``."""
     rule, part, rotary = hybrid.rule, hybrid.part, hybrid.rule.rotary
     if rotary is not None and context.repositions:  # the model has put them at in-cache positions
         cos, sin = (t.to(q.device) for t in context.window_rotation(rotary))
@@ -165,7 +172,7 @@ def _several_tokens(
     rows = context.row_positions(queries.to(context.device)).to(q.device)
     young = numerator / denominator[..., None]
     # Keys are in order of time, token i in column i + offset; that of the first query which has an old key is S.
-    first = max(context.start, rule.steps_from)
+    first = max(context.start, rule.full_from)
     if first < context.end:
         late, offset = first - context.start, k.shape[2] - context.end
         columns = slice(first - rule.softmax_window + offset, context.end - rule.softmax_window + offset)
@@ -210,9 +217,9 @@ def _entering(part: HybridAttention, plain_k: torch.Tensor, v: torch.Tensor, mas
 def _softmax(
     context: ForwardContext, rule: LinearRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator [B, H, T, V] and denominator [B, H, T] of what each query sees by softmax."""
+    """Numerator [B, H, T, V] and denominator [B, H, T] float32 of the softmax part of each query."""
     tokens, past = q.shape[2], k.shape[2] - q.shape[2]
-    # Queries that need masks of their own: of padded rows, whose sinks stand elsewhere, and those that see more than a window.
+    # Queries that need their own masks: those of padded rows, whose sinks are at other places, and those that see more than a window.
     masked = tokens if context.pads is not None else min(max(rule.min_length - context.start, 0), tokens)
     pieces = []
     keys = context.key_tokens(rule)

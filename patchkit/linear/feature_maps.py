@@ -1,7 +1,7 @@
-"""Feature maps: what linear attention puts in the place of the exponential, ``exp(q . k) -> map(q) . map(k)``.
+"""Feature maps, by which linear attention replaces the exponential: ``exp(q . k) -> map(q) . map(k)``.
 
 A map is a module for all heads of one layer; some have weights to train. Every map but `Identity` gives features that are at least 0,
-so that attention weights are.
+so that attention weights are at least 0.
 
 Shapes: B batch, H heads, T tokens, K head dimension, F features.
 """
@@ -17,7 +17,7 @@ _maps: dict[str, type[FeatureMap]] = {}
 
 
 class FeatureMap(nn.Module):
-    """Base class; a subclass with ``kind="name"`` is known to `make_feature_map` under that name.
+    """Base class of feature maps; `make_feature_map` finds a subclass with ``kind="name"`` by that name.
 
     Attributes:
         kind: its name.
@@ -41,11 +41,11 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
     def start_behind(self, rotation: torch.Tensor) -> None:
-        """Start as if inputs were multiplied by ``rotation`` [K, K] first; a map without weights of its own cannot."""
+        """Initialise the weights as if inputs were multiplied by ``rotation`` [K, K] first; do nothing in a map without weights."""
 
 
 class Identity(FeatureMap, kind="identity"):
-    """No map: weights may be negative, so use it without a normaliser, or with features that were mapped before."""
+    """No map. Weights may be negative, so use it without a normaliser, or with features that are already mapped."""
 
     fused = True
 
@@ -108,15 +108,15 @@ class T2R(FeatureMap, kind="t2r"):
 
 
 def available_feature_maps() -> list[str]:
-    """The names of all feature maps."""
+    """Return the names of all feature maps, sorted."""
     return sorted(_maps)
 
 
 def make_feature_map(kind: str, heads: int, head_dim: int) -> FeatureMap:
-    """The map of this name for ``heads`` heads of dimension ``head_dim``.
+    """Make the feature map named ``kind`` for ``heads`` heads of dimension ``head_dim``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no map has this name.
     """
     if kind not in _maps:
         raise ValueError(f"feature_map={kind!r} is unknown: give one of {', '.join(available_feature_maps())}")

@@ -8,11 +8,9 @@ among the last W), ``n`` their number:
 
     a_i = exp(factor) * min(1, horizon / n)
 
-which is the form of LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254, equation 6) while ``n <= horizon``. Beyond, the sum over
-old tokens becomes their mean, times the horizon: else their weight would grow with the text for ever, past anything seen in training.
-
-The linear part takes queries and keys without their rotation ("plain"): it has no positions, so that nothing depends on how long ago
-a token was.
+This is the form of LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254, equation 6) while ``n <= horizon``. Beyond, the sum over
+old tokens becomes their mean times the horizon. Otherwise their weight would grow without limit, past any length seen in training.
+The linear part takes queries and keys without their rotation ("plain"), so it does not depend on positions.
 
 Shapes: B batch, H heads, G kv heads (H = G * h), T tokens, K head dimension, V value dimension, F features, S sinks, W window.
 """
@@ -31,13 +29,13 @@ CHUNK = 64
 
 
 class HybridAttention(nn.Module):
-    """What one layer's hybrid attention consists of, beside the model's own projections.
+    """Parameters of one layer's hybrid attention, in addition to the model's own projections.
 
     Attributes:
         query_map, key_map: feature maps of the H heads and of the G kv heads.
-        factor: [H] log of the weight of old tokens; at first ``-log F``.
-        readout: [H, V, V] maps each head's output, ``y @ readout``; None for the identity.
-        horizon: number of old tokens from which on their weight grows no more; None for never.
+        factor: [H] log of the weight of old tokens; initially ``-log F``.
+        readout: [H, V, V], maps each head's output, ``y @ readout``; None for the identity.
+        horizon: number of old tokens at which their total weight stops growing; None for never.
     """
 
     def __init__(self, feature_map: str, heads: int, kv_heads: int, head_dim: int, value_dim: int, horizon: int | None = None) -> None:
@@ -50,7 +48,7 @@ class HybridAttention(nn.Module):
         self.horizon = horizon
 
     def add_readout(self) -> None:
-        """Start with the identity as readout."""
+        """Add a readout, initially the identity."""
         self.readout = nn.Parameter(torch.eye(self.value_dim).repeat(len(self.factor), 1, 1))
 
     def combine(
@@ -61,11 +59,11 @@ class HybridAttention(nn.Module):
         old_denominator: torch.Tensor,
         count: torch.Tensor,
     ) -> torch.Tensor:
-        """Outputs [B, H, T, V] float32 of both parts.
+        """Outputs [B, H, T, V] float32 of the softmax part and the linear part together.
 
         Args:
             numerator, denominator: [B, H, T, V] and [B, H, T] float32 of the softmax part, relative to its best score.
-            old_numerator, old_denominator: the same of the linear part.
+            old_numerator, old_denominator: [B, H, T, V] and [B, H, T] float32 of the linear part.
             count: [B or 1, T] number of old tokens of each query.
         """
         weight = self.factor.float().exp()[None, :, None]
@@ -75,7 +73,7 @@ class HybridAttention(nn.Module):
         return self.read(y)
 
     def read(self, y: torch.Tensor) -> torch.Tensor:
-        """Outputs [B, H, T, V] through the readout, if there is one."""
+        """Apply the readout, if there is one, to outputs [B, H, T, V]."""
         return y if self.readout is None else y @ self.readout.float()
 
 
@@ -86,7 +84,7 @@ def softmax_part(
 
     Args:
         q: [B, H, T, K]; k, v: [B, G, N, K] and [B, G, N, V].
-        visible: [B or 1, 1, T, N] bool; every query sees a key. None: all are seen.
+        visible: [B or 1, 1, T, N] bool, with at least one key for every query; None: every query sees all keys.
     """
     grouped = q.unflatten(1, (k.shape[1], -1)).float() * scaling  # [B, G, h, T, K]
     scores = grouped @ k.float().mT[:, :, None]
@@ -99,11 +97,13 @@ def softmax_part(
 def banded_softmax_part(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scaling: float, sinks: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`softmax_part` of T queries over the last ``window`` keys, each one's own included, and the first ``sinks``, in time O(T W).
+    """Numerator [B, H, T, V] and denominator [B, H, T] (float32) of softmax attention over a sliding window and sinks, in time O(T W).
 
     Args:
-        q: [B, H, T, K]; k, v: [B, G, P + T, *], query t's own key being number P + t. A window that reaches before key 0 is cut there.
-        sinks: the keys 0 .. S - 1 are seen by all queries that come after them.
+        q: [B, H, T, K].
+        k, v: [B, G, P + T, K] and [B, G, P + T, V]; query t's own key is number P + t.
+        window: W, number of last keys that a query sees, its own included. A window that reaches before key 0 is cut there.
+        sinks: S; all later queries see the keys 0 .. S - 1.
     """
     tokens, reach = q.shape[2], window - 1 + q.shape[2]
     sinks = min(sinks, k.shape[2])
@@ -122,7 +122,7 @@ def banded_softmax_part(
     key_blocks, value_blocks = (F.pad(x.float(), (0, 0, front, behind)).unfold(2, 2 * window, window)[:, :, None] for x in (k, v))
     scores = grouped @ key_blocks  # [B, G, h, blocks, W, 2 W]
     query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
-    number = key - front + window * torch.arange(blocks, device=q.device)[:, None, None]  # of the key; negative: there is none
+    number = key - front + window * torch.arange(blocks, device=q.device)[:, None, None]  # of the key; negative: no such key
     seen = (key > query) & (key <= query + window) & (number >= 0)
     scores = scores.masked_fill(~seen, -torch.inf)
     extra = None
@@ -153,11 +153,12 @@ def hybrid_attention(
     scaling: float,
     sinks: int = 0,
 ) -> torch.Tensor:
-    """Whole sequences from their first token on, [B, H, T, V] float32; differentiable.
+    """Outputs [B, H, T, V] float32 of hybrid attention over whole sequences, from their first token on; differentiable.
 
     Args:
-        q, k, v: [B, H, T, K], [B, G, T, K], [B, G, T, V] as the model's attention gets them.
-        plain_q, plain_k: the same queries and keys without rotation.
+        q, k, v: [B, H, T, K], [B, G, T, K], [B, G, T, V] as the model's attention receives them.
+        plain_q, plain_k: [B, H, T, K] and [B, G, T, K], these queries and keys without rotation.
+        window, sinks: W and S, in tokens.
     """
     tokens = q.shape[2]
     numerator, denominator = banded_softmax_part(q, k, v, window, scaling, sinks)

@@ -9,14 +9,14 @@ from patchkit.anatomy.target import Target
 from patchkit.attention import set_attention
 from patchkit.handle import Handle
 from patchkit.linear.attention import HybridLayer, attend_linearly
-from patchkit.linear.cache import LinearRule
 from patchkit.linear.plan_hybrid import HybridPlan
+from patchkit.linear.rule import LinearRule
 from patchkit.linear.weights import adapt
 from patchkit.streaming.install import masked_implementation, open_stream, report_layers, stream_layer, warn_of_positions
 
 
 def install_hybrid(target: Target, handle: Handle, planned: HybridPlan) -> None:
-    """Make the layers of a plan attend by its rules, over the adapted projections of its state."""
+    """Make the layers of a plan attend by its rules, with the adapted projections of its state, and report it in the record."""
     plan, owned, state = planned
     runtime = open_stream(target, handle, plan)
     for layer in owned:

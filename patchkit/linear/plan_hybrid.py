@@ -9,8 +9,8 @@ from patchkit.anatomy.layers import BAKED_IN, AttentionLayer
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.linear.attention import obstacle_of
-from patchkit.linear.cache import LinearRule
 from patchkit.linear.hybrid import HybridAttention
+from patchkit.linear.rule import LinearRule
 from patchkit.linear.state import LinearState, head_sizes, load_state
 from patchkit.streaming.plans import chosen_layers, make_plan
 from patchkit.streaming.rule import LayerRule, Plan
@@ -38,7 +38,7 @@ class HybridOptions(Protocol):
 
 
 class HybridPlan(NamedTuple):
-    """The rules of all layers that patchkit will keep, those layers, and the converted state, if there is one."""
+    """The plan of all layers that patchkit will keep, those layers, and the converted state, if there is one."""
 
     plan: Plan
     owned: list[AttentionLayer]
@@ -46,7 +46,7 @@ class HybridPlan(NamedTuple):
 
 
 def plan_hybrid(options: HybridOptions, target: Target) -> HybridPlan:
-    """The plan for one model.
+    """Return the plan for one model.
 
     Raises:
         NothingMatched: there is no layer to patch, or none of those asked for was converted.
@@ -66,7 +66,7 @@ def plan_hybrid(options: HybridOptions, target: Target) -> HybridPlan:
         obstacle = obstacle_of(layer, calls, learned) if layer in chosen else layer.obstacle if layer.kind != "full" else None
         if obstacle is not None:
             where = f"layer {layer.index} ({layer.name})"
-            raise UnsupportedModel(f"linear attention cannot stand in for that of {name}: in {where}, {obstacle}")
+            raise UnsupportedModel(f"linear attention cannot replace that of {name}: in {where}, {obstacle}")
     if target.position_limit is not None and options.min_length > target.position_limit:
         raise UnsupportedModel(
             f"min_length={options.min_length} is more than the {target.position_limit} positions that {name} was made for"
@@ -103,7 +103,7 @@ def _parts(options: HybridOptions, target: Target, chosen: list[AttentionLayer],
 
 
 def _refuse_other_options(options: HybridOptions, state: LinearState) -> None:
-    """An option that is neither its default nor what the state was trained with is a mistake."""
+    """Refuse an option that is neither its default nor the value that the state was trained with."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name in ("feature_map", "window", "sinks", "horizon"):
         value, trained = getattr(options, name), getattr(state, name)

@@ -1,8 +1,8 @@
-"""`LinearState`: what the conversion of a softmax model learned, and its file.
+"""`LinearState`: the parameters learned by converting a softmax model, and their file.
 
 A file is safetensors. Tensors: ``layers.{index}.{name}`` for everything in that layer's `HybridAttention.state_dict`, and for each
-projection that was adapted ``lora.{module}.A`` [r, in] and ``lora.{module}.B`` [out, r], already scaled: W' = W + B A. The metadata
-say with which window, sinks and horizon it was trained, and for which model; it is refused for any other.
+adapted projection ``lora.{module}.A`` [r, in] and ``lora.{module}.B`` [out, r], already scaled: W' = W + B A. The metadata name the
+window, sinks and horizon of the training, and the model; the state is refused for any other model.
 
 Shapes: H heads, G kv heads, K head dimension, V value dimension, r rank.
 """
@@ -44,11 +44,11 @@ class LinearState:
     """The converted attention of one model.
 
     Attributes:
-        feature_map, window, sinks, horizon: as in `HybridAttention` and `hybrid_attention`; what it was trained with.
+        feature_map, window, sinks, horizon: options of `HybridAttention` and `hybrid_attention` in the training.
         parts: the hybrid attention of each converted layer, by the layer's index in the cache, on the CPU in float32.
         lora: (A [r, in], B [out, r]) of each adapted projection, by its name in ``model.named_modules()``: W' = W + B A.
         trained_for: the model it belongs to.
-        float16_fingerprint: what that model's fingerprint is when it is loaded in float16, which rounds weights below 1e-5.
+        float16_fingerprint: that model's fingerprint when it is loaded in float16, which rounds weights below 1e-5.
     """
 
     feature_map: str
@@ -67,11 +67,11 @@ class LinearState:
 
     @classmethod
     def start(cls, target: Target, feature_map: str, window: int, sinks: int, horizon: int | None, layers: list[int]) -> LinearState:
-        """Untrained attention for these layers of a model.
+        """Make untrained attention for these layers of a model.
 
-        Queries meet old keys as if all were equally far away: at the geometric mean of the window and the context. Without a distance a
-        query takes old tokens for its own: softmax attention itself, given plain queries and old plain keys, triples the perplexity
-        of stdlib-7m, and at a distance of 96 to 256 tokens leaves it as it is (docs/results.md).
+        All old keys start at one distance from the query, the geometric mean of window and context. At distance 0 a query would treat
+        old tokens like the current one: softmax attention with plain queries and plain old keys triples the perplexity of stdlib-7m,
+        and at a distance of 96 to 256 tokens does not change it (docs/results.md).
         """
         sizes = head_sizes(target)
         parts = {index: HybridAttention(feature_map, *sizes[index], horizon=horizon) for index in layers}
@@ -87,7 +87,7 @@ class LinearState:
         return cls(feature_map, window, sinks, horizon, parts, trained_for, fingerprint(weight.half()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors by their names in a file, and under "metadata" its metadata: what `load_state` takes."""
+        """Return the tensors by their names in a file, and its metadata under "metadata"; `load_state` accepts this dict."""
         tensors: dict[str, Any] = {}
         for index in self.layers:
             for name, tensor in self.parts[index].state_dict().items():
@@ -107,7 +107,7 @@ class LinearState:
         return tensors
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a safetensors file with tensors of ``dtype``."""
+        """Write the state to a safetensors file with tensors of ``dtype``."""
         tensors = self.state_dict()
         metadata = tensors.pop("metadata")
         save_file({name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
@@ -116,7 +116,7 @@ class LinearState:
         """Refuse a model that this state was not trained for.
 
         Raises:
-            UnsupportedModel: other sizes, or another LM head.
+            UnsupportedModel: the model has other sizes or other weights.
         """
         have, wanted = TrainedFor.of(model), self.trained_for
         if (have.hidden_size, have.vocabulary) != (wanted.hidden_size, wanted.vocabulary):
@@ -134,15 +134,15 @@ class LinearState:
 
 
 def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_target: Any) -> LinearState:
-    """The converted attention of a model.
+    """Load the converted attention of a model.
 
     Args:
-        source: a file that `LinearState.save` wrote, a dict as of `LinearState.state_dict`, or a state, which is only checked.
-        model_or_target: the model that it is for, unpatched, or its `Target`.
+        source: a file that `LinearState.save` wrote, a dict that `LinearState.state_dict` returned, or a state, which is only checked.
+        model_or_target: the unpatched model, or its `Target`.
 
     Raises:
         PatchError: no such file, not a file of linear attention, or tensors missing, left over or of wrong shapes.
-        UnsupportedModel: it belongs to another model.
+        UnsupportedModel: the state belongs to another model.
     """
     target = model_or_target if isinstance(model_or_target, Target) else Target(model_or_target)
     if isinstance(source, LinearState):
@@ -176,7 +176,7 @@ def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_ta
 
 
 def head_sizes(target: Target) -> dict[int, HeadSizes]:
-    """The sizes of each layer that calls transformers' attention interface, by its index in the cache."""
+    """Sizes of each layer that calls transformers' attention interface, by the layer's index in the cache."""
     return {
         call["layer"]: HeadSizes(call["query"].shape[1], call["key"].shape[1], call["query"].shape[-1], call["value"].shape[-1])
         for call in target.attention_calls
@@ -195,10 +195,10 @@ def _read(source: str | Path) -> tuple[str, dict[str, Any], dict[str, str]]:
 
 
 def _fill(state: LinearState, layers: list[int], tensors: dict[str, Any], where: str, target: Target) -> None:
-    """Put every one of ``tensors`` in its place in ``state``.
+    """Copy every one of ``tensors`` into ``state``.
 
     Raises:
-        PatchError: one is missing, has another shape than the model asks for, or has no place.
+        PatchError: a tensor is missing, has another shape than the model requires, or belongs to no part of the state.
     """
     sizes, modules = head_sizes(target), dict(target.model.named_modules())
     left = dict(tensors)
@@ -216,7 +216,7 @@ def _fill(state: LinearState, layers: list[int], tensors: dict[str, Any], where:
         name = key[len("lora.") : -len(".A")]
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            raise PatchError(f"{where} adapts {name}, which is no projection of this {type(target.model).__name__}. {_REMEDY}")
+            raise PatchError(f"{where} adapts {name}, which is not a projection of this {type(target.model).__name__}. {_REMEDY}")
         rows, columns = in_and_out(modules[name])[::-1]
         rank = left[key].shape[0]
         state.lora[name] = (_taken(left, key, (rank, columns), where), _taken(left, f"lora.{name}.B", (rows, rank), where))
@@ -225,7 +225,7 @@ def _fill(state: LinearState, layers: list[int], tensors: dict[str, Any], where:
 
 
 def in_and_out(module: Any) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a linear layer; transformers' `Conv1D` keeps its weight as [in, out]."""
+    """Numbers of inputs and outputs of a linear layer; transformers' `Conv1D` keeps its weight as [in, out]."""
     first, second = module.weight.shape
     return (second, first) if isinstance(module, torch.nn.Linear) else (first, second)
 
@@ -240,7 +240,7 @@ def _taken(tensors: dict[str, Any], name: str, shape: tuple[int, ...], where: st
 
 
 class StateDict(dict[str, Any]):
-    """Tensors by name, which no spec string can spell."""
+    """A dict of tensors by name, with a short representation in specs, which cannot hold tensors."""
 
     def __repr__(self) -> str:
         return "<state dict>"

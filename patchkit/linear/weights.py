@@ -1,4 +1,4 @@
-"""Low-rank updates of projections, put on and taken off."""
+"""Low-rank updates (LoRA) of projections, installed and removed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from patchkit.handle import Handle
 
 
 def adapt(module: Any, a: torch.Tensor, b: torch.Tensor, handle: Handle) -> None:
-    """Put W + B A in the place of the weight W; what is saved stays W."""
+    """Replace the weight W of ``module`` by W + B A; `state_dict` still holds W.
+
+    Args:
+        a, b: [r, in] and [out, r].
+    """
     original: nn.Parameter = parameters_of(module)["weight"]
     change = (b.float() @ a.float()).to(original.device)
     if not isinstance(module, nn.Linear):  # transformers' Conv1D keeps [in, out]
         change = change.mT
-    handle.on_undo(functools.partial(_put_back, module, original))
+    handle.on_undo(functools.partial(_restore, module, original))
     parameters_of(module)["weight"] = nn.Parameter(
         (original.detach().float() + change).to(original.dtype), requires_grad=original.requires_grad
     )
@@ -32,7 +36,7 @@ def _remove(guard: Any) -> None:
     guard.remove()
 
 
-def _put_back(module: Any, original: nn.Parameter) -> None:
+def _restore(module: Any, original: nn.Parameter) -> None:
     adapted = parameters_of(module)["weight"]
     if (adapted.dtype, adapted.device) != (original.dtype, original.device):  # the model was moved meanwhile
         original.data = original.data.to(adapted.device, adapted.dtype)

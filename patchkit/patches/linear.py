@@ -4,11 +4,11 @@ Zhang et al. 2024, "LoLCATs", https://arxiv.org/abs/2410.10254; Katharopoulos et
 https://arxiv.org/abs/2006.16236. `patchkit.linear.hybrid` has the equation.
 
 Query i sees the last W tokens, itself included, and S sinks by softmax, and all other tokens through a sum of products of features,
-under one normaliser. Memory and time per token do not depend on the length of the sequence. Without a converted state the features are
-untrained, and so is the weight of old tokens: the model runs, and is worse than it was.
+under one normaliser. Memory and time per token do not depend on the length of the sequence. Without a converted state the features and
+the weight of old tokens are untrained: the model runs, with lower quality.
 
-Differs from LoLCATs in that a horizon may bound the weight of old tokens, that queries and keys have no rotation in the linear part,
-and in sinks, which keep their true distance.
+Differs from LoLCATs in three ways: a horizon may bound the weight of old tokens; queries and keys have no rotation in the linear part;
+there are sinks, which keep their true distance.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 from patchkit.anatomy.target import Target
 from patchkit.definitions import hybrid_logits
 from patchkit.handle import Handle
-from patchkit.linear.cache import LinearRule
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.install import install_hybrid
 from patchkit.linear.plan_hybrid import plan_hybrid
+from patchkit.linear.rule import LinearRule
 from patchkit.linear.state import StateDict
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.streaming.plans import check_layers
 
-# A window that a short text fills several times.
+# Tokens of a window that a short sequence fills several times.
 _SHORT_WINDOW = 24
 
 
@@ -39,15 +39,15 @@ class LinearAttention(Patch):
     """A softmax window, and linear attention over everything older, at constant memory and time per token.
 
     Args:
-        feature_map: "elu1", "relu", "identity"; "hedgehog" and "t2r" are made to be trained.
-        window: W, last tokens that are seen by softmax, the current one included.
-        sinks: S, first tokens of every sequence that are seen by softmax.
+        feature_map: "elu1", "relu" or "identity"; "hedgehog" and "t2r" have weights, which need training.
+        window: W, number of last tokens that are seen by softmax, the current one included.
+        sinks: S, number of first tokens of every sequence that are seen by softmax.
         layers: indices of the attention layers to patch; None (or "all") for all with full attention, or all that ``state_dict`` has.
             The others keep all keys.
-        min_length: a query with fewer tokens before it sees all of them by softmax, as unpatched.
-        horizon: number of old tokens from which on their weight grows no more; None for never.
-        state_dict: what `patchkit linearize` has learned for this model: its file, the dict of tensors, or the `LinearState`.
-            Feature map, window, sinks and horizon are then its own, and may be left out.
+        min_length: a query with fewer tokens before it sees all of them by softmax, as in the unpatched model.
+        horizon: number of old tokens at which their total weight stops growing; None for never.
+        state_dict: the result of `patchkit linearize` for this model: its file, the dict of tensors, or the `LinearState`. It holds
+            feature map, window, sinks and horizon, which may then be left out.
 
     Raises:
         ValueError: an option out of range.
@@ -88,7 +88,7 @@ class LinearAttention(Patch):
 
     @classmethod
     def candidates(cls, target: Target) -> list[LinearAttention]:
-        return []  # without a converted state, which is the user's, the quality is not that of the model
+        return []  # without a converted state, which only the user has, the quality is not that of the model
 
     def check(self, target: Target) -> None:
         plan_hybrid(self, target)

@@ -1,18 +1,15 @@
-"""StreamingLLM: attention sinks and a sliding window, exact in every way of feeding tokens.
+"""StreamingLLM: attention sinks and a sliding window, with the same logits however tokens are fed.
 
 Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", https://arxiv.org/abs/2309.17453.
 
-Query i attends to keys ``{0 .. S-1}`` (sinks) and ``{i-W+1 .. i}`` (window). The distance that the position embedding
-sees is ``i - j`` for a window key and ``min(i, S+W-1) - j`` for a sink: positions are those inside the cache (section 3.2
-of the paper), so they never exceed S + W - 1. While ``i < S + W`` this is the unpatched model.
+1. Query i attends to keys ``{0 .. S-1}`` (sinks) and ``{i-W+1 .. i}`` (window).
+2. Its distance to a window key is ``i - j``, to a sink ``min(i, S+W-1) - j``: positions inside the cache (section 3.2 of the paper).
+   While ``i < S + W`` this is the unpatched model.
+3. A forward of several tokens needs the sinks at another rotation for each query, so it rotates queries. Attention runs once with query
+   ``[q_window, q_sink]`` and keys ``[k, 0]`` (window) or ``[0, k]`` (sinks), at twice the key dimension.
 
-Differs from the paper's code in that keys are cached rotated and only the S sinks are rotated at each step (the paper keeps
-all keys unrotated and rotates S + W of them), that a forward of any number of tokens gives the same logits as one token at a
-time, and that rows of a left-padded batch each have their own sinks.
-
-Forwards of several tokens. Every query needs the sinks at another rotation, so queries are rotated instead: attention runs once
-with query ``[q_window, q_sink]`` and keys ``[k, 0]`` (window) or ``[0, k]`` (sinks), twice the key dimension, whose inner
-product is ``q_window . k`` or ``q_sink . k``. Any attention function of transformers computes it unchanged.
+Differs from the paper's code in three ways: keys are cached rotated, and a step rotates only the S sinks (the paper rotates all S + W
+keys); a forward of any number of tokens gives the logits of one token at a time; rows of a left-padded batch have their own sinks.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ from patchkit.streaming.refresh import Refresh
 from patchkit.streaming.refreshing import install_refresh
 from patchkit.streaming.rule import LayerRule, Plan
 
-# A window that a short text fills several times.
+# Tokens of a window that a short sequence fills several times.
 _SHORT_WINDOW = 24
 
 # Tokens of the largest window that `patchkit tune` tries, with its sinks.
@@ -52,13 +49,12 @@ class StreamingLLM(Patch):
     """Attention sinks and a sliding window (StreamingLLM), at constant memory and time per token.
 
     Args:
-        sinks: S, first tokens of every sequence that stay visible. 0 is a plain sliding window; `patchkit.system_tokens` counts those of
-            a system message, which then stays.
-        window: W, last tokens that are visible, the current one included.
+        sinks: S, number of first tokens of every sequence that stay visible. 0 is a plain sliding window; `patchkit.system_tokens` counts
+            the tokens of a system message, to keep it visible.
+        window: W, number of last tokens that are visible, the current one included.
         positions: "cache" gives sinks the distance they have inside the cache (the paper's rule); "true" their true distance.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
-        refresh: what is done every so many tokens about what was forgotten: `Reencode` or `DynamicSinks`
-            (`patchkit.streaming.refresh`); None for nothing.
+        refresh: a periodic change of the cache against the loss of evicted tokens, `Reencode` or `DynamicSinks`; None for none.
 
     Raises:
         ValueError: an option out of range.
@@ -100,7 +96,7 @@ class StreamingLLM(Patch):
 
     @property
     def capacity(self) -> int:
-        """C: tokens that a query sees at most."""
+        """C, the largest number of tokens that a query sees."""
         return self._rule(None).capacity
 
     def _rule(self, rotary: Rotary | None) -> LayerRule:
@@ -115,7 +111,7 @@ class StreamingLLM(Patch):
         for other in target.patches:
             if other.stage in (Stage.GENERATION, Stage.COMPILE):
                 raise PatchConflict(
-                    f"refresh={self.refresh.spec} counts the attention of every token, which {other.name} would take back or hide: "
+                    f"refresh={self.refresh.spec} counts the attention of every token, which {other.name} would roll back or hide: "
                     "leave one of the two out, or use refresh=reencode"
                 )
 
@@ -147,7 +143,7 @@ class StreamingLLM(Patch):
 
     @classmethod
     def candidates(cls, target: Target) -> list[StreamingLLM]:
-        """Four sinks, and all that the model was made for (at most 2048 tokens), a half, a quarter, an eighth."""
+        """Four sinks, and windows of all positions that the model was made for (at most 2048), a half, a quarter and an eighth."""
         most = min(target.position_limit or _TRIED_WINDOW, _TRIED_WINDOW)
         return [cls(window=most // share - cls.sinks) for share in (1, 2, 4, 8) if most // share > cls.sinks]
 

@@ -1,4 +1,4 @@
-"""Attention with biases that are linear in the distance (ALiBi), which a window has to set right."""
+"""ALiBi in a window: biases that are linear in the distance, computed again for the keys that are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BIAS = "_patchkit_alibi"  # the attribute of an attention module
 
 @dataclass(eq=False)
 class Alibi:
-    """For a layer that adds a bias linear in the distance (Press et al. 2022) and computes attention itself."""
+    """The rule of a layer that adds a bias linear in the distance (ALiBi, Press et al. 2022) and computes attention itself."""
 
     runtime: Runtime
     rule: LayerRule

@@ -19,14 +19,14 @@ QUERY_BLOCK = 512
 
 
 def _refuse_two_way(context: ForwardContext, rule: Any, keys: int | None) -> None:
-    """Our own rule takes the place of the model's, so that must not show a token later ones, as within the span of an image.
+    """Refuse a forward whose mask rule shows a token later ones, as within the span of an image: a window would hide them.
 
     Args:
-        rule: transformers' mask function: which keys a query sees, from indices that broadcast.
-        keys: how many a mask would have; what the rule knows of single tokens (the ids of spans) has as many places, the new ones last.
+        rule: transformers' mask function: whether a query sees a key, from indices that broadcast.
+        keys: number of keys of the model's own mask. What the rule knows of single tokens (ids of spans) has as many entries, the new last.
 
     Raises:
-        StreamError: it does, in this forward.
+        StreamError: a token of this forward sees a later one.
     """
     if context.tokens == 1 or rule is None or _compat.is_causal_rule(rule):
         return
@@ -43,16 +43,16 @@ def _refuse_two_way(context: ForwardContext, rule: Any, keys: int | None) -> Non
 
 
 def causal_mask(context: ForwardContext, implementation: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The model's own mask, which layers without a rule of ours use."""
+    """Build the model's own mask, for the layers that patchkit does not keep."""
     _refuse_two_way(context, kwargs.get("mask_function"), kwargs.get("kv_length"))
     return _compat.mask_function(implementation)(*args, **kwargs)
 
 
 def placeholder_mask(context: ForwardContext, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The layers make their own masks. In one-token steps, None tells them that none is needed."""
+    """Return a placeholder, since the layers make their own masks; or None where the model must see that none is needed."""
     _refuse_two_way(context, kwargs.get("mask_function"), kwargs.get("kv_length"))
     unneeded = (
-        context.sees_every_slot or context.many
+        context.sees_every_slot or context.in_blocks
     ) and not context.plan.has_alibi  # such models compute with the mask before a layer sees it
     return None if unneeded else torch.zeros(1, 1, 1, 1, device=context.device)
 
@@ -71,15 +71,16 @@ def attend_in_window(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """transformers' attention function with the streaming rule.
+    """Run transformers' attention function under the streaming rule.
 
     Args:
-        query: [B, H, T, K], key: [B, G, S, K], value: [B, G, S, V]; keys as `StreamLayer.update` returned them.
         masked: the implementation that runs when a mask is needed.
-        watch: is shown queries, keys, masks, the keys' token numbers and the scaling; None if nobody is.
+        watch: called with queries, keys, mask, the keys' token numbers and the scaling; None for no call.
+        original: the model's attention function.
+        query, key, value: [B, H, T, K], [B, G, n, K] and [B, G, n, V]; keys as `StreamLayer.update` returned them.
 
     Returns:
-        [B, T, H, V] and no attention weights.
+        [B, T, H, V], and None for attention weights.
     """
     if runtime.step is not None:
         return original_function(masked, module)(module, query, key, value, runtime.step.masks[rule.number], **kwargs)
@@ -96,7 +97,7 @@ def attend_in_window(
     run = original_function(masked, module)
     queries = torch.arange(context.start, context.end, device=query.device)
     keys = context.key_tokens(rule).to(query.device)
-    if not context.many:
+    if not context.in_blocks:
         mask = no_mask if context.pads is None else _mask(context, rule, queries, keys, query, additive)
         if watch is not None:
             watch(query, key, mask, keys, kwargs.get("scaling"))
@@ -123,7 +124,7 @@ def attend_in_window(
         block_keys, k, v = keys[:, columns], key[:, :, columns], value[:, :, columns]
         q = window_query[:, :, rows]
         if split:
-            # Which keys are sinks [B or 1, 1, n, 1]; a sink's place is taken from where it stands in its own row.
+            # Whether a key is a sink [B or 1, 1, n, 1], by its position in its own row.
             row = block_keys if context.pads is None else block_keys - context.pads[:, None].to(query.device)
             is_sink = ((row >= 0) & (row < rule.sinks))[:, None, :, None]
             zero = torch.zeros((), dtype=k.dtype, device=k.device)
@@ -139,14 +140,14 @@ def attend_in_window(
 def watch_queries(
     runtime: Runtime, index: int, query: torch.Tensor, key: torch.Tensor, mask: Any, tokens: torch.Tensor, scaling: Any
 ) -> None:
-    """Show what a layer attends to to its cache layer, if it has one."""
+    """Hand the queries, keys and mask of attention layer ``index`` to its cache layer, if a cache is in use."""
     if runtime.cache is not None:
         layer: Any = runtime.cache.layers[index]
         layer.observe(runtime.context, query, key, mask, tokens, scaling)
 
 
 def visible_columns(context: ForwardContext, rule: LayerRule, n_keys: int, rows: slice) -> torch.Tensor:
-    """Indices of the keys that queries ``rows`` of the forward can see: the sinks, and one window behind the first of them."""
+    """Indices [m] of the keys that the queries ``rows`` of a forward can see: the sinks, and one window behind the first query."""
     # Keys are in order of time from column `ordered` on, where token i is in column i + offset. Every row's sinks are before
     # that, or among the first most_pads + S tokens.
     offset = n_keys - context.end
@@ -162,7 +163,7 @@ def visible_columns(context: ForwardContext, rule: LayerRule, n_keys: int, rows:
 def _mask(
     context: ForwardContext, rule: LayerRule, queries: torch.Tensor, keys: torch.Tensor, like: torch.Tensor, additive: bool
 ) -> torch.Tensor:
-    """[B or 1, 1, T, n]: True where visible, or 0 there and the lowest number elsewhere, of the queries' dtype."""
+    """Mask [B or 1, 1, T, n]: True where visible; ``additive``: 0 there and the lowest number of ``like``'s dtype elsewhere."""
     visible = context.visible(rule, queries, keys)
     if not additive:
         return visible

@@ -3,24 +3,16 @@
 Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim. Tokens are numbered 0, 1, 2, ... as they are fed; with
 left padding the *row position* of token i in row b is ``r = i - pads[b]``.
 
-Where a key stands. Rotary models add ``r_query - r_key`` to the score's phase, nothing else of the position. The cache
-keeps three kinds of key, each rotated so that this difference is right:
+1. Slots. Token i < S + W is in slot i, a later one in the ring buffer: ``S + (i - S) % W``. The sinks of row b are its first S real tokens
+   ``g = pads[b] .. pads[b] + S - 1``. One that is not in the first S slots moves to slot ``g % S``, over padding, when the ring evicts it.
+2. Window keys are stored rotated to their **bounded position** ``r - base``, and so are queries: their difference is the true distance.
+   When it would leave ``[0, limit)``, ``base`` moves and the ring is rotated once (`Stream.rebase`), at most every S + W steps.
+3. Sink keys are stored unrotated, at their row position j < S. A one-token step rotates them by ``excess - base`` with
+   ``excess = max(0, r_query - (S + W - 1))``. That leaves the distance inside the cache, ``min(r_query, S + W - 1) - j``.
+4. Forwards of several tokens need another rotation of the sinks for each query, so they rotate queries (`patchkit.streaming.attention`).
 
-* a window key is stored at its **bounded position** ``r - base``. The query is at ``r - base`` too, so true distances hold.
-  When the bounded position would leave ``[0, limit)``, ``base`` moves and the whole ring is rotated once (`Stream.rebase`):
-  one turn of W keys in at least S + W steps, and no angle ever grows with the length of the stream.
-* a sink key is kept unrotated, at its row position j < S. In one-token steps it is handed out rotated by
-  ``excess - base`` with ``excess = max(0, r_query - (S + W - 1))``, which leaves the distance
-  ``min(r_query, S + W - 1) - j``: the distance inside the cache.
-* in forwards of several tokens every query needs another rotation of the sinks, so the attention function rotates the queries
-  instead (`patchkit.streaming.attention`).
-
-Slots. Token i < S + W is in slot i, later ones in ``S + (i - S) % W``. Row b's sinks are its first S real tokens
-``g = pads[b] .. pads[b] + S - 1``; one that is not already among the first S slots moves to slot ``g % S`` when the ring
-drops it, where that row held padding.
-
-In the steady state a step writes one slot, rotates S keys and hands out the same two tensors: no allocation grows, nothing
-depends on a Python integer that changes.
+Once the window is full, a step writes one slot, rotates S keys and returns the same two tensors. No angle or allocation grows with the
+stream, and nothing depends on a Python integer that changes.
 """
 
 from __future__ import annotations
@@ -34,15 +26,20 @@ import torch
 from patchkit import _compat
 from patchkit.errors import StreamError
 from patchkit.static_step import StepCache
-from patchkit.streaming.layer import ROLLBACK, StreamLayer, StreamLayerWithState, make_layer
+from patchkit.streaming.layer import StreamLayer
+from patchkit.streaming.make_layer import StreamLayerWithState, make_layer
+from patchkit.streaming.rollback_log import ROLLBACK, RollbackLog
 from patchkit.streaming.rule import Plan
+from patchkit.streaming.sinks import UnrotatedSinks
 from patchkit.streaming.stream import Stream
 
 
 def writable(value: Any) -> Any:
-    """A value with a copy in the place of every tensor in it that inference mode has made."""
+    """Return ``value`` with a copy of every tensor in it that inference mode has made."""
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
+    if isinstance(value, UnrotatedSinks | RollbackLog):
+        return type(value)(*map(writable, value))
     if type(value) in (list, tuple):
         return type(value)(map(writable, value))
     if type(value) is dict:
@@ -53,7 +50,7 @@ def writable(value: Any) -> Any:
 class StreamingCache(_compat.Cache):
     """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
 
-    Made by a patched model when it is called without a cache; pass the cache that it returns to go on.
+    A patched model makes one when it is called without a cache; pass the returned cache to the next call.
     `get_seq_length()` is the number of tokens seen, not kept.
     """
 
@@ -64,7 +61,7 @@ class StreamingCache(_compat.Cache):
         super().__init__(layers=[self._layer(i, layer) for i, layer in enumerate(plan.stock_layers())])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
-        """A copy for the same model (a prompt is read once, and copies go on): the plan, by which a model knows its caches, stays."""
+        """A copy for the same model, so that continuations can share a prompt. It keeps the plan, by which a model knows its caches."""
         for shared in (self.plan, *self.plan.rules.values()):
             memo.setdefault(id(shared), shared)
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -89,7 +86,7 @@ class StreamingCache(_compat.Cache):
         return -1
 
     def make_writable(self) -> None:
-        """Copy what inference mode has made, if that has ended: such tensors can only be written to within it."""
+        """Copy tensors made in inference mode, if that has ended: only inference mode can write to them."""
         if torch.is_inference_mode_enabled() or not self.stream.in_inference:
             return
         for holder in (*self.own_layers, self.stream, self):
@@ -99,7 +96,7 @@ class StreamingCache(_compat.Cache):
         self.stream.step, self.stream.in_inference = None, False
 
     def fixed_step(self) -> StepCache | None:
-        """The forward under way, if it is of one token, as compiled code sees it; None where it has to run eagerly."""
+        """The cache that compiled code works on in the current forward of one token; None where that has to run eagerly."""
         return self.stream.fixed_step(self.own_layers)
 
     def n_bytes(self) -> int:
@@ -111,21 +108,21 @@ class StreamingCache(_compat.Cache):
         self.stream.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, bringing back those that they had pushed out of the window.
+        """Roll back the last ``-tokens_to_remove`` tokens, and restore those that they had pushed out of the window.
 
         Raises:
-            ValueError: a positive number.
+            ValueError: ``tokens_to_remove`` is positive.
             StreamError: more tokens than are recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
         count = -tokens_to_remove
         if count > self.stream.seen:
-            raise StreamError(f"cannot take back {count} tokens of {self.stream.seen}")
+            raise StreamError(f"cannot roll back {count} tokens of {self.stream.seen}")
         if not all(layer.can_roll_back(count) for layer in self.own_layers):
             raise StreamError(
-                f"cannot take back {count} tokens: what they pushed out of the window was not recorded. Call "
-                f"cache.activate_past_recording() before the tokens are fed, and take back at most {ROLLBACK}."
+                f"cannot roll back {count} tokens: what they pushed out of the window was not recorded. Call "
+                f"cache.activate_past_recording() before the tokens are fed, and roll back at most {ROLLBACK}."
             )
         self.make_writable()
         # Other layers first: one of them may refuse, and nothing must be half done.
@@ -135,10 +132,10 @@ class StreamingCache(_compat.Cache):
                 layer.crop(tokens_to_remove)
         for own in self.own_layers:
             own.roll_back(count)
-        self.stream.take_back(count, self.own_layers)
+        self.stream.roll_back(count, self.own_layers)
 
     def activate_past_recording(self) -> None:
-        """From now on keep what the window drops, up to ``ROLLBACK`` tokens, for `crop` to bring back."""
+        """Record evicted tokens from now on, up to ``ROLLBACK`` of them, so that `crop` can restore them."""
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()

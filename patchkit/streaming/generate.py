@@ -1,4 +1,4 @@
-"""The cache that `generate` makes for a stream."""
+"""The cache of `generate` on a model that streams."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from patchkit.streaming.runtime import Runtime
 
 
 def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """`prepare_stock_cache`, with our cache where it would make a dynamic or static one."""
-    if _compat.decoder_of(model).training:  # it runs unpatched, and says so
+    """Replace `prepare_stock_cache`: make a streaming cache where it would make a dynamic or static one."""
+    if _compat.decoder_of(model).training:  # it runs unpatched, with a warning
         return _compat.prepare_stock_cache(model, generation_config, model_kwargs, *args, **kwargs)
     given = model_kwargs.get(_compat.CACHE)
     if given is not None and not isinstance(given, StreamingCache):
-        raise StreamError(
-            f"this model streams with a cache of its own: leave {_compat.CACHE} out instead of passing a {type(given).__name__}"
-        )
+        raise StreamError(f"this model streams with its own cache: leave {_compat.CACHE} out instead of passing a {type(given).__name__}")
     kind = generation_config.cache_implementation
     if kind is not None and kind not in ("dynamic", "static"):
         raise StreamError(
@@ -39,6 +37,7 @@ def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kw
 
 
 def refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of the method ``name`` of continuous batching, and raise a StreamError."""
     raise StreamError(
-        f"{name} keeps keys in pages of its own, and would bypass the window of streaming or linear: unpatch_model first, or call generate"
+        f"{name} keeps keys in its own pages, and would bypass the window of streaming or linear: unpatch_model first, or call generate"
     )

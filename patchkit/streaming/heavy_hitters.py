@@ -1,4 +1,4 @@
-"""`DynamicSinks`: evicted tokens that got most attention stay visible."""
+"""`DynamicSinks`: the evicted tokens that got most attention (heavy hitters, H2O) stay visible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from patchkit import _compat
 from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.rotary import Rotary
 from patchkit.errors import StreamError
-from patchkit.streaming.layer import StreamLayer, make_layer
+from patchkit.streaming.layer import StreamLayer
+from patchkit.streaming.make_layer import make_layer
 from patchkit.streaming.refresh import Refresh, RefreshedCache, Run, of_rows
 from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 from patchkit.streaming.stream import Stream
@@ -20,7 +21,7 @@ from patchkit.streaming.stream import Stream
 
 @dataclass(frozen=True)
 class DynamicSinks(Refresh):
-    """N evicted tokens with the highest attention mass stay visible, in order of the text, between the sinks and the window.
+    """Heavy hitters: N evicted tokens with the highest attention mass stay visible, in sequence order, between sinks and window.
 
     Each kv head g of each layer chooses for itself, by the attention that queries gave a token while they saw it,
 
@@ -28,21 +29,26 @@ class DynamicSinks(Refresh):
 
     (Zhang et al. 2023, "H2O", https://arxiv.org/abs/2306.14048, section 4). Up to token C + R the N tokens after the sinks hold the N
     slots. Before token i = C + k R, the N tokens with the most mass, of those N and of the R tokens evicted since i - R, take the slots
-    in order of the text; the others are forgotten. In-cache positions: sinks 0 .. S-1, these S .. S+N-1, the window S+N .. C-1.
+    in sequence order; the others are dropped. In-cache positions: sinks 0 .. S-1, these S .. S+N-1, the window S+N .. C-1.
 
-    Differs from H2O in four ways. Choices are made every R tokens, not at each. Keys stand at in-cache positions. An evicted token is not
-    seen until the next choice. And masses in the slots are scaled by W / (W + R) before each choice, the current one included, so that
-    L(q) is that to the power of the choices since q in which j was in a slot: those tokens are seen by R queries more than the evicted
-    ones, and by plain sums nearly nothing would ever be exchanged.
+    Differs from H2O in four ways:
+
+    * Choices are made every R tokens, not at each.
+    * Keys are at in-cache positions.
+    * An evicted token is not visible until the next choice.
+    * ``mass <- mass * W / (W + R)`` in the N slots at every choice, before the masses are compared. So L(q) is ``(W / (W + R)) ** c`` with
+      c the choices since q in which j was in a slot. Tokens in slots are seen by R queries more than evicted ones; with plain sums they
+      would nearly always win.
 
     Costs the scores of every query once more, and per layer N slots, R evicted keys and values, and C + R sums. Masses that differ by no
-    more than rounding may be ranked otherwise when tokens are fed in other chunks.
+    more than rounding may be ranked differently when tokens are fed in other chunks.
 
     Args:
         n: N.
+        every: R.
 
     Raises:
-        ValueError: an option is no whole number of tokens, at least 1.
+        ValueError: an option is not a whole number of tokens, at least 1.
     """
 
     name = "dynamic_sinks"
@@ -51,8 +57,8 @@ class DynamicSinks(Refresh):
     n: int = 16
     every: int = 64
 
-    def place(self, rule: LayerRule) -> int:
-        """In-cache position of the first of the N tokens, once they were chosen."""
+    def first_position(self, rule: LayerRule) -> int:
+        """In-cache position of the first of the N tokens, once they have been chosen."""
         return rule.sinks - self.n
 
     def rule(self, sinks: int, window: int, rotary: Rotary | None) -> LayerRule:
@@ -65,16 +71,16 @@ class DynamicSinks(Refresh):
         for layer in layers:
             unknown = [name for name in layer.arguments if name in ("softcap", "s_aux", "position_bias")]
             if not layer.interface or unknown:
-                what = ", ".join(unknown) or "attention of its own"
+                what = ", ".join(unknown) or "its own attention function"
                 return f"layer {layer.index} ({layer.name}) has {what}, so the attention that a token gets is not a softmax of its scores"
         if any(isinstance(stock, _compat.LinearAttentionLayer) and index in plan.rules for index, stock in enumerate(plan.stock_layers())):
-            return "its attention layers hold recurrent states beside keys and values"
+            return "its attention layers hold recurrent states in addition to keys and values"
         return super().obstacle(plan, layers)
 
 
 @dataclass(eq=False)
 class HeavyHitterRule(LayerRule):
-    """Layers with N exchanged slots; ``sinks`` counts those too, so S + N."""
+    """The rule of layers with N exchanged slots; ``sinks`` counts those too, so it is S + N."""
 
     refresh: DynamicSinks = DynamicSinks()
 
@@ -89,7 +95,7 @@ class HeavyHitterCache(RefreshedCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove < 0:
-            raise StreamError(f"{self.options.spec} has counted the attention of tokens that were fed, so they cannot be taken back")
+            raise StreamError(f"{self.options.spec} has counted the attention of tokens that were fed, so they cannot be rolled back")
         super().crop(tokens_to_remove)
 
 
@@ -112,8 +118,8 @@ class HeavyHitterLayer(StreamLayer):
     def logs(self) -> bool:
         return True
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _clear(self) -> None:
+        super()._clear()
         self.mass = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,10 +141,13 @@ class HeavyHitterLayer(StreamLayer):
         tokens: torch.Tensor,
         scaling: float | None,
     ) -> None:
-        """Add the attention of queries [B, H, T, K] to keys [B, H or a divisor, n, K] (token numbers [B or 1, n]) to the mass.
+        """Add the attention that queries give to keys to the mass of the keys.
 
         Args:
-            mask: [B or 1, 1, T, n], True where visible, or what to add to the scores; None hides nothing.
+            query, key: [B, H, T, K] and [B, H or a divisor, n, K].
+            mask: [B or 1, 1, T, n], True where visible, or numbers to add to the scores; None hides nothing.
+            tokens: [B or 1, n] token numbers of the keys.
+            scaling: of the scores; None for ``K ** -0.5``.
         """
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             batch = len(query)
@@ -153,16 +162,16 @@ class HeavyHitterLayer(StreamLayer):
             self.mass.scatter_add_(2, self._per_head(self._places(rows), batch), weights)
 
     def exchange(self, rows: torch.Tensor, pads: torch.Tensor) -> None:
-        """Choose anew which tokens the N slots hold, in the batch rows [n] with this padding [n]."""
+        """Choose again which tokens the N slots hold, in the batch rows [n] with this padding [n]."""
         rule, seen = self.rule, self.stream.seen
         count, every, device = rule.refresh.n, rule.refresh.every, self.keys.device
-        fixed, place = rule.sinks - count, rule.refresh.place(rule)
+        fixed, place = rule.sinks - count, rule.refresh.first_position(rule)
         rows, pads, order = rows.to(device), pads.to(device)[:, None], torch.arange(count, device=device)
-        # Candidates: what is in the slots, then what was evicted since the last time; in order of the text.
+        # Candidates: the tokens in the slots, then those evicted since the last choice; in sequence order.
         slots = (pads + fixed + order) % rule.sinks  # [n, N]
         evicted = torch.arange(seen - rule.window - every, seen - rule.window, device=device)
         assert self.log is not None
-        logged = [log[rows].index_select(2, evicted % every) for log in self.log]
+        logged = [log[rows].index_select(2, evicted % every) for log in self.log]  # every == log.length
         kept = [_at(x[rows], slots) for x in (self.keys, self.values)]
         keys, values = (torch.cat(pair, 2) for pair in zip(kept, logged, strict=True))
         places = torch.cat([(fixed + order).expand(len(rows), -1), self._places(evicted - pads)], 1)
@@ -170,27 +179,28 @@ class HeavyHitterLayer(StreamLayer):
         masses[:, :, :count] *= rule.window / (rule.window + every)
         chosen = masses.topk(count, dim=2).indices.sort(2).values  # [n, G, N]
         if rule.rotary is not None:
-            assert self.raw is not None and self.raw_quarter is not None
-            part = torch.cat([_at(self.raw[rows], slots), self._rotated(*logged).float()], 2)
+            assert self.unrotated is not None
+            all_raw = self.unrotated.raw
+            raw = all_raw[rows]
+            part = torch.cat([_at(raw, slots), self._rotated_part(*logged).float()], 2)
             first = seen - pads == rule.capacity + every  # the slots hold the tokens after the sinks, where those were
             base = of_rows(self.stream.base.to(device), rows)[:, None]
-            stands = torch.cat([torch.where(first, fixed, place) + order, evicted - pads - base], 1)  # [n, N + R]
-            offsets = place + order - stands[:, None].expand(-1, masses.shape[1], -1).gather(2, chosen)
+            positions = torch.cat([torch.where(first, fixed, place) + order, evicted - pads - base], 1)  # [n, N + R]
+            offsets = place + order - positions[:, None].expand(-1, masses.shape[1], -1).gather(2, chosen)
             cos, sin = rule.rotary.angles(offsets)
-            raw = self.raw[rows]
-            self.raw[rows] = _put(raw, slots, rule.rotary.rotate(_at(part, chosen), cos, sin, 0))
-            self.raw_quarter.copy_(rule.rotary.quarter_rotated(self.raw))
+            all_raw[rows] = _put(raw, slots, rule.rotary.rotate(_at(part, chosen), cos, sin, 0))
+            self.unrotated.update_quarter(rule.rotary)
         self.keys[rows] = _put(self.keys[rows], slots, _at(keys, chosen))
         self.values[rows] = _put(self.values[rows], slots, _at(values, chosen))
         self.mass[rows[:, None], :, (fixed + order)[None]] = masses.gather(2, chosen).transpose(1, 2)
 
     def _places(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where in ``mass`` the tokens at these row positions [B or 1, n] are; padding anywhere."""
+        """Indices into the last dimension of ``mass`` for tokens at these row positions [B or 1, n]; arbitrary for padding."""
         sinks, later = self.rule.sinks, self.rule.window + self.rule.refresh.every
         return torch.where(rows < sinks, rows.clamp(min=0), sinks + (rows - sinks) % later)
 
     def _per_head(self, places: torch.Tensor, batch: int) -> torch.Tensor:
-        """Places [B or 1, n] as an index [B, G, n]."""
+        """Expand indices [B or 1, n] to [B, G, n]."""
         return places.to(self.mass.device)[:, None].expand(batch, self.mass.shape[1], -1)
 
     def can_roll_back(self, count: int) -> bool:
@@ -206,7 +216,7 @@ class HeavyHitterLayer(StreamLayer):
 
 
 def _wide(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Places [n, m] or [n, G, m] of x [n, G, C, D] as an index [n, G, m, D]."""
+    """Expand indices [n, m] or [n, G, m] into x [n, G, C, D] to [n, G, m, D]."""
     places = places[:, None] if places.ndim == 2 else places
     return places[..., None].expand(-1, x.shape[1], -1, x.shape[3])
 

@@ -1,4 +1,4 @@
-"""Hooks around the decoder: a forward of a stream begins and ends."""
+"""Hooks before and after the decoder, which begin and end a forward of a stream."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from patchkit.streaming.stream import Stream
 
 
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Give the decoder our cache and bounded positions, and announce the context to the attention layers."""
+    """Give the decoder a streaming cache and bounded positions, and the attention layers the context of this forward."""
     runtime = runtime_of(decoder)
     assert runtime is not None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache = kwargs.get(_compat.CACHE)
     if _compat.is_paged(kwargs):
-        raise StreamError("continuous batching has a paged cache of its own and would bypass the streaming window: unpatch_model first")
+        raise StreamError("continuous batching has its own paged cache and would bypass the streaming window: unpatch_model first")
     if decoder.training:
         if isinstance(cache, StreamingCache):
             raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
@@ -35,7 +35,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         forget_masks(runtime)
         runtime.context = runtime.cache = None
         return None
-    # PyTorch leaves out the hook that gives it back where KeyboardInterrupt ends a forward.
+    # PyTorch does not call the hook that gives it back where KeyboardInterrupt ends a forward.
     runtime.exclusive.take(f"a forward of this {type(decoder).__name__}", decoder, nested=False)
     runtime.context = runtime.cache = None
     refuse_other_attention(runtime.configs)
@@ -55,9 +55,9 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         kwargs[_compat.CACHE] = cache
     if cache is not None and not (isinstance(cache, StreamingCache) and cache.plan is runtime.plan):
         raise StreamError(
-            f"this model streams with a cache of its own, and was given a {type(cache).__name__}. Leave {_compat.CACHE} out of the first "
-            "call, and pass on what it returns. A cache made before the model was patched, by another model, or loaded from a pickle "
-            "cannot be used (copy.deepcopy can), nor can the prefix of PEFT's prefix tuning."
+            f"this model streams with its own cache, and was given a {type(cache).__name__}. Leave {_compat.CACHE} out of the first "
+            "call, and pass the cache that it returns to the next. A cache made before the model was patched, by another model, or "
+            "loaded from a pickle cannot be used (copy.deepcopy can), nor can the prefix of PEFT's prefix tuning."
         )
     stream = cache.stream if cache is not None else Stream(runtime.plan)
     notice_padding(stream, kwargs.get("attention_mask"), batch, tokens)
@@ -81,7 +81,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def forget_masks(runtime: Runtime) -> None:
-    """A forward that was interrupted has left behind what its masks came from."""
+    """Remove the mask builder that an interrupted forward has left behind."""
     if runtime.own_masks is not None:
         found = swap_mask_builder(None)
         if found is not runtime.own_masks:
@@ -93,7 +93,7 @@ def after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> No
     """Count the tokens as seen; runs after a failed forward too, with no output."""
     runtime = runtime_of(decoder)
     assert runtime is not None
-    if not runtime.exclusive.give_back():  # refused: what is there belongs to another thread
+    if not runtime.exclusive.give_back():  # refused: the state belongs to another thread's forward
         return
     context, cache = runtime.context, runtime.cache
     if context is None:
@@ -104,7 +104,7 @@ def after_forward(decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> No
         return
     if cache is not None:
         cache.stream.commit()
-    if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
+    if torch.compiler.is_compiling():  # by the user: a count that changes would need a new graph for every call
         return
     for rule, hits in runtime.counters:
         rule.count(hits, context)

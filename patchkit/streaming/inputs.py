@@ -1,4 +1,4 @@
-"""What a forward of a stream may be given: padding on the left, positions that go up by one."""
+"""Checks of a streaming forward's inputs: padding on the left, positions that go up by one."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from patchkit.streaming.stream import Stream
 
 
 def notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int) -> None:
-    """Read each row's left padding off the 2-D mask [B, seen + T].
+    """Read each row's left padding off the 2-D mask [B, seen + T] and set it in ``stream``.
 
     Raises:
-        StreamError: the mask is not 2-D, has another length, or hides tokens between others.
+        StreamError: the mask is not 2-D, has another shape, hides tokens between others, or contradicts earlier calls.
     """
     if attention_mask is None:
         return
     if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
         raise StreamError(
-            "a streaming model takes a 2-D attention_mask [batch, tokens] of zeros and ones, or none: its own rule makes the 4-D mask"
+            "a streaming model takes a 2-D attention_mask [batch, tokens] of zeros and ones, or none: it makes the 4-D mask itself"
         )
     # Once every row has begun and none has ended, later steps of one token only add to the rows.
-    if tokens == 1 and stream.seen > 0 and not stream.mask_unsettled:
+    if tokens == 1 and stream.seen > 0 and not stream.must_read_mask:
         return
     end = stream.seen + tokens
     if attention_mask.shape != (batch, end):
         raise StreamError(f"attention_mask has shape {tuple(attention_mask.shape)}: it must cover all tokens so far, ({batch}, {end})")
     real = attention_mask.bool()
     if bool(real.all()):
-        stream.mask_unsettled = False
+        stream.must_read_mask = False
         if stream.pads is not None and bool((stream.pads > 0).any()):
             raise StreamError(
                 "attention_mask shows tokens that earlier calls gave as padding: pass the same mask, extended by the new tokens"
@@ -46,16 +46,20 @@ def notice_padding(stream: Stream, attention_mask: Any, batch: int, tokens: int)
         )
     if stream.seen and stream.pads is None and bool((pads > 0).any()) and bool((pads < stream.seen).any()):
         raise StreamError("attention_mask hides tokens that earlier calls gave as real: pass the same mask, extended by the new tokens")
-    stream.mask_unsettled = bool((~real[:, -1]).any())
+    stream.must_read_mask = bool((~real[:, -1]).any())
     if bool((pads > 0).any()):
         stream.set_pads(pads)
 
 
 def refuse_packing(position_ids: Any, attention_mask: Any, seen: int, tokens: int) -> None:
-    """Positions of a forward of several tokens must go up by one; they are otherwise ours to choose.
+    """Refuse positions of a forward of several tokens that do not go up by one. Other given positions are replaced, not used.
+
+    Args:
+        position_ids: [B, T], [axes, B, T], or None.
+        attention_mask: [B, seen + T] or None; positions of padding are not checked.
 
     Raises:
-        StreamError: they restart (packed sequences), jump, or have several axes that differ (images).
+        StreamError: positions restart (packed sequences), jump, or have several axes that differ (images).
     """
     if position_ids is None or tokens == 1:
         return

@@ -20,7 +20,7 @@ from patchkit.streaming.runtime import Runtime, frequencies_of, keep_runtime, ru
 
 
 def install_window(target: Target, handle: Handle, plan: Plan, owned: list[AttentionLayer]) -> None:
-    """Make the layers ``owned`` attend by the rules of ``plan``."""
+    """Make the layers ``owned`` attend by the rules of ``plan``, and report it in the handle's record."""
     runtime = open_stream(target, handle, plan)
     masked = masked_implementation(target)
     for layer in owned:
@@ -31,11 +31,12 @@ def install_window(target: Target, handle: Handle, plan: Plan, owned: list[Atten
 
 
 def warn_of_positions(handle: Handle) -> None:
+    """Record that positions grow with the sequence."""
     handle.record.warn("layers that patchkit does not keep need true positions, so positions are not bounded")
 
 
 def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
-    """The stream of this model: a new one, or that of another patch, which from now on has both plans.
+    """Install the runtime of ``plan`` on the decoder, or join ``plan`` to the runtime that another patch has installed.
 
     Raises:
         PatchConflict: both plans have rules for one layer.
@@ -66,11 +67,7 @@ def open_stream(target: Target, handle: Handle, plan: Plan) -> Runtime:
 
 
 def stream_layer(layer: AttentionLayer, handle: Handle, runtime: Runtime, masked: str) -> None:
-    """Make one layer attend by its rule.
-
-    Args:
-        masked: the implementation of attention that runs where a mask is needed (`masked_implementation`).
-    """
+    """Make one layer attend by its rule; ``masked`` names the attention that runs where a mask is needed (`masked_implementation`)."""
     rule = runtime.plan.rules[layer.index]
     if layer.alibi is not None:
         handle.set_attribute(layer.module, BIAS, Alibi(runtime, rule, layer))
@@ -82,7 +79,7 @@ def stream_layer(layer: AttentionLayer, handle: Handle, runtime: Runtime, masked
 
 
 def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
-    """Say which layers were changed, and which not, and why."""
+    """Record which layers were changed, which were left alone, and why."""
     layers = target.attention_layers
     changed = [layer for layer in layers if layer.kind == "full" and layer.index in plan.rules]
     sliding, chunked = ([layer for layer in layers if layer.kind == kind] for kind in ("sliding", "chunked"))
@@ -97,7 +94,7 @@ def report_layers(target: Target, handle: Handle, plan: Plan) -> None:
 
 
 def masked_implementation(target: Target) -> str:
-    """The implementation of attention that runs where a mask is needed: the model's own, unless that takes no mask of this kind."""
+    """Name the attention implementation that runs where a mask is needed: the model's own, unless that takes no mask of this kind."""
     own = target.attention_implementation
     if own in ("eager", "sdpa"):
         return own

@@ -1,11 +1,10 @@
 """One layer's sinks and window.
 
-Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim; S sinks, W window. `patchkit.streaming.cache` says where keys stand.
+Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim; S sinks, W window. Positions: see `patchkit.streaming.cache`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from patchkit import _compat
 from patchkit.errors import StreamError
 from patchkit.static_step import Sinks, StepLayer, of_one_dtype
+from patchkit.streaming.rollback_log import ROLLBACK, RollbackLog
 from patchkit.streaming.rule import ForwardContext, LayerRule
+from patchkit.streaming.sinks import UnrotatedSinks
 from patchkit.streaming.stream import Stream
-
-# Tokens that a cache which records its past can take back. Assisted generation drafts 20 or so at a time.
-ROLLBACK = 256
 
 
 class StreamLayer(_compat.CacheLayerMixin):
@@ -38,16 +36,13 @@ class StreamLayer(_compat.CacheLayerMixin):
         self.rule = rule
         self.stream = stream
         self.is_sliding = rule.sliding
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        # The sinks' rotated dimensions, unrotated, in float32, and the same rotated by a right angle; kept once tokens are evicted.
-        self.raw: torch.Tensor | None = None
-        self.raw_quarter: torch.Tensor | None = None
-        # Evicted tokens, in slot ``token % log_length``, while `logs`.
-        self.log: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.unrotated: UnrotatedSinks | None = None  # kept once tokens are evicted
+        self.log: RollbackLog | None = None  # of evicted tokens, while `logs`
 
     # -- transformers' contract of a cache layer ---------------------------------------------------------------------------
 
@@ -69,23 +64,23 @@ class StreamLayer(_compat.CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = self._of_one_dtype(key_states, value_states)
-        if context.many:
+        if context.in_blocks:
             return self._extend(context, key_states, value_states)
         if context.start < self.rule.capacity:
             if context.start < self.rule.sinks:
-                self.raw = None
+                self.unrotated = None
             self.keys[:, :, context.start] = key_states[:, :, 0]
             self.values[:, :, context.start] = value_states[:, :, 0]
             return self.keys[:, :, : context.end], self.values[:, :, : context.end]
         return self._step(context, key_states, value_states)
 
     def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is kept and what is new in the wider of their dtypes, as in a cache that concatenates them: autocast may begin or end."""
+        """Convert new and kept keys and values to the wider of their dtypes, as concatenation does: autocast may begin or end."""
         before = self.keys.dtype, self.values.dtype
         keys, values = of_one_dtype(self, keys, values)
         if (self.keys.dtype, self.values.dtype) != before:
             if self.log is not None:
-                self.log = self.log[0].to(self.keys.dtype), self.log[1].to(self.values.dtype)
+                self.log = RollbackLog(self.log.keys.to(self.keys.dtype), self.log.values.to(self.values.dtype))
             self.stream.step = None
         return keys, values
 
@@ -106,9 +101,10 @@ class StreamLayer(_compat.CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self._forget()
+        self._clear()
 
     def activate_past_recording(self) -> None:
+        """Log evicted tokens from now on, for `roll_back`."""
         self.record_past = True
 
     @property
@@ -127,23 +123,23 @@ class StreamLayer(_compat.CacheLayerMixin):
         """Whether evicted tokens are kept in the log."""
         return self.stream.recording
 
-    # -- one token, steady state -------------------------------------------------------------------------------------------
+    # -- one token, once sinks and window are full -------------------------------------------------------------------------
 
     def _step(self, context: ForwardContext, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, cos, sin = self.stream.held_tensors(self.rule)[:3]
+        slot, cos, sin = self.stream.fixed_tensors(self.rule)[:3]
         slot = slot.to(k.device)
         self._before_overwriting(context, slot)
         self.keys.index_copy_(2, slot, k)
         self.values.index_copy_(2, slot, v)
-        if self.raw is not None and cos is not None and sin is not None:
-            assert self.raw_quarter is not None
-            rotated = torch.addcmul(self.raw * cos.to(k.device), self.raw_quarter, sin.to(k.device))
-            self._rotated(self.keys, self.values)[:, :, : self.rule.sinks].copy_(rotated)
+        if self.unrotated is not None and cos is not None and sin is not None:
+            raw, quarter = self.unrotated
+            rotated = torch.addcmul(raw * cos.to(k.device), quarter, sin.to(k.device))
+            self._rotated_part(self.keys, self.values)[:, :, : self.rule.sinks].copy_(rotated)
         return self.keys, self.values
 
     def _before_overwriting(self, context: ForwardContext, slot: torch.Tensor) -> None:
-        """Keep what the token's slot [1] holds, and still is needed."""
-        if self.rule.sinks and self.raw is None:
+        """Save the token in ``slot`` [1], which the next write evicts, where a rollback or a padded row's sinks need it."""
+        if self.rule.sinks and self.unrotated is None:
             self._capture_sinks()
         if self.logs:
             token = torch.tensor([context.start - self.rule.window], device=self.keys.device)
@@ -154,31 +150,32 @@ class StreamLayer(_compat.CacheLayerMixin):
                 self._keep_sinks(context, dropped, self.keys.index_select(2, slot), self.values.index_select(2, slot))
 
     def before_fixed_step(self, context: ForwardContext) -> None:
-        """What `_step` does before it writes."""
+        """Do what `_step` does before it writes: compiled code only writes."""
         if context.start >= self.rule.capacity:
-            self._before_overwriting(context, self.stream.held_tensors(self.rule)[0])
-        elif self.rule.sinks and self.raw is None:
+            self._before_overwriting(context, self.stream.fixed_tensors(self.rule)[0])
+        elif self.rule.sinks and self.unrotated is None:
             self._capture_sinks()
 
-    def fixed(self) -> StepLayer:
-        """This layer as compiled code sees it."""
-        return StepLayer(self.keys, self.values, self.stream.held_tensors(self.rule)[0], self._fixed_sinks())
+    def as_step_layer(self) -> StepLayer:
+        """Return the view of this layer that compiled code works on."""
+        return StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule)[0], self._fixed_sinks())
 
     def _fixed_sinks(self) -> Sinks | None:
-        """What a compiled step rotates the sinks with; None where they stay as they are."""
-        _, cos, sin = self.stream.held_tensors(self.rule)[:3]
-        if self.raw is None or self.raw_quarter is None or cos is None or sin is None:
+        """Tensors by which a compiled step rotates the sinks; None where it leaves them as they are."""
+        _, cos, sin = self.stream.fixed_tensors(self.rule)[:3]
+        if self.unrotated is None or cos is None or sin is None:
             return None
         rotary = self.rule.rotary
         assert rotary is not None
-        return Sinks(rotary.slot == "values", rotary.cached_start, self.raw, self.raw_quarter, cos, sin)
+        return Sinks(rotary.slot == "values", rotary.cached_start, *self.unrotated, cos, sin)
 
-    # -- several tokens ----------------------------------------------------------------------------------------------------
+    # -- several tokens, or one with gradients -----------------------------------------------------------------------------
 
     def _extend(self, context: ForwardContext, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Concatenate what is kept and what is new for this forward's attention, then store the new tokens without their gradients."""
         rule = self.rule
         if rule.rotary is not None and context.repositions:
-            k, v = self._rotated_by(k, v, *context.window_rotation(rule.rotary))
+            k, v = rule.rotary.rotate_cached(k, v, *context.window_rotation(rule.rotary))
         if context.start == 0:
             keys, values = k, v
         else:
@@ -200,13 +197,13 @@ class StreamLayer(_compat.CacheLayerMixin):
         slots = rule.slot(torch.arange(start + kept, end, device=k.device))
         first_sinks = min(rule.sinks, end) - start
         if first_sinks > 0:
-            self.raw = None
+            self.unrotated = None
             self.keys[:, :, start : start + first_sinks] = k[:, :, :first_sinks]
             self.values[:, :, start : start + first_sinks] = v[:, :, :first_sinks]
         self.keys.index_copy_(2, slots, k[:, :, kept:])
         self.values.index_copy_(2, slots, v[:, :, kept:])
         if dropped and rule.sinks:
-            if self.raw is None:
+            if self.unrotated is None:
                 self._capture_sinks()
             if context.pads is not None:
                 for token in range(dropped.start, min(dropped.stop, self.stream.most_pads + rule.sinks)):
@@ -214,96 +211,84 @@ class StreamLayer(_compat.CacheLayerMixin):
                     self._keep_sinks(context, token, keys[:, :, row : row + 1], values[:, :, row : row + 1])
 
     def _in_time_order(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of what is kept, oldest first, sinks before the window and rotated for a forward of several tokens."""
+        """Copies of the kept keys and values, oldest first; sinks come before the window, rotated as a forward in blocks needs them."""
         rule = self.rule
         if start < rule.capacity:
             return self.keys[:, :, :start], self.values[:, :, :start]
         oldest = rule.slot(start)
-        sinks = self._sinks_for_many()
+        sinks = self._sinks_for_blocks()
         rings = (self.keys, self.values)
         keys, values = (torch.cat([s, x[:, :, oldest:], x[:, :, rule.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
         return keys, values
 
-    def _sinks_for_many(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sinks' keys and values: at their row positions, or with true distances at their bounded positions."""
+    def _sinks_for_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the sinks' keys and values, rotated to their row positions or, with true distances, to their bounded positions."""
         keys, values = self.keys[:, :, : self.rule.sinks].clone(), self.values[:, :, : self.rule.sinks].clone()
         if self.rule.rotary is not None and self.rule.sinks:
-            if self.raw is None:
+            if self.unrotated is None:
                 self._capture_sinks()
-            assert self.raw is not None and self.raw_quarter is not None
-            raw = self.raw
+            assert self.unrotated is not None
+            raw, quarter = self.unrotated
             if not self.rule.in_cache:
                 cos, sin = self.rule.rotary.angles(-self.stream.base[:, None, None].to(raw.device))
-                raw = raw * cos + self.raw_quarter * sin
-            self._rotated(keys, values).copy_(raw)
+                raw = raw * cos + quarter * sin
+            self._rotated_part(keys, values).copy_(raw)
         return keys, values
 
     # -- sinks, log, rotations -------------------------------------------------------------------------------------------------
 
-    def _rotated(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """A view of the rotated dimensions."""
-        rotary = self.rule.rotary
-        assert rotary is not None
-        x = keys if rotary.slot == "keys" else values
-        return x[..., rotary.cached_start : rotary.cached_start + rotary.width]
-
-    def _rotated_by(self, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rotary = self.rule.rotary
-        assert rotary is not None
-        cos, sin = cos.to(k.device), sin.to(k.device)
-        if rotary.slot == "keys":
-            return rotary.rotate(k, cos, sin, rotary.cached_start), v
-        return k, rotary.rotate(v, cos, sin, rotary.cached_start)
+    def _rotated_part(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A view of the rotated dimensions [..., n] of keys [..., K] or values [..., V]."""
+        assert self.rule.rotary is not None
+        return self.rule.rotary.cached_part(keys, values)
 
     def _capture_sinks(self) -> None:
-        """Keep the sinks as they are, unrotated, before the first eviction."""
+        """Copy the sinks before the first eviction, while they are not rotated yet."""
         if self.rule.rotary is not None:
             self.stream.step = None
-            self.raw = self._rotated(self.keys, self.values)[:, :, : self.rule.sinks].float().clone()
-            self.raw_quarter = self.rule.rotary.quarter_rotated(self.raw)
+            self.unrotated = UnrotatedSinks.of(self._rotated_part(self.keys, self.values)[:, :, : self.rule.sinks], self.rule.rotary)
 
     def _keep_sinks(self, context: ForwardContext, token: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Where the dropped ``token`` (its key and value [B, G, 1, *]) is a sink of a left-padded row, move it to its slot."""
+        """Move the evicted ``token`` (key [B, G, 1, K], value [B, G, 1, V]) to its sink slot, in left-padded rows where it is a sink."""
         assert context.pads is not None
         row = token - context.pads
         mine = ((row >= 0) & (row < self.rule.sinks)).to(k.device)[:, None, None]
         slot = token % self.rule.sinks
-        if self.raw is not None:
+        if self.unrotated is not None:
             assert self.rule.rotary is not None
-            self.raw[:, :, slot] = torch.where(mine, self._rotated(k, v)[:, :, 0].float(), self.raw[:, :, slot])
-            assert self.raw_quarter is not None
-            self.raw_quarter.copy_(self.rule.rotary.quarter_rotated(self.raw))
+            raw = self.unrotated.raw
+            raw[:, :, slot] = torch.where(mine, self._rotated_part(k, v)[:, :, 0].float(), raw[:, :, slot])
+            self.unrotated.update_quarter(self.rule.rotary)
         self.keys[:, :, slot] = torch.where(mine, k[:, :, 0], self.keys[:, :, slot])
         self.values[:, :, slot] = torch.where(mine, v[:, :, 0], self.values[:, :, slot])
 
     def _write_log(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if self.log is None:
-            self.log = k.new_zeros(*k.shape[:2], self.log_length, k.shape[-1]), v.new_zeros(*v.shape[:2], self.log_length, v.shape[-1])
-        for log, x in zip(self.log, (k, v), strict=True):
-            log.index_copy_(2, tokens % self.log_length, x)
+            self.log = RollbackLog.empty(k, v, self.log_length)
+        self.log.write(tokens, k, v)
 
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Turn every key of the ring, and of the log, by one angle [B or 1, 1, 1, n] per row."""
+        """Rotate every key of the ring and of the log by one angle per row, given as cosine and sine [B or 1, 1, 1, n]."""
         if not self.is_initialized:
             return
         rotary = self.rule.rotary
         assert rotary is not None
         cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
         for keys, values in [(self.keys[:, :, self.rule.sinks :], self.values[:, :, self.rule.sinks :]), *([self.log] if self.log else [])]:
-            part = self._rotated(keys, values)
+            part = self._rotated_part(keys, values)
             part.copy_(rotary.rotate(part, cos, sin, 0))
 
     def overwrite(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Replace what is kept of the batch rows [n], in the same slots: keys [n, G, S+W, K] (sinks at their row positions), values."""
+        """Replace all slots of the batch rows [n] by keys [n, G, S+W, K], with sinks at their row positions, and values [n, G, S+W, V]."""
         rows = rows.to(self.keys.device)
         self.keys[rows], self.values[rows] = keys, values
-        if self.raw is not None and self.raw_quarter is not None:
-            self.raw[rows] = self._rotated(keys, values)[:, :, : self.rule.sinks].float()
+        if self.unrotated is not None:
             assert self.rule.rotary is not None
-            self.raw_quarter.copy_(self.rule.rotary.quarter_rotated(self.raw))
+            self.unrotated.raw[rows] = self._rotated_part(keys, values)[:, :, : self.rule.sinks].float()
+            self.unrotated.update_quarter(self.rule.rotary)
 
     def can_roll_back(self, count: int) -> bool:
-        """Whether the tokens that the last ``count`` ones pushed out of the window are on record."""
+        """Whether the tokens that the last ``count`` ones pushed out of the window are in the log."""
         stream, rule = self.stream, self.rule
         kept = stream.seen - count
         if count == 0 or stream.seen <= rule.capacity:
@@ -317,58 +302,25 @@ class StreamLayer(_compat.CacheLayerMixin):
         if not self.is_initialized or count == 0 or seen <= rule.capacity:
             return
         first = max(seen - count, rule.capacity)
-        # Later ones pushed out tokens that are taken back themselves.
+        # Later ones pushed out tokens that are rolled back themselves.
         tokens = torch.arange(first, min(first + rule.window, seen), device=self.keys.device)
         assert self.log is not None
-        for ring, log in zip((self.keys, self.values), self.log, strict=True):
-            ring.index_copy_(2, rule.slot(tokens), log.index_select(2, (tokens - rule.window) % ROLLBACK))
-        if self.raw is not None:
-            self._rotated(self.keys, self.values)[:, :, : rule.sinks].copy_(self.raw)
+        for ring, logged in zip((self.keys, self.values), self.log.read(tokens - rule.window), strict=True):
+            ring.index_copy_(2, rule.slot(tokens), logged)
+        if self.unrotated is not None:
+            self._rotated_part(self.keys, self.values)[:, :, : rule.sinks].copy_(self.unrotated.raw)
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a selection of batch rows to everything kept."""
         if not self.is_initialized:
             return
         self.keys, self.values = index(self.keys), index(self.values)
-        if self.raw is not None and self.raw_quarter is not None:
-            self.raw, self.raw_quarter = index(self.raw), index(self.raw_quarter)
+        if self.unrotated is not None:
+            self.unrotated = UnrotatedSinks(*map(index, self.unrotated))
         if self.log is not None:
-            self.log = index(self.log[0]), index(self.log[1])
+            self.log = RollbackLog(*map(index, self.log))
 
     def n_bytes(self) -> int:
         """Bytes of every tensor this layer keeps."""
-        tensors = [self.keys, self.values, self.raw, self.raw_quarter, *(self.log or ())]
+        tensors = [self.keys, self.values, *(self.unrotated or ()), *(self.log or ())]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-class StreamLayerWithState(_compat.LinearAttentionLayer, StreamLayer):  # type: ignore[override]
-    """A `StreamLayer` of a model whose layers hold convolution or recurrent states beside keys and values."""
-
-    is_compileable = False
-
-    def __init__(self, rule: LayerRule, stream: Stream, number_of_states: int) -> None:
-        StreamLayer.__init__(self, rule, stream)
-        _compat.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        # transformers gives keys and values by position, and states by name.
-        if args:
-            StreamLayer.lazy_initialization(self, *args)
-        else:
-            _compat.LinearAttentionLayer.lazy_initialization(self, **kwargs)
-
-    def reset(self) -> None:
-        StreamLayer.reset(self)
-        _compat.LinearAttentionLayer.reset(self)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back tokens from the states; `roll_back` does it for keys and values."""
-        _compat.LinearAttentionLayer.crop(self, tokens_to_remove)
-
-
-@functools.singledispatch
-def make_layer(rule: LayerRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
-    """The cache layer that takes the place of transformers' ``stock`` for attention layer ``index``, by the class of its rule."""
-    if isinstance(stock, _compat.LinearAttentionLayer):
-        return StreamLayerWithState(rule, stream, stock.number_of_states)
-    return StreamLayer(rule, stream)

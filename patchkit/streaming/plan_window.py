@@ -16,10 +16,10 @@ from patchkit.streaming.rule import LayerRule, Plan
 def plan_window(
     target: Target, indices: tuple[int, ...] | None, rule_of: Callable[[Rotary | None], LayerRule], refresh: Refresh | None
 ) -> tuple[Plan, list[AttentionLayer]]:
-    """The rules of all layers that patchkit will keep, and those layers.
+    """Return the plan, with the rules of all layers that patchkit will keep, and those layers.
 
     Args:
-        indices: of the attention layers to patch; None for all with full attention.
+        indices: indices of the attention layers to patch; None for all with full attention.
         rule_of: makes the rule of a layer with this rotary embedding.
 
     Raises:

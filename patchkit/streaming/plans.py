@@ -1,4 +1,4 @@
-"""Which layers of a model stream, and by which rules."""
+"""Plans: the choice of the layers that stream, and their rules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from patchkit.errors import NothingMatched, PatchConflict, UnsupportedModel
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.rule import LayerRule, Plan
 
-# ForwardContext positions are kept below this where the model allows it: small enough for float32 angles, large enough to rotate rarely.
+# Bounded positions stay below this where the model allows it: small enough for float32 angles, large enough to rotate rarely.
 BOUNDED_POSITIONS = 1024
 
 
 def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The option ``layers``, as a tuple.
+    """Return the option ``layers`` as a tuple.
 
     Raises:
         ValueError: it is neither None nor layer indices.
@@ -30,10 +30,10 @@ def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 
 def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> list[AttentionLayer]:
-    """The layers with these indices, in order.
+    """Return the layers with these indices, in ascending order.
 
     Raises:
-        NothingMatched: one does not exist, or has no full attention.
+        NothingMatched: a layer does not exist, or has no full attention.
     """
     by_index = {layer.index: layer for layer in layers}
     for index in indices:
@@ -44,14 +44,15 @@ def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> lis
 
 
 def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable: bool = True) -> tuple[Plan, list[AttentionLayer]]:
-    """The plan of one patch, and the layers in it: the chosen ones and, where all others slide, those too.
+    """Return the plan of one patch, and its layers: the chosen ones and, where all others have a sliding window, those too.
 
     Args:
-        chosen: a rule for each chosen layer; layers with equal rules will share one.
-        movable: positions can be bounded, because no layer has them baked in.
+        patch: its name, for messages.
+        chosen: a rule for each chosen layer, by index; layers with equal rules will share one.
+        movable: positions can be bounded, because no layer's weights depend on them.
 
     Raises:
-        UnsupportedModel: the model does not stream in this way.
+        UnsupportedModel: positions of this model cannot be kept bounded, or layers of one module have different rules.
     """
     layers, name = target.attention_layers, type(target.model).__name__
     capacity, limit = next(iter(chosen.values())).capacity, target.position_limit
@@ -95,9 +96,14 @@ def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable:
 
 
 def joined(target: Target, first: Plan, second: Plan) -> Plan:
+    """Return one plan with the rules of two patches of different layers.
+
+    Raises:
+        PatchConflict: both have rules for one layer.
+    """
     both = sorted(first.rules.keys() & second.rules.keys())
     if both:
-        raise PatchConflict(f"two patches have rules for attention layers {listed(both)}: give each layers of its own with layers=")
+        raise PatchConflict(f"two patches have rules for attention layers {listed(both)}: give each its own layers with layers=")
     rules = dict(sorted({**first.rules, **second.rules}.items()))
     for number, rule in enumerate(dict.fromkeys(rules.values())):
         rule.number = number
@@ -113,10 +119,12 @@ def joined(target: Target, first: Plan, second: Plan) -> Plan:
 
 
 def stock_layers_of(config: Any) -> list[Any]:
+    """Fresh cache layers as transformers makes them for a model with this config."""
     return _compat.DynamicCache(config=config).layers
 
 
 def windows_of(layers: list[AttentionLayer]) -> list[int]:
+    """Sizes in tokens, ascending, of the sliding windows among these layers."""
     return sorted({layer.window for layer in layers if layer.window is not None})
 
 

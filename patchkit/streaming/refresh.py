@@ -1,11 +1,11 @@
-"""RefreshLite: what a streaming cache does every R tokens about what it has forgotten.
+"""RefreshLite: a change of a streaming cache's contents every R tokens, against the loss of evicted tokens.
 
 Shapes: B batch, G kv heads, H query heads, T new tokens, n rows or tokens, K key dim, V value dim; S sinks, W window, C slots of the cache:
 S + W, or S + N + W with the N exchanged slots of `DynamicSinks`.
 
-A row is due before the token at row position ``C + k R``, k = 1, 2, ...: at places in the text, whatever the calls. Forwards of several
-tokens are cut there (`patchkit.streaming.refreshing`), so that logits do not depend on how a text is fed, and rows of a left-padded
-batch are refreshed at their own times.
+A row is refreshed before the token at row position ``C + k R``, k = 1, 2, ...: at fixed positions of the sequence, whatever the calls.
+Forwards of several tokens are cut there (`patchkit.streaming.refreshing`), so that logits do not depend on how a sequence is fed. Rows
+of a left-padded batch are refreshed at their own times.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Run = Callable[[torch.Tensor, StreamingCache], object]
 
 
 class Refresh(Spelled):
-    """What `StreamingLLM(refresh=...)` takes; a subclass is a frozen dataclass.
+    """Options of a refresh, for `StreamingLLM(refresh=...)`; a subclass is a frozen dataclass.
 
     Attributes:
         every: R, tokens between two refreshes.
     """
 
-    # Tokens that were fed can be taken back, and steps can run compiled.
+    # Tokens that were fed can be rolled back, and steps can run compiled.
     can_roll_back: ClassVar[bool] = True
 
     every: int
@@ -45,22 +45,22 @@ class Refresh(Spelled):
                 raise ValueError(f"{field.name}={value!r}: give a whole number of tokens, at least 1")
 
     def rule(self, sinks: int, window: int, rotary: Rotary | None) -> LayerRule:
-        """The rule of a layer."""
+        """Return the rule of a layer with S = ``sinks``, W = ``window`` and this rotary embedding."""
         return LayerRule(sinks, window, rotary)
 
     def new_cache(self, plan: Plan) -> RefreshedCache:
-        """An empty cache."""
+        """Return an empty cache."""
         raise NotImplementedError
 
     def obstacle(self, plan: Plan, layers: list[AttentionLayer]) -> str | None:
-        """Why these layers, all of the model's, cannot be refreshed; None if they can."""
+        """The reason why these attention layers, all of the model's, cannot be refreshed; None if they can."""
         if not plan.owns_all:
             return "some attention layers keep all keys (layers=, or chunked attention), and a refresh is one of the whole model"
         return None
 
 
 class RefreshedCache(StreamingCache):
-    """A `StreamingCache` that is refreshed; `refresh_at` says when, `refresh` does it.
+    """A `StreamingCache` that is refreshed: `refresh_at` gives the time, `refresh` does it.
 
     Attributes:
         refreshed: tokens seen at the last refresh.
@@ -82,14 +82,14 @@ class RefreshedCache(StreamingCache):
 
     @property
     def pads(self) -> list[int]:
-        """Left padding of every row, or [0]; read off the tensor once, because steps must not look into tensors."""
+        """Left padding of every row, or [0]; read off the tensor once, because steps must not read tensor values."""
         pads = self.stream.pads
         if self._pads[0] is not pads:
             self._pads = pads, [0] if pads is None else pads.tolist()
         return self._pads[1]
 
     def refresh_at(self) -> int:
-        """The number of seen tokens, this one or a later one, at which a row is due."""
+        """The number of seen tokens, the current or a later one, at which a row is due for a refresh."""
         first, every = max(self.stream.seen, self.refreshed + 1), self.options.every
         starts = (pad + self.plan.main.capacity for pad in self.pads)
         return min(start + every * max(1, -((start - first) // every)) for start in starts)
@@ -113,7 +113,7 @@ class RefreshedCache(StreamingCache):
         raise NotImplementedError
 
     def remember(self, ids: torch.Tensor | None) -> None:
-        """Take note of the token ids [B, T] that were fed last."""
+        """Record the token ids [B, T] that were fed last, where the refresh needs them; None if embeddings were fed."""
 
     def _row_pads(self, rows: torch.Tensor) -> torch.Tensor:
         """[n] left padding of these rows."""
@@ -122,5 +122,5 @@ class RefreshedCache(StreamingCache):
 
 
 def of_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n] of x [B or 1, ...]; what holds for all holds for them."""
+    """Select the rows [n] of x [B or 1, ...]; a single row stands for all rows."""
     return x[rows] if len(x) > 1 else x

@@ -37,7 +37,7 @@ class Cut:
 def before_refreshed_forward(
     hits: Counter[str], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Refresh the cache where that is due; a forward that goes beyond such a place is run up to it first, and goes on with the rest."""
+    """Refresh the cache where that is due: run a forward that goes beyond such a position up to it, refresh, and go on with the rest."""
     runtime = runtime_of(decoder)
     assert runtime is not None
     kwargs = _compat.by_name(decoder, args, kwargs)
@@ -79,7 +79,7 @@ def before_refreshed_forward(
 
 
 def after_refreshed_forward(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Put the pieces together; runs after a failed forward too, with no output."""
+    """Join the outputs of the pieces. Also called after a failed forward, with ``output`` None."""
     cache = kwargs.get(_compat.CACHE)
     if not isinstance(cache, RefreshedCache):
         return None
@@ -91,7 +91,7 @@ def after_refreshed_forward(decoder: nn.Module, args: Any, kwargs: dict[str, Any
 
 
 def _piece(kwargs: dict[str, Any], cache: RefreshedCache, start: int, end: int, stop: int) -> dict[str, Any]:
-    """The arguments of a forward over tokens ``start`` to ``end``, for those from the first that the cache has not seen to ``stop``."""
+    """Cut the arguments of a forward over tokens ``start`` to ``end`` to the tokens from the first unseen one to ``stop``."""
     part = slice(cache.stream.seen - start, stop - start)
     batched = {name: x[:, part] for name, x in kwargs.items() if torch.is_tensor(x) and x.ndim > 1 and x.shape[1] == end - start}
     piece = {**kwargs, **batched, _compat.CACHE: cache, "use_cache": True, "position_ids": None}
@@ -109,7 +109,7 @@ def _run_uncounted(runtime: Runtime, decoder: nn.Module, ids: torch.Tensor, cach
 
 
 def _joined_outputs(outputs: list[Any], keeps_cache: bool) -> Any:
-    """One output of all pieces: tensors [B, T, ...] one after the other, and the cache of the last."""
+    """Join outputs of consecutive pieces into one: concatenate tensors [B, T, ...], and keep the cache of the last."""
     last = outputs[-1]
     if isinstance(last, _compat.Cache):
         return last if keeps_cache else None
@@ -121,7 +121,7 @@ def _joined_outputs(outputs: list[Any], keeps_cache: bool) -> Any:
         return type(last)(**{name: _joined_outputs([output[name] for output in outputs], keeps_cache) for name in last})
     if isinstance(last, tuple):
         return tuple(_joined_outputs(list(each), keeps_cache) for each in zip(*outputs, strict=True))
-    raise StreamError(f"a refresh cuts this forward, and a {type(last).__name__} of its pieces cannot be put together: feed fewer tokens")
+    raise StreamError(f"a refresh cuts this forward, and a {type(last).__name__} of its pieces cannot be joined: feed fewer tokens")
 
 
 def install_refresh(decoder: nn.Module, handle: Handle) -> None:

@@ -1,6 +1,6 @@
 """The rule of a layer (`LayerRule`), the rules of a model (`Plan`), and the positions of one forward (`ForwardContext`).
 
-Shapes: B batch, T new tokens. Tokens are numbered as they are fed; `patchkit.streaming.cache` says where keys stand.
+Shapes: B batch, T new tokens. Tokens are numbered as they are fed; `patchkit.streaming.cache` tells at which positions keys are.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from patchkit.anatomy.rotary import Rotary, same_rotary
 
 @dataclass(eq=False)
 class LayerRule:
-    """What the layers with one rule share: S sinks, a window of W tokens, one rotary embedding.
+    """The rule of one or several layers: S sinks, a window of W tokens, one rotary embedding.
 
     Attributes:
-        number: its place in `StepCache.masks`.
-        in_cache: sinks stand at their distance inside the cache (the paper's rule); else at their true distance.
-        sliding: it is the layers' own rule, which no patch asked for.
+        number: the index of its mask in `StepCache.masks`.
+        in_cache: the distance to a sink is that inside the cache (the paper's rule); otherwise the true distance.
+        sliding: the model itself has this sliding window; no patch asked for it.
     """
 
     sinks: int
@@ -43,8 +43,8 @@ class LayerRule:
         return type(self) is type(other) and mine == its and same_rotary(self.rotary, other.rotary)
 
     @property
-    def steps_from(self) -> int:
-        """Tokens seen from which on a step needs `step_tensors`."""
+    def full_from(self) -> int:
+        """Number of tokens that fill sinks and window; every later token pushes one out, and a step needs `step_tensors`."""
         return self.capacity
 
     @property
@@ -53,11 +53,19 @@ class LayerRule:
         return True
 
     def within(self, query: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Which earlier keys a query sees beside the sinks, by the token numbers of both and the query's row position (broadcast)."""
+        """Whether a query sees an earlier key that is no sink: bool, of the broadcast shape of the arguments.
+
+        Args:
+            query, key: token numbers.
+            row: row position of the query.
+        """
         return key > query - self.window
 
     def step_tensors(self, context: ForwardContext) -> list[torch.Tensor | None]:
-        """Of a one-token step: its slot [1], and the cosine and sine [B or 1, 1, 1, n] of the sinks' rotation, if they rotate."""
+        """Tensors that a one-token step needs: its slot [1] int64, then cosine and sine [B or 1, 1, 1, n] of the sinks' rotation.
+
+        Cosine and sine are None if the sinks do not rotate. Subclasses append theirs.
+        """
         token = torch.tensor([context.start], device=context.device)
         cos = sin = None
         if self.sinks and self.rotary is not None:
@@ -81,7 +89,7 @@ class LayerRule:
 
 @dataclass(eq=False)
 class Plan:
-    """How one patched model streams; made once by the patch, shared by all its caches.
+    """The rules of all layers of one patched model; made once by the patch, shared by all its caches.
 
     Attributes:
         rules: the rule of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
@@ -102,7 +110,7 @@ class Plan:
     has_alibi: bool = False
 
     def new_cache(self) -> Any:
-        """An empty cache."""
+        """Return an empty cache."""
         return self.make_cache(self)
 
 
@@ -113,12 +121,13 @@ class ForwardContext:
     Attributes:
         pads: [B] left padding per row, or None.
         base: [B or 1] row position from which the bounded positions of each row are counted.
-        many: the general form, for several tokens at once or when gradients are wanted; else the in-place step of one token.
+        in_blocks: attention in blocks of queries over concatenated keys, for several tokens or when gradients are wanted; otherwise
+            one token is written into the buffers in place.
         cached: keys come from a cache; else they are the T new ones as the model made them.
         sees_every_slot: a step in which every query sees every slot, so that no mask is needed.
         rows: B.
         most_pads: the largest of ``pads``, as a plain number.
-        highest: the most tokens ever seen before this forward, those that were taken back included.
+        highest: the most tokens ever seen before this forward, those that were rolled back included.
     """
 
     plan: Plan
@@ -127,7 +136,7 @@ class ForwardContext:
     pads: torch.Tensor | None
     base: torch.Tensor
     device: torch.device
-    many: bool = True
+    in_blocks: bool = True
     cached: bool = True
     sees_every_slot: bool = False
     rows: int = 1
@@ -141,31 +150,31 @@ class ForwardContext:
         return self.start + self.tokens
 
     def row_positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B or 1, n] row positions of token numbers [n]; negative where the token is padding."""
+        """Row positions [B or 1, n] of the token numbers [n]; negative where the token is padding."""
         return tokens[None] if self.pads is None else tokens[None] - self.pads[:, None]
 
     def excess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B or 1, n] how far each token's row position is beyond the last in-cache position S + W - 1."""
+        """Distances [B or 1, n] of the tokens' row positions beyond the last in-cache position S + W - 1; 0 where not beyond."""
         return (self.row_positions(tokens) - (self.plan.main.capacity - 1)).clamp(min=0)
 
     def position_ids(self) -> torch.Tensor:
-        """[B or 1, T] what the model is told: bounded, and true while nothing has been evicted."""
+        """Position ids [B or 1, T] for the model: bounded, and the true ones while nothing has been evicted."""
         rows = self.row_positions(torch.arange(self.start, self.end, device=self.device))
         if self.plan.limit is not None:
-            rows = rows.clamp(max=self.plan.main.capacity - 1) if self.many else rows - self.base[:, None]
+            rows = rows.clamp(max=self.plan.main.capacity - 1) if self.in_blocks else rows - self.base[:, None]
         return rows.clamp(min=0)
 
     @property
     def repositions(self) -> bool:
         """Whether new keys and queries arrive at other positions than their bounded positions."""
-        return self.plan.limit is not None and self.many and self.end > self.plan.main.capacity
+        return self.plan.limit is not None and self.in_blocks and self.end > self.plan.main.capacity
 
     def window_rotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [B or 1, 1, T, n] from where the model put the new tokens to their bounded positions."""
+        """Cosine and sine [B or 1, 1, T, n] that rotate the new tokens from the model's positions to their bounded positions."""
         return self._rotation(rotary, "window", self.start, lambda tokens: self.excess(tokens) - self.base[:, None])
 
     def sink_rotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [B or 1, 1, T, n] from where the model put the queries to their in-cache positions (unbounded plans only)."""
+        """Cosine and sine [B or 1, 1, T, n] that rotate queries from the model's positions to in-cache ones (unbounded plans only)."""
         return self._rotation(rotary, "sinks", self.start, lambda tokens: -self.excess(tokens))
 
     def inverse_rotation(self, rotary: Rotary, delay: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,12 +193,12 @@ class ForwardContext:
         return self._rotations[key]
 
     def key_tokens(self, rule: LayerRule) -> torch.Tensor:
-        """[B or 1, n] the token number of every key that a layer of ``rule`` attends to, in order; -1 for an empty slot."""
+        """Token numbers [B or 1, n] of the keys that a layer of ``rule`` attends to, in their order; -1 for an empty slot."""
         if self.start < rule.capacity:
             return torch.arange(self.end, device=self.device)[None]
         slots = torch.arange(rule.capacity, device=self.device)
         oldest = self.start - rule.window
-        if self.many:  # sinks, then the window and the new tokens in order of time
+        if self.in_blocks:  # sinks, then the window and the new tokens in order of time
             window = torch.arange(oldest, self.end, device=self.device)
         else:  # slot by slot, after the new token has taken the oldest one's
             window = self.start - (self.start - slots[rule.sinks :]) % rule.window
@@ -203,7 +212,7 @@ class ForwardContext:
         return torch.cat([sinks, window.expand(len(sinks), -1)], 1)
 
     def visible(self, rule: LayerRule, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """[B or 1, 1, queries, keys] which keys (token numbers [B or 1, n]) each query (token numbers [T]) attends to."""
+        """Mask [B or 1, 1, T, n]: True where a query (token numbers [T]) attends to a key (token numbers [B or 1, n])."""
         pads = 0 if self.pads is None else self.pads[:, None, None]
         query, key = queries[None, :, None], keys[:, None, :]
         row = key - pads

@@ -1,4 +1,4 @@
-"""What the hooks of one patched model share."""
+"""State that the hooks of one patched model share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 
 @dataclass(eq=False)
 class Frequencies:
-    """The buffer ``module.name`` that holds the frequencies of ``rotary``, and how to recognise the one that was read last."""
+    """The buffer ``module.name`` that holds the frequencies of ``rotary``; ``read`` identifies the version that was read last."""
 
     rotary: Rotary
     module: nn.Module
@@ -33,7 +33,7 @@ class Frequencies:
     read: tuple[Any, ...] = ()
 
     def follow(self) -> None:
-        """Read the buffer again if it is another one, or was written to."""
+        """Read the buffer again if it has been replaced or written to."""
         buffer: Any = _compat.buffers_of(self.module)[self.name]
         now = id(buffer), buffer.data_ptr(), buffer.dtype, _compat.version_of(buffer)
         if now != self.read:
@@ -42,8 +42,9 @@ class Frequencies:
 
 
 def frequencies_of(target: Target, plan: Plan) -> list[Frequencies]:
+    """The buffers with the frequencies of a plan's rotary embeddings; none where the model itself changes them (dynamic RoPE)."""
     if {"dynamic", "longrope"} & set(_compat.rope_types(target.config)):
-        return []  # the model writes to the buffer in its own forward; the frequencies are those of a short text
+        return []  # the model writes to the buffer in its own forward; the frequencies are those of a short sequence
     modules = dict(target.model.named_modules())
     # Rules share the rotation of one of their layers; a layer rotates its queries by its own.
     rules, layers = plan.rules.values(), [layer for layer in target.attention_layers if layer.index in plan.rules]
@@ -63,15 +64,16 @@ _STATE = "_patchkit_streaming"  # the attribute of a decoder
 
 @dataclass(eq=False)
 class Runtime:
-    """State that the hooks of one patched model share. ``context`` is set while its decoder runs.
+    """State that the hooks of one patched model share.
 
     Attributes:
-        counters: the rule that each patch has brought, and the patch's hits.
-        implementations: of attention, that the configs named before.
+        counters: for each patch, its main rule and its hits.
+        implementations: names of the attention implementations before patching.
         warnings: of the first patch.
-        configs: those in which the alias of our attention must stand.
-        frequencies: where those of the rules' rotations come from.
-        mask_configs: those by which the model's masks are made.
+        configs: configs that must name the alias of patchkit's attention.
+        frequencies: buffers with the frequencies of the rules' rotary embeddings.
+        context: set while the decoder runs, as is ``cache``.
+        mask_configs: configs from which the model's masks are made.
     """
 
     plan: Plan
@@ -83,14 +85,14 @@ class Runtime:
     exclusive: Exclusive = dataclasses.field(default_factory=Exclusive)
     context: ForwardContext | None = None
     cache: StreamingCache | None = None
-    own_masks: Masks | None = None  # while a forward is under way, what its masks come from,
-    outer_masks: Masks | None = None  # and what they came from before
+    own_masks: Masks | None = None  # during a forward, the builder of its masks,
+    outer_masks: Masks | None = None  # and the builder that was set before
     mask_configs: tuple[Any, ...] = ()
     step: StepCache | None = None  # while a fixed step runs, whose tensors are at fixed addresses
 
     @contextlib.contextmanager
     def running(self, step: StepCache) -> Iterator[None]:
-        """Within this context, attention reads cache and masks of ``step``, which `StreamingCache.fixed_step` has handed out."""
+        """Make attention read the cache and masks of ``step``, from `StreamingCache.fixed_step`, within this context."""
         self.step = step
         try:
             yield
@@ -105,10 +107,10 @@ class Runtime:
 
 
 def runtime_of(decoder: nn.Module) -> Runtime | None:
-    """The streaming state of a patched decoder; None of one that does not stream."""
+    """The streaming state of a decoder; None if it does not stream."""
     return vars(decoder).get(_STATE)
 
 
 def keep_runtime(handle: Handle, decoder: nn.Module, runtime: Runtime) -> None:
-    """Leave ``runtime`` on the decoder, until it is unpatched."""
+    """Set ``runtime`` on the decoder, until it is unpatched."""
     handle.set_attribute(decoder, _STATE, runtime)

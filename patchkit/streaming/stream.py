@@ -1,4 +1,4 @@
-"""Where a batch of sequences stands: what all layers of one cache share."""
+"""The state of a batch of sequences that all layers of one cache share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 
 
 class KeptLayer(Protocol):
-    """A cache layer, as far as its stream knows it."""
+    """The part of a cache layer's interface that its stream uses."""
 
     rule: LayerRule
     keys: Any
@@ -21,11 +21,11 @@ class KeptLayer(Protocol):
 
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None: ...
     def before_fixed_step(self, context: ForwardContext) -> None: ...
-    def fixed(self) -> StepLayer: ...
+    def as_step_layer(self) -> StepLayer: ...
 
 
 class Stream:
-    """Where a batch of sequences stands: what all layers of one cache share."""
+    """The state of a batch of sequences that all layers of one cache share: tokens seen, padding, base, the forward in progress."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -44,17 +44,21 @@ class Stream:
         self.context: ForwardContext | None = None
         self.broken = False
         self.in_inference = False  # a forward ran in inference mode, whose tensors can be written to there only
-        self.mask_unsettled = False  # a row has not begun yet, or ended in padding: the next mask must be read again
-        self._held_tensors: dict[int, list[Any]] = {}
+        self.must_read_mask = False  # a row has not begun yet, or ended in padding: the next mask must be read again
+        self._fixed_tensors: dict[int, list[Any]] = {}
         self.step: StepCache | None = None  # made when first wanted, dropped when a tensor in it is replaced
 
     def set_pads(self, pads: torch.Tensor) -> None:
-        """Take note of the left padding [B] of every row."""
+        """Set the left padding [B] int64 of every row."""
         self.pads, self.most_pads = pads, int(pads.max())
         self._schedule_rebase()
 
     def begin(self, tokens: int, layers: Sequence[KeptLayer], device: torch.device, in_place: bool, batch: int = 1) -> ForwardContext:
-        """Open the context of a forward of ``tokens`` new tokens in each row of ``batch``; ``in_place`` when no gradient is wanted.
+        """Open the context of a forward of ``tokens`` new tokens in each of ``batch`` rows.
+
+        Args:
+            layers: of the cache; their keys are rotated when the base moves.
+            in_place: no gradient is wanted, so that one token can be written into the buffers in place.
 
         Raises:
             StreamError: an earlier forward did not reach its end.
@@ -64,14 +68,14 @@ class Stream:
         self.broken = True  # until this forward commits
         self.in_inference = self.in_inference or torch.is_inference_mode_enabled()
         self.base = self.base.to(device)
-        many = tokens > 1 or not in_place
-        if not many and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
+        in_blocks = tokens > 1 or not in_place
+        if not in_blocks and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
             rows, base = self._rows_and_base()
             due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
             self.rebase(torch.where(due, rows, base), layers)
         rules = self.rules
         filled = self.pads is None or self.seen >= self.most_pads + max(rule.capacity for rule in rules)
-        sees_every_slot = not many and filled and all(rule.sees_all for rule in rules)
+        sees_every_slot = not in_blocks and filled and all(rule.sees_all for rule in rules)
         self.context = ForwardContext(
             self.plan,
             self.seen,
@@ -79,18 +83,18 @@ class Stream:
             self.pads,
             self.base,
             device,
-            many=many,
+            in_blocks=in_blocks,
             sees_every_slot=sees_every_slot,
             rows=batch,
             most_pads=self.most_pads,
             highest=max(self.highest, self.seen),
         )
-        if not many and self.seen >= min(rule.steps_from for rule in rules):
+        if not in_blocks and self.seen >= min(rule.full_from for rule in rules):
             self._prepare_step(self.context)
         return self.context
 
     def commit(self) -> None:
-        """The forward has gone through every layer."""
+        """Count the tokens of the forward as seen, after it has gone through every layer."""
         assert self.context is not None
         self.seen = self.context.end
         self.highest = max(self.highest, self.seen)
@@ -109,8 +113,8 @@ class Stream:
         self.base = base
         self._schedule_rebase()
 
-    def place(self, rows: torch.Tensor, base: torch.Tensor) -> None:
-        """Say that what is kept of the batch rows [n] is counted from these bases [n]."""
+    def set_bases(self, rows: torch.Tensor, base: torch.Tensor) -> None:
+        """Set the bases [n] of the batch rows [n], whose keys have been replaced by keys at these bounded positions."""
         if self.pads is None:
             self.base = base[:1].to(self.base.device)
         else:
@@ -119,8 +123,8 @@ class Stream:
             self.base = moved
         self._schedule_rebase()
 
-    def take_back(self, count: int, layers: Sequence[KeptLayer]) -> None:
-        """Count ``count`` tokens as not seen. No row stays before its base, and those no longer full get that of a fresh stream."""
+    def roll_back(self, count: int, layers: Sequence[KeptLayer]) -> None:
+        """Count the last ``count`` tokens as not seen. A base that lies beyond its row moves back, to 0 where the cache is not full."""
         self.seen -= count
         rows, base = self._rows_and_base()
         back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
@@ -133,49 +137,49 @@ class Stream:
         return list({id(rule): rule for rule in self.plan.rules.values()}.values())
 
     def _rows_and_base(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B or 1] the row position of the next token, and the base."""
+        """The row position [B or 1] of the next token, and the base [B or 1]."""
         rows = torch.full_like(self.base, self.seen) if self.pads is None else self.seen - self.pads
         return rows, self.base.expand(len(rows))
 
     def _schedule_rebase(self) -> None:
-        """Work out, as a plain number, the first token at which a row's positions leave their bound: steps must not look into tensors."""
+        """Compute, as a plain number, the first token at which a row's positions leave their bound: steps must not read tensor values."""
         if self.plan.limit is not None:
             origin = self.base if self.pads is None else self.base + self.pads.to(self.base.device)
             self.rebase_at = int(origin.min()) + self.plan.limit
 
     def _prepare_step(self, context: ForwardContext) -> None:
-        """Put what this step needs of each rule into tensors whose addresses never change."""
+        """Write the `LayerRule.step_tensors` of every rule into tensors whose addresses stay the same."""
         for rule in self.rules:
-            fresh, held = rule.step_tensors(context), self._held_tensors.get(id(rule))
+            fresh, held = rule.step_tensors(context), self._fixed_tensors.get(id(rule))
             if held is None or any(_layout(kept) != _layout(new) for kept, new in zip(held, fresh, strict=True)):
-                self._held_tensors[id(rule)] = fresh
+                self._fixed_tensors[id(rule)] = fresh
                 self.step = None
                 continue
             for kept, new in zip(held, fresh, strict=True):
                 if kept is not None and new is not None:
                     kept.copy_(new)
 
-    def held_tensors(self, rule: LayerRule) -> list[Any]:
-        """What `LayerRule.step_tensors` says of this step."""
-        return self._held_tensors[id(rule)]
+    def fixed_tensors(self, rule: LayerRule) -> list[Any]:
+        """The `LayerRule.step_tensors` of this step, in tensors at fixed addresses."""
+        return self._fixed_tensors[id(rule)]
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a selection of batch rows."""
+        """Apply ``index``, a selection of batch rows, to every tensor with one."""
         if self.pads is not None:
             self.pads = index(self.pads)
         if len(self.base) > 1:
             self.base = index(self.base)
-        self._held_tensors = {}
+        self._fixed_tensors = {}
         self.step = None
 
     def fixed_step(self, layers: Sequence[KeptLayer]) -> StepCache | None:
-        """This step as compiled code sees it; None where it has to run eagerly."""
+        """The cache that compiled code works on in this step; None where the step has to run eagerly."""
         context, rules = self.context, self.rules
-        if context is None or context.many or not all(layer.is_initialized for layer in layers):
+        if context is None or context.in_blocks or not all(layer.is_initialized for layer in layers):
             return None
-        if any(context.start < rule.sinks for rule in rules):  # a step writes all sinks anew, so there must be all
+        if any(context.start < rule.sinks for rule in rules):  # a compiled step rewrites all sinks, so all must be there
             return None
-        if context.start < min(rule.steps_from for rule in rules):
+        if context.start < min(rule.full_from for rule in rules):
             self._prepare_step(context)
         for layer in layers:
             layer.before_fixed_step(context)
@@ -183,13 +187,15 @@ class Stream:
             first = [next(layer for layer in layers if layer.rule is rule) for rule in rules]
             rows = 1 if self.pads is None else len(self.pads)
             masks = [layer.keys.new_zeros(rows, 1, 1, layer.rule.capacity) for layer in first]
-            self.step = StepCache([layer.fixed() for layer in layers], torch.zeros((), dtype=torch.int64, device=context.device), masks)
+            self.step = StepCache(
+                [layer.as_step_layer() for layer in layers], torch.zeros((), dtype=torch.int64, device=context.device), masks
+            )
         self.step.seen.fill_(context.start)
         self._write_masks(context, rules, self.step)
         return self.step
 
     def _write_masks(self, context: ForwardContext, rules: list[LayerRule], step: StepCache) -> None:
-        """0 where a slot is visible, and the lowest number elsewhere."""
+        """Write the masks of this step: 0 where a slot is visible, and the lowest number of the dtype elsewhere."""
         full = context.sees_every_slot and context.end >= max(rule.capacity for rule in rules)
         if full and step.masks_open:
             return

@@ -107,7 +107,7 @@ def _without(name: str) -> Any:
         (_without("lora.model.layers.0.self_attn.q_proj.B"), "lacks the tensor 'lora.model.layers.0.self_attn.q_proj.B'"),
         (lambda t, m: t.update({"layers.1.factor": torch.zeros(3)}), r"'layers.1.factor' .*is \[3\], and this model asks for \[4\]"),
         (lambda t, m: t.update({"layers.1.bias": torch.zeros(3)}), "'layers.1.bias', which has no place"),
-        (lambda t, m: t.update({"lora.model.norm.A": torch.zeros(2, 3)}), "adapts model.norm, which is no projection"),
+        (lambda t, m: t.update({"lora.model.norm.A": torch.zeros(2, 3)}), "adapts model.norm, which is not a projection"),
         (lambda t, m: m.update(layers="[0, 7]"), r"converts layer 7, and the model has attention in layers \[0, 1\]"),
         (lambda t, m: m.update(feature_map="cosine"), "feature map 'cosine', which does not exist"),
         (lambda t, m: m.update(format="patchkit heads 1"), "holds no linear attention of patchkit"),

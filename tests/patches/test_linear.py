@@ -21,7 +21,7 @@ from patchkit.linear.state import LinearState
 from patchkit.patches.speculative import Speculative
 from patchkit.speculation.drafters.self_draft import SelfDraft
 from patchkit.streaming.cache import StreamingCache
-from patchkit.streaming.layer import ROLLBACK
+from patchkit.streaming.rollback_log import ROLLBACK
 from patchkit.streaming.runtime import runtime_of
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot, tiny_model
 from patchkit.views import cache_bytes
@@ -580,7 +580,7 @@ def test_streaming_and_linear_in_layers_of_their_own(rotated):
 def test_streaming_and_linear_in_the_same_layers_are_refused():
     model = tiny_model("llama")
     before = snapshot(model)
-    with pytest.raises(PatchConflict, match=r"attention layers 1: give each layers of its own"):
+    with pytest.raises(PatchConflict, match=r"attention layers 1: give each its own layers"):
         patch_model(model, "streaming(window=8, layers=[1])", "linear(window=6)")
     assert_restored(before, model)
 

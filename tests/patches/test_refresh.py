@@ -410,7 +410,7 @@ def test_reencoded_steps_run_compiled():
 def test_what_hides_or_takes_back_attention_is_refused_before_anything_is_touched(other):
     model = tiny_model("llama")
     before = snapshot(model)
-    with pytest.raises(PatchConflict, match=f"dynamic_sinks.*{other} would take back or hide"):
+    with pytest.raises(PatchConflict, match=f"dynamic_sinks.*{other} would roll back or hide"):
         patch_model(model, f"streaming(sinks=2, window=6, refresh=dynamic_sinks(n=3, every=4)) + {other}")
     assert_restored(before, model)
 
@@ -496,7 +496,7 @@ def test_bad_options_name_the_value_and_the_remedy(make, message):
         ("jamba", dict(refresh=Reencode(4)), "recurrent"),
         ("qwen3_next", dict(refresh=Reencode(4)), "recurrent"),
         ("falcon_h1", dict(refresh=DynamicSinks(3, 4)), "recurrent"),
-        ("bloom", dict(refresh=DynamicSinks(3, 4)), "attention of its own"),
+        ("bloom", dict(refresh=DynamicSinks(3, 4)), "its own attention function"),
         ("gemma2", dict(refresh=DynamicSinks(3, 4)), "softcap"),
         ("gpt_oss", dict(refresh=DynamicSinks(3, 4)), "s_aux"),
         ("llama", dict(refresh=DynamicSinks(600, 4)), "more than the 512 positions"),

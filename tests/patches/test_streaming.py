@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from patchkit import StreamingLLM, patch_model, report, unpatch_model
 from patchkit.errors import NothingMatched, StreamError, UnsupportedModel
 from patchkit.streaming.cache import StreamingCache
-from patchkit.streaming.layer import ROLLBACK
+from patchkit.streaming.rollback_log import ROLLBACK
 from patchkit.testing import TOLERANCES, logit_error, tiny_model
 
 SINKS, WINDOW, TOKENS = 2, 6, 30
@@ -330,9 +330,9 @@ def test_cache_bytes_stay_constant_over_many_steps(steps):
     with torch.inference_mode():
         _, cache = feed(model, ids, [1] * 64)
         layer = cache.own_layers[0]
-        n_bytes, addresses = cache.n_bytes(), [t.data_ptr() for t in (layer.keys, layer.values, layer.raw)]
-        assert n_bytes == sum(t.numel() * 4 for t in (layer.keys, layer.values, layer.raw, layer.raw_quarter))
-        slot, cos, sin = cache.stream.held_tensors(layer.rule)
+        n_bytes, addresses = cache.n_bytes(), [t.data_ptr() for t in (layer.keys, layer.values, layer.unrotated.raw)]
+        assert n_bytes == sum(t.numel() * 4 for t in (layer.keys, layer.values, *layer.unrotated))
+        slot, cos, sin = cache.stream.fixed_tensors(layer.rule)
         gc.collect()
         alive = tensors_alive()
         for i in range(steps):
@@ -343,11 +343,11 @@ def test_cache_bytes_stay_constant_over_many_steps(steps):
         gc.collect()
         assert tensors_alive() <= alive + 2
     assert cache.n_bytes() == n_bytes
-    assert addresses == [t.data_ptr() for t in (layer.keys, layer.values, layer.raw)]
+    assert addresses == [t.data_ptr() for t in (layer.keys, layer.values, layer.unrotated.raw)]
     assert (
-        cache.stream.held_tensors(layer.rule)[0] is slot
-        and cache.stream.held_tensors(layer.rule)[1] is cos
-        and cache.stream.held_tensors(layer.rule)[2] is sin
+        cache.stream.fixed_tensors(layer.rule)[0] is slot
+        and cache.stream.fixed_tensors(layer.rule)[1] is cos
+        and cache.stream.fixed_tensors(layer.rule)[2] is sin
     )
     assert cache.get_seq_length() == 64 + steps
 

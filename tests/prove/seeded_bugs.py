@@ -22,7 +22,9 @@ from patchkit.speculation.cached_model import CachedModel
 from patchkit.speculation.judge import RowByRow
 from patchkit.speculation.stops import Stops
 from patchkit.streaming.layer import StreamLayer
+from patchkit.streaming.rollback_log import RollbackLog
 from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
+from patchkit.streaming.sinks import UnrotatedSinks
 from patchkit.streaming.stream import Stream
 
 STREAMING = "streaming(sinks=2, window=10)"
@@ -126,26 +128,27 @@ def ring_too_short(monkeypatch: Any) -> None:
 
 
 def wrong_rotary_half(monkeypatch: Any) -> None:
-    """Sinks are rotated in pairs of neighbours where the model turns pairs of halves."""
+    """Sinks are rotated in pairs of neighbours where the model rotates pairs of halves."""
     right = StreamLayer._capture_sinks
 
     def capture(self: StreamLayer) -> None:
         right(self)
-        assert self.raw is not None
-        self.raw_quarter = torch.stack([-self.raw[..., 1::2], self.raw[..., 0::2]], -1).flatten(-2)
+        assert self.unrotated is not None
+        raw = self.unrotated.raw
+        self.unrotated = UnrotatedSinks(raw, torch.stack([-raw[..., 1::2], raw[..., 0::2]], -1).flatten(-2))
 
     monkeypatch.setattr(StreamLayer, "_capture_sinks", capture)
 
 
 def state_not_reset(monkeypatch: Any) -> None:
-    right = LinearLayer._forget
+    right = LinearLayer._clear
 
-    def forget(self: LinearLayer) -> None:
+    def clear(self: LinearLayer) -> None:
         kept = getattr(self, "state", None), getattr(self, "normalizer", None)
         right(self)
         self.state, self.normalizer = kept
 
-    monkeypatch.setattr(LinearLayer, "_forget", forget)
+    monkeypatch.setattr(LinearLayer, "_clear", clear)
 
 
 def cache_of_the_last_text(monkeypatch: Any) -> None:
@@ -185,13 +188,13 @@ def every_draft_accepted(monkeypatch: Any) -> None:
     monkeypatch.setattr(judge, "verify_prefix", verify_prefix)
 
 
-def window_not_turned_when_positions_begin_anew(monkeypatch: Any) -> None:
+def window_not_rotated_when_the_base_moves(monkeypatch: Any) -> None:
     monkeypatch.setattr(StreamLayer, "rotate_window", lambda *args: None)
 
 
 def log_does_not_wrap(monkeypatch: Any) -> None:
-    right = StreamLayer._write_log
-    monkeypatch.setattr(StreamLayer, "_write_log", lambda self, tokens, k, v: right(self, tokens + (tokens >= self.log_length), k, v))
+    right = RollbackLog.write
+    monkeypatch.setattr(RollbackLog, "write", lambda self, tokens, k, v: right(self, tokens + (tokens >= self.length), k, v))
 
 
 def padding_not_reset(monkeypatch: Any) -> None:
@@ -240,7 +243,7 @@ BUGS = {
     "EOS ignored": Bug(eos_ignored, "speculative", "greedy text stays the same"),
     "every draft accepted": Bug(every_draft_accepted, "speculative", "greedy text stays the same"),
     "window not rotated when positions begin anew": Bug(
-        window_not_turned_when_positions_begin_anew, STREAMING, "any chunking gives the same logits"
+        window_not_rotated_when_the_base_moves, STREAMING, "any chunking gives the same logits"
     ),
     "log does not wrap": Bug(log_does_not_wrap, STREAMING, "rolled back tokens leave no trace"),
     "padding not reset": Bug(padding_not_reset, STREAMING, "a text after others is as in a fresh model"),
