@@ -1,1 +1,1 @@
-"""int8 weights: the tensor that stands for a quantised weight."""
+"""int8 weights of linear layers and fused experts."""

@@ -1,4 +1,4 @@
-"""The inputs that the modules of a model get on a short text, by which the noise of quantisation is measured."""
+"""Calibration: the inputs of a model's modules on a short text, and the noise of quantisation on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ _CALIBRATION_TOKENS = 64
 
 
 def calibrated_inputs(target: Target, modules: dict[str, Any], calibration: Any) -> dict[str, tuple[Any, ...]]:
-    """What every module receives in one forward over the calibration text; a module that is not called is missing."""
+    """Positional arguments of each module in one forward over the calibration text; a module that is not called is missing.
+
+    Args:
+        modules: by name.
+        calibration: token ids [T] or [B, T]; None for 64 random tokens.
+    """
     seen: dict[str, tuple[Any, ...]] = {}
 
     def notice(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -35,6 +40,6 @@ def calibrated_inputs(target: Target, modules: dict[str, Any], calibration: Any)
 
 
 def decibels(signal: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal-to-noise ratio, 20 log10(|signal| / |signal - approximation|)."""
+    """Signal-to-noise ratio in dB: 20 log10(|signal| / |signal - approximation|), for tensors of one shape."""
     noise = (signal.float() - approximation.float()).norm().clamp(min=1e-30)
     return float(20 * torch.log10(signal.float().norm().clamp(min=1e-30) / noise))

@@ -1,4 +1,4 @@
-"""Counters of products, for the report."""
+"""Counters of quantised products, for the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchkit.record import Warnings
 
 
 def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear | Int8Experts]) -> None:
-    """Record what was converted, and count forwards from now on."""
+    """Record the number of converted blocks and their modes, and install a hook that counts forwards."""
     for what, kind in (("feed-forward linears", Int8Linear), ("layers of fused experts", Int8Experts)):
         count = sum(isinstance(block, kind) for block in blocks)
         if count:
@@ -31,9 +31,10 @@ def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear |
 
 
 def count_forward(hits: Counter[str], warnings: Warnings, modules: list[nn.Module], decoder: nn.Module, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():  # of the user's own: a count that changes would be a graph of its own for every call
+    """Count a forward, and warn where layers run over another weight. A forward pre-hook of the decoder."""
+    if torch.compiler.is_compiling():  # by the user: a count that changes would need a new graph for every call
         return
     hits["forwards"] += 1
     replaced = sum(not isinstance(_compat.parameters_of(module).get("weight"), Int8Weight) for module in modules)
     if replaced:
-        warnings.add(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and run over that")
+        warnings.add(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and use that")

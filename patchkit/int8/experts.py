@@ -18,7 +18,10 @@ from patchkit.kernels.int8_experts_linear import int8_experts_linear
 
 
 class Int8Experts:
-    """The fused experts of one layer: every 3-D weight [E, out, in] (or transposed) as E int8 weights."""
+    """The fused experts of one layer, with every 3-D weight [E, out, in] (or [E, in, out]) as E int8 weights.
+
+    It has the interface of `Int8Linear`, so that both kinds of block are timed, measured and installed alike.
+    """
 
     fixed = None
     transposed = False
@@ -28,11 +31,13 @@ class Int8Experts:
 
     @classmethod
     def quantized(cls, name: str, module: Any) -> Int8Experts:
+        """Round the weights of a module of fused experts to int8."""
         first = "gate_up_proj" if module.has_gate else "up_proj"
         return cls(name, module, {key: ExpertWeights.quantize(getattr(module, key), module.is_transposed) for key in (first, "down_proj")})
 
     @property
     def activation(self) -> str:
+        """The kind of activation, "float" or "int8"; see the op `int8_linear`."""
         return next(iter(self.weights.values())).activation
 
     @activation.setter
@@ -42,19 +47,23 @@ class Int8Experts:
 
     @property
     def held(self) -> nn.Parameter:
+        """A parameter that another view of the model holds too, by which timings are shared."""
         parameter: nn.Parameter = self.module.down_proj
         return parameter
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape [E, out, in] or [E, in, out] of the first weight."""
         return tuple(next(iter(self.weights.values())).shape)
 
     @property
     def signature(self) -> Any:
+        """A hashable value; blocks with equal signatures take the same time."""
         parameter = self.module.down_proj
         return self.shape, parameter.dtype, parameter.device, "experts"
 
     def sample(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """Random inputs for ``rows`` tokens: hidden states [rows, hidden], experts [rows, k] int64, their weights [rows, k]."""
         parameter = self.module.down_proj
         hidden = parameter.shape[-1] if self.module.is_transposed else parameter.shape[-2]
         active = min(len(parameter), getattr(self.module.config, "num_experts_per_tok", None) or 2)
@@ -64,19 +73,23 @@ class Int8Experts:
         return x, chosen, torch.full((rows, active), 1 / active, device=parameter.device, dtype=parameter.dtype)
 
     def run_original(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Outputs [rows, hidden] of the unpatched module."""
         return _compat.experts_forward(self.module, _compat.experts_named(self.module.config))(self.module, *inputs)
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Outputs [rows, hidden] over int8 weights."""
         return _run_experts(self.module, self.weights, *inputs)
 
     def signal_to_noise(self, inputs: tuple[Any, ...] | None) -> float | None:
+        """Signal-to-noise ratio in dB of the outputs on ``inputs``; None without inputs."""
         return None if inputs is None else decibels(self.run_original(*inputs), self.run(*inputs))
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
+        """Make the module run over the int8 weights, and append the replaced parameters to ``originals``."""
         handle.set_attribute(self.module, _WEIGHTS, self.weights)
         config = self.module.config
         implementation = _compat.experts_named(config).removeprefix(_EXPERTS)
-        # Once for every module, which does no harm: undo waits for the last.
+        # Set once for every module; undo waits for the last.
         handle.set_shared(config, _compat.EXPERTS_NAME, register_experts_for(implementation))
         for key, weights in self.weights.items():
             original = getattr(self.module, key)
@@ -89,7 +102,14 @@ class Int8Experts:
 
 
 class ExpertWeights:
-    """One 3-D weight as E int8 weights: ``values`` E tensors [N, K], ``scale`` [E, N], ``shape`` that of the original."""
+    """One 3-D weight as E int8 weights.
+
+    Attributes:
+        values: E tensors [N, K] int8.
+        scale: [E, N] float32.
+        shape: of the original weight.
+        activation: kind of activation; see the op `int8_linear`.
+    """
 
     def __init__(self, experts: list[Int8Weight], shape: torch.Size, activation: str = "float", implementation: str | None = None) -> None:
         self.shape, self.activation = shape, activation
@@ -105,18 +125,19 @@ class ExpertWeights:
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, transposed: bool) -> ExpertWeights:
+        """Round ``weight`` [E, N, K], or ``transposed`` [E, K, N], to int8."""
         return cls([Int8Weight.quantize(one, transposed=transposed) for one in weight.detach()], weight.shape)
 
     def __reduce__(self) -> Any:
         return ExpertWeights, (self.experts, self.shape, self.activation, self.implementation)
 
     def follow(self, device: torch.device) -> None:
-        """Move to the device of the model, which moves its parameters only."""
+        """Move to ``device``, since moving a model moves only its parameters."""
         if self.scale.device != device:
             self._hold([expert.to(device) for expert in self.experts])  # type: ignore[misc]
 
     def dequantize(self) -> torch.Tensor:
-        """The 3-D weight again."""
+        """Return the rounded 3-D weight in the original's shape and dtype."""
         return torch.stack([expert.dequantize() for expert in self.experts])
 
     def stored_bytes(self) -> int:
@@ -130,14 +151,14 @@ _WEIGHTS = "_patchkit_experts"  # the attribute of a module of fused experts
 
 @functools.lru_cache
 def register_experts_for(implementation: str) -> str:
-    """The experts implementation that runs int8 experts where a module has them, and else ``implementation``."""
+    """Register an experts implementation that runs int8 experts where a module has them, otherwise ``implementation``; return its name."""
     name = _EXPERTS + implementation
     _compat.register_experts(name, functools.partial(_experts_forward, implementation))
     return name
 
 
 def int8_experts_of(module: nn.Module) -> dict[str, ExpertWeights] | None:
-    """The int8 weights of a module of fused experts, by parameter name; None of other modules."""
+    """The int8 weights of a module of fused experts, by parameter name; None for other modules."""
     return vars(module).get(_WEIGHTS)
 
 
@@ -152,7 +173,12 @@ def _experts_forward(implementation: str, module: Any, *inputs: torch.Tensor, **
 def _run_experts(
     module: Any, weights: dict[str, ExpertWeights], hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]: the sum of each token's k experts."""
+    """Weighted sum [tokens, hidden] of each token's k experts.
+
+    Args:
+        hidden_states: [tokens, hidden].
+        top_k_index, top_k_weights: [tokens, k].
+    """
     tokens, k = top_k_index.shape
     experts = top_k_index.reshape(-1)
     y = hidden_states.repeat_interleave(k, 0)

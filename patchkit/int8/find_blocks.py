@@ -21,9 +21,9 @@ class FoundBlocks(NamedTuple):
     """Feed-forward modules of one model.
 
     Attributes:
-        linears: those with one 2-D weight.
+        linears: modules with one 2-D weight.
         experts: modules of fused experts, by name.
-        left: what will not be converted, and why.
+        left: modules that will not be converted, with the reason.
     """
 
     linears: list[Int8Linear]
@@ -32,10 +32,10 @@ class FoundBlocks(NamedTuple):
 
 
 def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks:
-    """The blocks whose names match ``patterns``; None for all.
+    """Find the blocks whose names match ``patterns``; None for all.
 
     Raises:
-        NothingMatched: there is none that can be converted.
+        NothingMatched: no block can be converted.
         UnsupportedModel: a weight is sharded, or not in memory.
     """
     found = target.feed_forward
@@ -66,10 +66,13 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks
 def accurate_blocks(
     blocks: Sequence[Int8Linear | Int8Experts], inputs: dict[str, tuple[Any, ...]], min_snr: float | None, record: Record
 ) -> tuple[list[Int8Linear | Int8Experts], dict[str, str]]:
-    """The blocks whose outputs on ``inputs`` have a signal-to-noise ratio of at least ``min_snr`` dB, and why others are left alone.
+    """Select the blocks whose outputs on ``inputs`` have a signal-to-noise ratio of at least ``min_snr`` dB, and record them.
+
+    Returns:
+        These blocks, and for each other block the reason why it is left alone, by name.
 
     Raises:
-        NothingMatched: there is none.
+        NothingMatched: no block has that ratio.
     """
     kept: list[Int8Linear | Int8Experts] = []
     left: dict[str, str] = {}

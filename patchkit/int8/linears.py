@@ -1,4 +1,4 @@
-"""A linear layer whose weight is quantised."""
+"""Linear layers whose weights are quantised, and checkpoints of their models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from patchkit.int8.weight import Int8Weight
 
 
 class Int8Linear:
-    """One `nn.Linear` or `Conv1D`, and its int8 weight once `quantize` was called."""
+    """One `nn.Linear` or `Conv1D` and its int8 weight.
+
+    Attributes:
+        transposed: the module is a `Conv1D`, which keeps its weight as [in, out].
+        fixed: the kind of activation of a weight that torchao has quantised; None for other weights.
+    """
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
@@ -29,7 +34,7 @@ class Int8Linear:
 
     @functools.cached_property
     def weight(self) -> Int8Weight:
-        """The int8 weight, made when first asked for."""
+        """The int8 weight, made at the first use."""
         if self._adopted is not None:
             values, scale, activation = self._adopted
             return Int8Weight(values, scale, self.original.dtype, activation)
@@ -37,6 +42,7 @@ class Int8Linear:
 
     @property
     def activation(self) -> str:
+        """The kind of activation, "float" or "int8"; see the op `int8_linear`."""
         return self.weight.activation
 
     @activation.setter
@@ -45,37 +51,44 @@ class Int8Linear:
 
     @property
     def held(self) -> nn.Parameter:
-        """A parameter by which the model is known again in another view of it."""
+        """A parameter that another view of the model holds too, by which timings are shared."""
         return self.original
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the original weight, [out, in] or, transposed, [in, out]."""
         return tuple(self.original.shape)
 
     @property
     def signature(self) -> Any:
+        """A hashable value; blocks with equal signatures take the same time."""
         return self.shape, self.original.dtype, self.original.device, self.transposed
 
     def sample(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """One random input [rows, in]."""
         inputs = self.shape[0] if self.transposed else self.shape[1]
         return (torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0)).to(self.original.device, self.original.dtype),)
 
     def run_original(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs [..., out] of the unpatched layer for x [..., in]."""
         bias = self.module.bias
         if not self.transposed:
             return F.linear(x, self.original, bias)
         return x @ self.original if bias is None else torch.addmm(bias, x.reshape(-1, x.shape[-1]), self.original)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs [..., out] over the int8 weight for x [..., in]."""
         return self.weight.linear(x, self.module.bias)
 
     def signal_to_noise(self, inputs: tuple[Any, ...] | None) -> float | None:
+        """Signal-to-noise ratio in dB of the outputs on ``inputs``; None without inputs."""
         if inputs is None:
             return None
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         return decibels(self.run_original(x), self.run(x))
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
+        """Put the int8 weight into the module, and append the replaced parameter to ``originals``."""
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
         _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)

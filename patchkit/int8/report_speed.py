@@ -10,10 +10,10 @@ from patchkit.record import Record
 
 
 def report_speed(blocks: list[Int8Linear | Int8Experts], record: Record, strict: bool) -> None:
-    """Time all blocks, before and after, for one row (a step of decoding) and 256 (a prompt); warn where they became slower.
+    """Time all blocks, original and converted, for one row (a step of decoding) and 256 rows (a prompt); warn where they are slower.
 
     Raises:
-        SlowerPatch: they did, and ``strict`` is set.
+        SlowerPatch: converted blocks are slower, and ``strict`` is set.
     """
     slower: list[str] = []
     faster: list[str] = []

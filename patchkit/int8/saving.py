@@ -1,4 +1,4 @@
-"""What a quantised model writes into its `state_dict`, and how its own weights come back."""
+"""Entries of a quantised model in its `state_dict`, and the restoration of its original weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from patchkit import _compat
 from patchkit.int8.weight import Int8Weight
 
 
-def put_back(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+def restore_weights(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Put original parameters, given as (module, name, parameter), back into their modules."""
     for module, key, original in reversed(originals):
         now = _compat.parameters_of(module)[key]
         if now is not None:  # the patched model may have been moved, or cast
@@ -20,6 +21,7 @@ def put_back(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
 
 
 def save_torchao(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Write the int8 weight of a linear layer as a torchao tensor. A state-dict hook."""
     weight = module.weight
     assert isinstance(weight, Int8Weight)
     state[f"{prefix}weight"] = _compat.to_torchao(weight.qdata, weight.scale, weight.dtype, weight.activation == "int8")
@@ -28,6 +30,9 @@ def save_torchao(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 def save_plain(
     key: str, original: torch.Tensor | None, int8: Any, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
-    """torchao knows no `Conv1D`, and transformers runs no torchao tensor as fused experts: these are saved in floating point."""
+    """Write the weight ``key`` in floating point. A state-dict hook, for layers that no torchao tensor can serve.
+
+    torchao does not support `Conv1D`, and transformers does not run torchao tensors as fused experts.
+    """
     now = getattr(module, key)
     state[prefix + key] = (int8.dequantize() if original is None else original.detach()).to(now.device, now.dtype)

@@ -1,4 +1,4 @@
-"""Which linear layers and experts are quantised, and which cannot be."""
+"""Selection of the linear layers and experts to quantise, with the reasons why others cannot be."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from patchkit.errors import NothingMatched, UnsupportedModel
 
 
 def selected(patterns: tuple[str, ...] | None, names: list[str], model: str) -> set[str]:
-    """The names that ``patterns`` mean: all without any.
+    """Return the ``names`` that match ``patterns``; None matches all.
+
+    Args:
+        model: its name, for the message.
 
     Raises:
-        NothingMatched: a pattern matches none.
+        NothingMatched: a pattern matches no name.
     """
     if patterns is None:
         return set(names)
@@ -33,6 +36,7 @@ def selected(patterns: tuple[str, ...] | None, names: list[str], model: str) -> 
 
 
 def obstacle_of(module: Any) -> str | None:
+    """The reason why a linear layer cannot be quantised; None if it can."""
     if getattr(module, "quantization_scheme", None) is not None:
         return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
     weight: torch.Tensor = module.weight
@@ -48,6 +52,7 @@ def obstacle_of(module: Any) -> str | None:
 
 
 def left_experts(path: str, module: Any, left: dict[str, str]) -> bool:
+    """Whether the fused experts at ``path`` cannot be quantised; the reason is then added to ``left``."""
     parameter = module.down_proj
     if _compat.is_expert_parallel(module):
         left[path] = "its experts are spread over several processes"
@@ -61,6 +66,11 @@ def _is_sharded(weight: torch.Tensor) -> bool:
 
 
 def refuse_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that this process does not hold.
+
+    Raises:
+        UnsupportedModel: it is sharded over processes, offloaded, or not loaded.
+    """
     if _is_sharded(weight):
         raise UnsupportedModel(
             f"{name} is sharded over several processes (tensor parallel): load the model without tp_plan for int8 weights"

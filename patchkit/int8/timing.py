@@ -1,4 +1,4 @@
-"""Which kind of activation is faster for a shape of weights, found by timing both."""
+"""The choice between weight-only and dynamic products, by timing both for each shape of weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _TIMED_MODULES = 8
 
 TIMED_ROWS = (1, 256)
 
-# By signature and number of threads: timed once in a process, so that two views of one model round alike.
-# By the first weight of every shape, and the number of threads: views of one model (those that draft, prove or tune) choose alike, and
-# no model goes by what another one was found to be.
+# By the first weight of every shape, then the number of threads. So views of one model (those that draft, prove or tune) make the same
+# choice, and no choice depends on other models of the process.
 _found_faster: Any = WeakIdKeyDictionary()
 
 
 def choose_activations(mode: str, blocks: list[Int8Linear | Int8Experts]) -> None:
+    """Set the kind of activation of all blocks by the option ``mode``; "auto" times both kinds for every signature."""
     for signature in dict.fromkeys(block.signature for block in blocks):
         alike = [block for block in blocks if block.signature == signature]
         if mode == "auto":
@@ -53,9 +53,9 @@ def _faster(alike: list[Int8Linear | Int8Experts]) -> str:
 
 @torch.no_grad()
 def milliseconds(blocks: list[Int8Linear | Int8Experts], rows: int) -> tuple[float, float]:
-    """Time in all blocks for ``rows`` tokens, before and after: the least of interleaved passes over a few blocks of every shape.
+    """Milliseconds in all blocks for ``rows`` tokens, original and converted, from interleaved passes over a few blocks of every shape.
 
-    One pass goes over different weights, as a token does, so that they come from memory and not from a cache.
+    The fastest pass counts. One pass goes over different weights, as a token does, so that they come from memory and not from a cache.
     """
     before = after = 0.0
     for signature in dict.fromkeys(block.signature for block in blocks):
@@ -72,7 +72,7 @@ def milliseconds(blocks: list[Int8Linear | Int8Experts], rows: int) -> tuple[flo
                 _synchronize(inputs[0])
                 if repetition:
                     times.append(time.perf_counter() - started)
-        # The least of several passes: other work on the machine only ever adds.
+        # The fastest of several passes, since other work on the machine only adds time.
         before += min(passes[0]) / len(timed) * len(alike) * 1e3
         after += min(passes[1]) / len(timed) * len(alike) * 1e3
     return before, after

@@ -1,4 +1,4 @@
-"""Int8Weight: what stands in a linear layer where its floating-point weight stood, and runs as the op `int8_linear`."""
+"""`Int8Weight`, which replaces a linear layer's floating-point weight and runs as the op `int8_linear`; and the weight of freed memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 class Int8Weight(torch.Tensor):
     """A weight [N, K] (or its transpose) as int8 values with one fp32 scale per output channel.
 
-    To the outside a tensor of the original's shape, dtype and device, without a gradient. `F.linear` with it, and products of
-    the form ``x @ w.T`` and `torch.addmm` with its transpose (transformers' `Conv1D`), run `int8_linear`; it can be moved,
-    copied and pickled; anything else raises, because it would silently be slow or wrong.
+    Other code sees a tensor of the original's shape, dtype and device, without a gradient. `F.linear` with it, products of the form
+    ``x @ w.T``, and `torch.addmm` with its transpose (transformers' `Conv1D`) run `int8_linear`. It can be moved, copied and pickled.
+    Any other use raises KernelError, because it would be slow or wrong without notice.
 
     Attributes:
         qdata: int8 [N, K].
         scale: fp32 [N].
-        activation: as for `int8_linear`.
-        transposed: the outside shape is [K, N].
+        activation: the option of that name of `int8_linear`.
+        transposed: the shape that other code sees is [K, N].
     """
 
     qdata: torch.Tensor
@@ -59,7 +59,7 @@ class Int8Weight(torch.Tensor):
         return cls(qdata, scale, weight.dtype, activation, transposed)
 
     def dequantize(self) -> torch.Tensor:
-        """An ordinary tensor of this shape and dtype."""
+        """Return the rounded weight as an ordinary tensor of this shape and dtype."""
         rows = (self.qdata.float() * self.scale[:, None]).to(self.dtype)
         return rows.T.contiguous() if self.transposed else rows
 
@@ -83,7 +83,7 @@ class Int8Weight(torch.Tensor):
         return Int8Weight(inner["qdata"], inner["scale"], *context)
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled code may depend on, for torch's cache of it on disk."""
+        """A string of everything that compiled code may depend on, for torch's cache on disk."""
         return str((type(self).__name__, tuple(self.shape), self.dtype, self.device, self.activation, self.transposed))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -140,7 +140,7 @@ def _unpickled(
 
 
 class FreedWeight(torch.Tensor):
-    """What is left of a weight whose values are kept elsewhere: shape, dtype and device, and no memory. Any use raises."""
+    """A placeholder for a weight whose values are kept elsewhere: shape, dtype and device, and no memory. Any use raises KernelError."""
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> FreedWeight:

@@ -1,12 +1,13 @@
-"""mlp_int8: the linear layers of the feed-forward blocks over int8 weights, and nothing else.
+"""mlp_int8: int8 weights for the linear layers of the feed-forward blocks, and nothing else.
 
-Weights are rounded to int8, symmetric, with one scale per output channel, and stay inside the `nn.Linear` (or `Conv1D`) that
-held them, as an `Int8Weight` that runs the op `int8_linear`. Fused experts run the op `int8_experts_linear` through
-transformers' experts interface. Attention, embeddings, the head, routers and norms are never touched: most of a model's bytes
-are in the feed-forward blocks, and they tolerate rounding best (Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339).
-
-A patched model saves as a torchao checkpoint: `save_pretrained` writes torchao's `Int8Tensor` and its configuration, stock
-transformers loads that, and patching what it loaded takes the same int8 values over, bit for bit.
+1. Weights are rounded to int8, symmetric, with one scale per output channel (Dettmers et al. 2022, LLM.int8(),
+   https://arxiv.org/abs/2208.07339).
+2. Each stays in its `nn.Linear` (or `Conv1D`) as an `Int8Weight`, which runs the op `int8_linear`. Fused experts run the op
+   `int8_experts_linear` through transformers' experts interface.
+3. Attention, embeddings, the head, routers and norms are not changed: most bytes are in the feed-forward blocks, and rounding harms
+   them least.
+4. `save_pretrained` writes a torchao checkpoint (`Int8Tensor`), which stock transformers loads. Patching that model takes over the same
+   int8 values.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from patchkit.int8.experts import Int8Experts
 from patchkit.int8.find_blocks import accurate_blocks, find_blocks
 from patchkit.int8.linears import Int8Linear, make_saveable
 from patchkit.int8.report_speed import report_speed
-from patchkit.int8.saving import put_back
+from patchkit.int8.saving import restore_weights
 from patchkit.int8.timing import choose_activations
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 
@@ -36,16 +37,17 @@ from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 @register_patch("mlp_int8")
 @dataclass(frozen=True)
 class MLPInt8(Patch):
-    """Feed-forward linear layers over int8 weights.
+    """int8 weights for the linear layers of the feed-forward blocks.
 
     Args:
-        mode: "weight_only" keeps activations as they are; "dynamic" also rounds them to int8, per token; "auto" measures both for
-            every shape on one row, here and now, and takes weight-only, which is more accurate, unless that costs over 30 % more.
-        keep_original: keep the floating-point weights for `unpatch_model`. False frees them, and the patch is then for good.
+        mode: "weight_only" keeps activations in floating point; "dynamic" also rounds them to int8, per token; "auto" times both for
+            every shape on one row, and takes weight-only, which is more accurate, unless it costs over 30 % more.
+        keep_original: keep the floating-point weights for `unpatch_model`. False frees them; `unpatch_model` then raises
+            IrreversiblePatch.
         modules: names of the modules to convert, or patterns such as "*.down_proj"; None for all that are found.
-        min_snr: leave out a module whose output on the calibration text has a signal-to-noise ratio, in dB, below this.
+        min_snr: leave out a module whose output on the calibration text has a signal-to-noise ratio below this, in dB.
         calibration: token ids [T] or [B, T] on which that ratio is measured; None for 64 random tokens.
-        strict: raise `SlowerPatch` where the patch is slower than the original; else it warns.
+        strict: raise `SlowerPatch` where the patch is slower than the original; otherwise warn.
 
     Raises:
         ValueError: an option out of range.
@@ -115,7 +117,7 @@ class MLPInt8(Patch):
         report_speed(kept, handle.record, self.strict)
 
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
-        handle.on_undo(functools.partial(put_back, originals))
+        handle.on_undo(functools.partial(restore_weights, originals))
         for block in kept:
             block.install(handle, originals, self.keep_original)
         count_products(_compat.decoder_of(target.model), handle, kept)
