@@ -1,4 +1,4 @@
-"""Which forwards run compiled, and why others do not."""
+"""Conditions under which a forward runs compiled, and the reasons why others run eagerly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from patchkit import _compat
 from patchkit.static_step import FixedCache
 from patchkit.streaming.cache import StreamingCache
 
-# What a step may be called with and still be compiled; other arguments ask for something that only an eager forward gives.
+# Tensor arguments of a compiled step. Other arguments ask for something that only an eager forward gives.
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 _PLAIN = {*TENSORS, _compat.CACHE, "use_cache", "return_dict"}
@@ -19,14 +19,14 @@ _ASKING = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 def wants_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this is the first forward of a text, for which the model would make a cache."""
+    """Whether this is the first forward of a sequence, for which the model would make a cache."""
     if _compat.CACHE in kwargs or decoder.training or torch.is_grad_enabled():
         return False
     return bool(kwargs.get("use_cache", getattr(decoder.config, "use_cache", True)))
 
 
 def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why a forward cannot run compiled, "" where that is a matter of course; None if it can."""
+    """The reason why a forward cannot run compiled, "" where that is expected (a prompt, say); None if it can."""
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     if decoder.training and not torch.is_grad_enabled():
@@ -47,7 +47,7 @@ def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     if not isinstance(cache, StreamingCache | FixedCache):
         return f"they are given a {type(cache).__name__}, leave {_compat.CACHE} out of the first call"
     if autocast_of(inputs.device) != cache.autocast:
-        return ""  # an eager forward finds out in which dtype the cache goes on
+        return ""  # an eager forward converts the cache to the new dtype
     if isinstance(cache, StreamingCache):
         return None
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
@@ -55,11 +55,12 @@ def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def is_new_text(kwargs: dict[str, Any]) -> bool:
+def is_new_sequence(kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a forward hold no cache, or an empty one."""
     cache = kwargs.get(_compat.CACHE)
     return cache is None or cache.get_seq_length() == 0
 
 
 def autocast_of(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast is on for, or None."""
+    """The dtype of autocast on this kind of device; None if autocast is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

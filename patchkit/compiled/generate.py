@@ -1,4 +1,4 @@
-"""The cache that `generate` makes for compiled steps."""
+"""The cache of `generate` on a model whose steps are compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from patchkit import _compat
 from patchkit.compiled.steps import Steps
 from patchkit.static_step import FixedCache
 
-# The room that `generate` is given at first, in tokens, however many it may make.
+# The largest room, in tokens, with which the cache of `generate` starts, however many it may make.
 _MOST_ROOM = 4096
 
 
@@ -24,7 +24,7 @@ def prepare_cache(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`prepare_stock_cache`, with our cache where it would make a dynamic or static one."""
+    """Replace `prepare_stock_cache`: make a `FixedCache` where it would make a dynamic or static one."""
     if generation_config.use_cache is False:
         steps.warnings.add("steps of this model run uncompiled: generate was called with use_cache=False")
     prepare = functools.partial(

@@ -1,4 +1,4 @@
-"""The compiled steps of one patched model: how a decoder's call becomes one."""
+"""The compiled steps of one patched model, and the calls that run them. `patchkit.patches.compile` describes the mechanism."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.compiled.eligibility import TENSORS, autocast_of, is_new_text, wants_cache, why_eager
+from patchkit.compiled.eligibility import autocast_of, is_new_sequence, wants_cache
+from patchkit.compiled.options import Options, compiler_options, uses_cudagraphs
+from patchkit.compiled.step_arguments import kind_of, packed_arguments, step_of
 from patchkit.errors import UnsupportedModel
 from patchkit.exclusive import Exclusive
 from patchkit.record import Warnings
@@ -24,23 +26,10 @@ from patchkit.static_step import FixedCache, LayerOfStep, StepCache
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.runtime import runtime_of
 
-# So many forwards of at most so many tokens without a compiled step among them are worth a remark.
+# Warn after 16 forwards of at most 17 tokens each without a compiled step among them.
 _IDLE_FORWARDS, _FEW_TOKENS = 16, 17
 
 _logger = logging.getLogger("patchkit")
-
-
-class Options(Protocol):
-    """The options of the patch `compile`."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def fullgraph(self) -> bool: ...
-    @property
-    def cudagraphs(self) -> bool: ...
-    @property
-    def backend(self) -> str: ...
 
 
 @dataclass(eq=False)
@@ -48,10 +37,12 @@ class Steps:
     """The compiled steps of one patched model.
 
     Attributes:
-        step: set while its decoder runs one.
+        step: the cache of the compiled step that the decoder runs now, or None.
+        kind: of that step (`kind_of`).
+        compiled: compiled functions by kind.
         idle: forwards of a few tokens since the last compiled step.
-        seen: modules of the decoder and their hooks at the beginning of the last text.
-        hooked: indices of decoder layers with hooks on a module in them: each has a graph of its own.
+        seen: modules of the decoder and their hooks at the beginning of the last sequence.
+        hooked: indices of decoder layers with hooks on a module in them: each has its own graph.
     """
 
     patch: Options
@@ -74,15 +65,15 @@ class Steps:
         return [(self.decoder, functools.partial(_call_decoder, self)), *layers]
 
     def run(self, kind: tuple[Any, ...], function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)``, compiled; the same ``kind`` always runs the same graph.
+        """Return ``function(*args)``, run as compiled code; calls of one ``kind`` run one graph.
 
         Raises:
-            UnsupportedModel: it does not compile.
+            UnsupportedModel: the function does not compile.
         """
         compiled = self.compiled.get(kind)
         if compiled is None:
             own = types.FunctionType(function.__code__.replace(), function.__globals__)
-            options = _options(self.patch, self.decoder)
+            options = compiler_options(self.patch, self.decoder)
             compiled = torch.compile(own, fullgraph=self.patch.fullgraph, backend=self.patch.backend, dynamic=False, options=options)
             self.compiled[kind] = compiled
         before, started = _compat.graphs_compiled(), time.perf_counter()
@@ -91,7 +82,7 @@ class Steps:
         except _compat.compile_errors() as error:
             raise UnsupportedModel(
                 f"a step of {type(self.decoder).__name__} does not compile: {error}\n"
-                "Leave compile out, or, where it says graph break, allow them with fullgraph=False"
+                "Leave compile out; if the message names a graph break, fullgraph=False allows it"
             ) from error
         new = _compat.graphs_compiled() - before
         if new:
@@ -102,20 +93,20 @@ class Steps:
             _logger.info("patchkit: compiled %d graph(s) of %s in %.1f s%s", new, type(args[0]).__name__, seconds, place)
         return output
 
-    def eager(self, reason: str | None, tokens: int) -> None:
-        """Count a forward of ``tokens`` tokens as eager; say why, once, where that may come as a surprise.
+    def count_eager(self, reason: str | None, tokens: int) -> None:
+        """Count a forward of ``tokens`` tokens as eager, and warn with the reason, once, where that may be a surprise.
 
-        A single forward of a few tokens is nothing to speak of, but many in a row are what compiled steps are for.
+        A single forward of a few tokens may be intended. Many in a row should have been compiled steps.
         """
         self.hits["eager forwards"] += 1
         self.idle += tokens <= _FEW_TOKENS
         if not reason and self.idle == _IDLE_FORWARDS:
-            reason = f"{_IDLE_FORWARDS} forwards of at most {_FEW_TOKENS} tokens, one after the other, were none of one token with a cache"
+            reason = f"{_IDLE_FORWARDS} forwards of at most {_FEW_TOKENS} tokens in a row, none of them of one token with a cache"
         if reason:
             self.warnings.add(f"steps of this model run uncompiled: {reason}")
 
     def forget_if_changed(self) -> None:
-        """Compile again where modules or hooks were added or taken away, which compiled code does not look at (`_compat.guard_options`)."""
+        """Drop compiled code where modules or hooks were added or removed, which it does not check itself (`_compat.guard_options`)."""
         modules = tuple(self.decoder.modules())
         now = tuple((id(module), *_compat.forward_hooks_of(module)) for module in modules)
         if self.compiled and now != self.seen:
@@ -136,11 +127,11 @@ class Steps:
 
 
 def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
-    """The decoder's call: its hooks as ever, and beneath them `_forward`."""
+    """Call the decoder with its hooks, and with `_forward` in place of its forward."""
     attributes = vars(steps.decoder)
     if "forward" in attributes and getattr(attributes["forward"], "func", None) is not _forward:
         raise UnsupportedModel(
-            f"{type(steps.decoder).__name__} was given a forward of its own after it was patched (accelerate's hooks, say): "
+            f"{type(steps.decoder).__name__} was given its own forward after it was patched (accelerate's hooks, say): "
             "unpatch_model first, then wrap it"
         )
     steps.exclusive.take(f"a forward of this {type(steps.decoder).__name__}")
@@ -153,27 +144,27 @@ def _call_decoder(steps: Steps, *args: Any, **kwargs: Any) -> Any:
 
 
 def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
-    """The decoder's forward beneath its hooks: compiled where it is a step, else the model's own."""
+    """Run the decoder's forward inside its hooks: compiled where it is a step, otherwise the model's own."""
     decoder: Any = steps.decoder
     runtime = runtime_of(decoder)
     kwargs = {name: value for name, value in _compat.by_name(decoder, args, kwargs).items() if value is not None}
     if runtime is None and wants_cache(decoder, kwargs):
         kwargs[_compat.CACHE] = FixedCache(steps.cache_layers)
-    step = _step_of(steps, decoder, kwargs)
+    step, reason = step_of(decoder, kwargs)
     if step is None:
-        if is_new_text(kwargs):
+        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        steps.count_eager(reason, 0 if inputs is None else inputs.shape[1])
+        if is_new_sequence(kwargs):
             steps.forget_if_changed()
         if isinstance(kwargs.get(_compat.CACHE), StreamingCache | FixedCache):
-            inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             kwargs[_compat.CACHE].autocast = None if inputs is None else autocast_of(inputs.device)
         return type(decoder).forward(decoder, **kwargs)
 
     cache = kwargs[_compat.CACHE]
-    # One set of arguments, and one layout, whoever calls: a graph is made for both.
-    kwargs = {name: _packed(kwargs[name]) for name in TENSORS if name in kwargs} | {_compat.CACHE: step, "use_cache": True}
+    kwargs = packed_arguments(step, kwargs)
     steps.step = step
-    steps.kind = _kind(step, kwargs)
-    graphs = _uses_cudagraphs(steps.patch, decoder)
+    steps.kind = kind_of(step, kwargs)
+    graphs = uses_cudagraphs(steps.patch, decoder)
     if graphs:
         torch.compiler.cudagraph_mark_step_begin()
     try:
@@ -195,7 +186,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call_layer(steps: Steps, index: int, *args: Any, **kwargs: Any) -> Any:
-    """A decoder layer's call: compiled while a step is under way."""
+    """Call a decoder layer, as compiled code during a step."""
     layer: Any = steps.layers[index]
     step = steps.step
     if step is None:
@@ -215,64 +206,3 @@ def _run_forward(decoder: Any, kwargs: dict[str, Any]) -> Any:
 
 def _run_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _compat.run_hooks_and_forward(layer, *args, **kwargs)
-
-
-def _step_of(steps: Steps, decoder: Any, kwargs: dict[str, Any]) -> StepCache | None:
-    """The forward as compiled code sees it, with its mask and positions among ``kwargs``; None, counted, where it runs eagerly."""
-    cache = kwargs.get(_compat.CACHE)
-    reason = why_eager(decoder, kwargs)
-    step: StepCache | None = None
-    if reason is None and isinstance(cache, StreamingCache):
-        step = cache.fixed_step()
-        if step is not None:
-            kwargs["attention_mask"] = step.masks[0]  # not used: it keeps the model from making one
-    elif reason is None and isinstance(cache, FixedCache):
-        step = _fixed_step(decoder, cache, kwargs)
-    if step is None:
-        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        steps.eager(reason, 0 if inputs is None else inputs.shape[1])
-    return step
-
-
-def _fixed_step(decoder: Any, cache: FixedCache, kwargs: dict[str, Any]) -> StepCache:
-    inputs, mask = kwargs.get("input_ids", kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
-    assert inputs is not None
-    step = cache.fixed_step(inputs.shape[1])
-    if mask is not None:
-        kwargs["attention_mask"] = nn.functional.pad(mask.to(torch.int64), (0, cache.room - mask.shape[1]))
-        return step
-    # Some models make a mask of as many ones as tokens were seen, or take positions from it.
-    kwargs["attention_mask"] = inputs.new_ones(len(inputs), cache.room, dtype=torch.int64)
-    if "position_ids" in _compat.argument_names(decoder):
-        kwargs.setdefault("position_ids", step.layers[0].slots.expand(len(inputs), -1))
-    return step
-
-
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the strides of a fresh tensor; `contiguous` would leave those of dimensions of size 1 as they are."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _kind(step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What a graph is made for; steps that differ in this have graphs of their own."""
-    shapes = tuple((name, value.shape, value.dtype) for name, value in kwargs.items() if torch.is_tensor(value))
-    masks = tuple(mask.shape for mask in step.masks)
-    layer: Any = step.layers[0]
-    return shapes, masks, layer.keys.shape, layer.keys.dtype, torch.is_inference_mode_enabled(), autocast_of(layer.keys.device)
-
-
-def _uses_cudagraphs(patch: Options, decoder: Any) -> bool:
-    return patch.cudagraphs or (patch.mode == "reduce-overhead" and decoder.device.type == "cuda")
-
-
-def _options(patch: Options, decoder: Any) -> dict[str, Any]:
-    """Of torch.compile, where mode and options exclude each other."""
-    options: dict[str, Any] = _compat.guard_options()
-    if patch.backend == "inductor":
-        options.update({"size_asserts": False, "nan_asserts": False, "scalar_asserts": False})
-        options["triton.cudagraphs"] = _uses_cudagraphs(patch, decoder)
-        if patch.mode == "max-autotune":
-            options.update({"max_autotune": True, "coordinate_descent_tuning": True})
-        if patch.mode == "reduce-overhead" and decoder.device.type == "cpu":
-            options["cpp_wrapper"] = True
-    return options

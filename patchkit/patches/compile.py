@@ -1,26 +1,14 @@
-"""torch.compile for decoding: each step is one graph, compiled once, whatever the length of the text.
+"""torch.compile for decoding: each step is one graph, compiled once, whatever the length of the sequence.
 
-Compiled code must not depend on a Python number that changes from step to step. A step is therefore handed over as a
-`StepCache`: buffers of fixed shape at fixed addresses, the slot of the new token and, in a stream, the sinks' turn and the
-masks, all of them tensors. Prompts and other forwards of several tokens run eagerly, and are counted as such; only those with
-which `speculative` verifies drafts are steps too, in the few lengths to which it rounds them up.
-
-Where steps come from:
-
-* with `streaming`, from its ring: one graph serves the filling and the full window, and rows with left padding;
-* without, from a `FixedCache`, which a first forward without a cache makes, and `generate` too. It has room for a power of two
-  of tokens, at least 512, and doubles when that is used up; a room that was not met before is compiled once more. A cache
-  of the caller's own, a `DynamicCache` say, runs eagerly, with a line in the log.
-
-Hooks on the decoder, among them the bookkeeping of `streaming`, stay outside the graph. PyTorch's own place for a compiled
-call, ``_compiled_call_impl``, takes the whole call of a module, hooks included; what stands there is a function that runs
-`Module._call_impl`, and has it find the compiled forward beneath the hooks for the time of that call. So no forward is
-reassigned on a model at rest. Copies and pickles of a module leave that attribute out; `Steps` puts it back, and compiles again.
-
-Every kind of step (batch size, room, ...) has a code object of its own: dynamo keeps compiled code, and counts
-recompilations, by code object, and drops it with the function. Guards that only ask whether a module was edited since, or
-a function of a library replaced, are left out: on a small model their number is what a step waits for. Guards on tensors,
-types and constants stay. Instead, modules and hooks are compared at the beginning of every text (`Steps.forget_if_changed`).
+1. A step works on a `StepCache`: tensors of fixed shape at fixed addresses (buffers, slots, masks, sink rotation) and no Python number
+   that changes. `streaming` makes it from its ring, for filling and full windows; otherwise a `FixedCache` does, which starts with room
+   for 512 tokens and doubles. Each new room compiles once. Other caches run eagerly, with a warning; so do prompts, without one.
+2. torch calls ``_compiled_call_impl`` of a module, if that is set, in place of the module. `Steps` sets it to a function that installs
+   the compiled forward, runs `Module._call_impl`, so that hooks run eagerly around it, and removes the forward again.
+3. Copies and pickles of a module leave that attribute out; `Steps.__setstate__` sets it again, and the copy compiles again.
+4. Every kind of step (batch size, room, ...) has its own code object, because dynamo keeps compiled code by code object.
+5. Guards on modules and library functions are left out, because checking them takes most of a step's time on small models. `Steps`
+   compares modules and hooks at the beginning of every sequence instead. Guards on tensors, types and constants stay.
 """
 
 from __future__ import annotations
@@ -49,14 +37,16 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 class Compile(Patch):
     """Run every decoding step as compiled code (torch.compile).
 
+    Forwards of several tokens run eagerly, except those in which `speculative` verifies drafts.
+
     Args:
         mode: "default"; "reduce-overhead", less time between kernels: CUDA graphs on a GPU, generated C++ instead of Python around
             the kernels on a CPU (a longer compilation); "max-autotune", kernels chosen by timing them.
         fullgraph: a step that cannot become one graph is an error; False allows graph breaks.
         cudagraphs: record CUDA graphs in any mode. Needs a CUDA device.
-        scope: "model" makes one graph of the decoder; "layers" one of each kind of decoder layer, which compiles in the time of a
-            layer and leaves the calls between layers to Python.
-        backend: of torch.compile. Others than "inductor" ignore mode.
+        scope: "model" makes one graph of the decoder; "layers" makes one graph of each kind of decoder layer, which compiles in the time
+            of one layer and leaves the calls between layers to Python.
+        backend: name of a backend of torch.compile. Only "inductor" uses ``mode``.
 
     Raises:
         ValueError: an option out of range.
@@ -107,7 +97,7 @@ class Compile(Patch):
         if len(devices) > 1 or "meta" in devices:
             raise UnsupportedModel(f"{name} is spread over {', '.join(sorted(devices))}: compile needs all of it on one device")
         if any("forward" in vars(module) for module in target.model.modules()):
-            raise UnsupportedModel(f"modules of {name} have a forward of their own (accelerate's hooks, say): compile would not run it")
+            raise UnsupportedModel(f"modules of {name} have their own forward (accelerate's hooks, say): compile would not run it")
         kinds = {type(layer) for layer in _compat.DynamicCache(config=target.config).layers}
         for kind in sorted(kinds - {_compat.DynamicLayer, _compat.DynamicSlidingWindowLayer}, key=str):
             raise UnsupportedModel(f"{name} has cache layers of type {kind.__name__}: compile serves layers of keys and values only")
@@ -117,7 +107,7 @@ class Compile(Patch):
             if layer.alibi == "position_bias":
                 raise UnsupportedModel(f"{name} cuts its ALiBi bias to the number of tokens seen, so no two steps would be one graph")
         if "dynamic" in _compat.rope_types(target.config):
-            raise UnsupportedModel(f"{name} looks at its positions to choose rotary frequencies (rope_type 'dynamic'): a graph break")
+            raise UnsupportedModel(f"{name} reads its positions to choose rotary frequencies (rope_type 'dynamic'): a graph break")
         if self.scope == "layers":
             _decoder_layers(target)
 
@@ -139,7 +129,7 @@ class Compile(Patch):
 
 
 def _decoder_layers(target: Target) -> list[nn.Module]:
-    """The modules, one around each attention module, that the decoder runs one after the other."""
+    """The decoder layers: the modules in a list of modules, one around each attention module."""
     modules = dict(target.model.named_modules())
     found: dict[int, nn.Module] = {}
     for layer in target.attention_layers:
@@ -155,8 +145,8 @@ def _decoder_layers(target: Target) -> list[nn.Module]:
 def _refuse_stream(plan: Any) -> None:
     if not plan.owns_all:
         raise UnsupportedModel(
-            "streaming or linear with layers= (or beside chunked layers) leaves caches that grow, so no two steps would be one graph: "
+            "streaming or linear with layers= (or with chunked layers) leaves caches that grow, so no two steps would be one graph: "
             "leave compile out, or patch all layers"
         )
     if plan.has_alibi:
-        raise UnsupportedModel("streaming makes an ALiBi bias anew at every step, which cannot be compiled: leave one of the two out")
+        raise UnsupportedModel("streaming makes a new ALiBi bias at every step, which cannot be compiled: leave one of the two out")

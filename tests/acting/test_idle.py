@@ -81,7 +81,7 @@ def test_compile_where_every_forward_has_several_tokens(caplog: pytest.LogCaptur
     with torch.no_grad():
         for _ in range(20):
             cache = model(input_ids=prompt(3), use_cache=True, **{CACHE: cache})[CACHE]
-    assert_said_once(model, caplog, "were none of one token with a cache")
+    assert_said_once(model, caplog, "none of them of one token with a cache")
 
 
 def test_a_few_eager_forwards_are_nothing_to_speak_of() -> None:

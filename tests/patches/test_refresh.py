@@ -492,7 +492,7 @@ def test_bad_options_name_the_value_and_the_remedy(make, message):
     [
         ("llama", dict(refresh=Reencode(4), layers=[0]), "keep all keys"),
         ("llama", dict(refresh=DynamicSinks(3, 4), layers=[0]), "keep all keys"),
-        ("gemma3_text", dict(refresh=Reencode(4), window=6), "window of their own, of 8 tokens, which cannot be encoded from 6"),
+        ("gemma3_text", dict(refresh=Reencode(4), window=6), "their own window, of 8 tokens, which cannot be encoded from 6"),
         ("jamba", dict(refresh=Reencode(4)), "recurrent"),
         ("qwen3_next", dict(refresh=Reencode(4)), "recurrent"),
         ("falcon_h1", dict(refresh=DynamicSinks(3, 4)), "recurrent"),
