@@ -203,7 +203,7 @@ BUGS = [
     ),
     Bug(
         "the alias of the attention function stays in the config",
-        "            _put_back(obj, name, found.original)\n",
+        "            _restore(obj, name, found.original)\n",
         "            pass\n",
         CONTRACT,
     ),

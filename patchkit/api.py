@@ -1,4 +1,4 @@
-"""Patch a model, look at what was done, and undo it."""
+"""The functions that patch a model, report on the patches, and undo them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = False, verbose: bool = True) -> M:
     """Patch a loaded causal language model in place, and log one line that says what was changed and what was left alone.
 
-    Everything is checked before anything is touched; an exception half-way undoes what was done. Patches are applied in the
-    order of their `Stage`, whatever the order of the arguments. Compiled code is forgotten, of all models in the process,
-    because it would not notice the patches; a model that was compiled has to be compiled again.
+    All checks run before the first edit, and an exception undoes the edits made so far. Patches are applied in the order of their
+    `Stage`, whatever the order of the arguments. Compiled code of all models in the process is dropped, because it would not notice the
+    patches; a model that was compiled has to be compiled again.
 
     Args:
         model: a transformers decoder-only model with a language-modelling head, or such a model in PEFT's wrapper.
         patches: `Patch` objects, spec strings such as "streaming(window=1020) + mlp_int8", and files with such a string
             (`Path("tuned.spec")` or "@tuned.spec"), or lists of these. "none" is no patch.
-        lossless: the patches make a view of the model that only drafts, and the model itself verifies: `generate` gives what the
-            unpatched model gives, faster where drafts are cheap and often right. Weights are shared.
-        verbose: log the line at level INFO of the logger "patchkit" (else DEBUG). Where the program has not configured
+        lossless: the patched model, as a view over the same weights, only drafts, and the unpatched model verifies (speculative
+            decoding). `generate` returns the tokens of the unpatched model, sooner where drafts are cheap and often accepted.
+        verbose: log the line at level INFO of the logger "patchkit" (otherwise DEBUG). Where the program has not configured
             logging, it goes to stderr.
 
     Returns:
         The same object.
 
     Raises:
-        SpecError: no patch is given, or one that does not exist or does not read.
+        SpecError: no patch is given, or a spec string names no patch or cannot be read.
         PatchConflict: a patch is given twice, or the model is already patched.
         UnsupportedModel: the model is not a causal LM of transformers, or a patch cannot be exact or useful on it.
         NothingMatched: a patch found nothing to change.
@@ -58,14 +58,14 @@ def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = Fa
 
 
 def unpatch_model(model: M, *names: str) -> M:
-    """Undo `patch_model`: no hook, attribute, weight or compiled code stays behind. Returns the same object.
+    """Undo `patch_model`: remove every hook, attribute, weight and compiled code. Returns the same object.
 
     Args:
-        names: the patches to take off, such as "compile"; the others are applied again, so they begin anew: caches that were made
-            before are of no use, and counters start at 0. None names all.
+        names: the patches to remove, such as "compile"; no name removes all. The others are applied again: their counters start at 0,
+            and caches made before cannot be used.
 
     Raises:
-        PatchConflict: patchkit has not patched this model, not with a patch of that name, or it is a shallow copy of a patched one.
+        PatchConflict: the model has no patch of that name, is not patched at all, or is a shallow copy of a patched model.
         PatchError: one of the others cannot be applied again; the model is then unpatched.
         IrreversiblePatch: a patch has discarded what undoing needs, and the model stays patched; or an undo step failed, and all
             others ran.
@@ -84,10 +84,10 @@ def unpatch_model(model: M, *names: str) -> M:
 
 @contextlib.contextmanager
 def patched(model: M, *patches: Given | Sequence[Given], verbose: bool = True) -> Iterator[M]:
-    """`patch_model` for the length of a with block. The model is unpatched at the end, also after an exception.
+    """Patch a model within a ``with`` block, with the arguments of `patch_model`. The model is unpatched at the end, even on an exception.
 
     Raises:
-        IrreversiblePatch: a patch could not be undone at the end; the model is untouched.
+        IrreversiblePatch: a patch could not be undone at the end; the model is not changed.
     """
     for patch in resolve(patches):
         if patch.irreversible:
@@ -100,7 +100,7 @@ def patched(model: M, *patches: Given | Sequence[Given], verbose: bool = True) -
 
 
 def with_patches(*patches: Given | Sequence[Given], verbose: bool = True) -> Callable[[F], F]:
-    """Decorate a function that returns a model, or a tuple with exactly one model in it: what it returns is patched.
+    """Decorate a function that returns a model, or a tuple with exactly one model in it, so that the model is patched.
 
     Spec strings are read when the function is decorated, so a typo is found before a model is loaded.
     """
@@ -128,12 +128,13 @@ def with_patches(*patches: Given | Sequence[Given], verbose: bool = True) -> Cal
 
 
 def from_pretrained(model: str | os.PathLike[str], *, patches: Given | Sequence[Given], verbose: bool = True, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(model, **kwargs)`, patched. Spec strings are read before anything is loaded.
+    """Load a model by `AutoModelForCausalLM.from_pretrained(model, **kwargs)` and patch it. Spec strings are read before the loading.
 
     Args:
         model: a hub id or a directory.
-        patches: as for `patch_model`.
-        kwargs: passed on to transformers (dtype, device_map, ...).
+        patches: a patch, spec string or file, or a list of these; see `patch_model`.
+        verbose: log the changes at level INFO.
+        kwargs: passed to transformers (dtype, device_map, ...).
     """
     chosen = resolve([patches])
     from transformers import AutoModelForCausalLM
@@ -142,7 +143,7 @@ def from_pretrained(model: str | os.PathLike[str], *, patches: Given | Sequence[
 
 
 def report(model: Any) -> Report:
-    """What patchkit did to this model, with the run-time counters as they stand now.
+    """Return the report of this model's patches, with the present run-time counters.
 
     Raises:
         PatchConflict: patchkit has not patched this model.
@@ -151,12 +152,12 @@ def report(model: Any) -> Report:
 
 
 def _drafting(chosen: list[Patch]) -> list[Patch]:
-    """The patch under which the model patched with ``chosen`` only drafts."""
+    """Return the patch that verifies drafts of the model patched with ``chosen``."""
     verifying = {name: patch for name, cls in available_patches().items() if (patch := cls.drafting(tuple(chosen))) is not None}
     for patch in chosen:
         if patch.name in verifying:
             raise PatchConflict(
-                f"lossless=True verifies with {patch.name} already: leave {patch.name} out, its text is the model's own as it is"
+                f"lossless=True adds {patch.name} itself: leave {patch.name} or lossless out"
             )
     return [next(iter(verifying.values()))]
 
@@ -205,7 +206,7 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
 
 
 def _causal_lm(model: Any) -> Any:
-    """The transformers model itself, out of PEFT's wrapper if it is in one.
+    """Return the transformers model itself, without PEFT's wrapper.
 
     Raises:
         UnsupportedModel: it is not a decoder-only model with a language-modelling head.
@@ -262,7 +263,7 @@ def _announce(handle: Handle, seconds: float, verbose: bool, was_compiled: bool)
 
 
 def _prepare_logger() -> None:
-    """The program's logging decides, if it has any; else INFO goes to stderr. Never at import."""
+    """Send level INFO to stderr where the program has not configured logging. Not called at import."""
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Console) for handler in _logger.handlers):
@@ -270,7 +271,7 @@ def _prepare_logger() -> None:
 
 
 class _Console(logging.Handler):
-    """Prints to stderr, as it is at the time, as long as nobody has configured logging."""
+    """A log handler that prints to the current stderr until the program configures logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [handler for handler in _logger.handlers if handler is not self]

@@ -1,13 +1,13 @@
-"""How patchkit puts a function of its own between a model and its attention: by name, per model, reversibly.
+"""Aliases of attention implementations, through which patchkit's functions run before a model's attention, reversibly.
 
-transformers looks the attention function up by ``config._attn_implementation`` at every call, and the function that
+transformers looks up the attention function by ``config._attn_implementation`` at every call, and the function that
 builds the mask by the same name. `alias_of` registers, for an implementation such as ``"sdpa"``, one alias that
 
-* runs ``ours(original, module, query, ...)`` on the attention modules that were given such a function (`set_attention`), and the
-  original implementation, bit for bit, on every other module; so two models may share a config and only one of them be patched;
-* builds the original's mask, unless a patched forward is under way that makes its own (`swap_mask_builder`).
+* runs ``ours(original, module, query, ...)`` on attention modules with such a function (`set_attention`), and the unchanged original on
+  every other module, so that of two models with one config only one may be patched;
+* builds the original's mask, unless a patched forward in progress makes its own (`swap_mask_builder`).
 
-The alias has the original encoded in its name, because nothing but the module and the config reaches these functions.
+The alias encodes the original in its name, because these functions receive only the module and the config.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 _this_thread = threading.local()
 _PREFIX = "patchkit_"  # of every alias
 _OURS = "_patchkit_attention"  # the attribute of an attention module
-_aliased: dict[str, str] = {}  # alias -> what it stands for
+_aliased: dict[str, str] = {}  # alias -> original implementation
 
 
 def alias_of(implementation: str) -> str:
-    """The registered name under which ``implementation`` runs with patchkit's functions in front of it.
+    """Register the alias under which ``implementation`` runs with patchkit's functions before it, and return its name.
 
-    The name avoids "sdpa", "flash" and "flex", which transformers looks for as substrings and treats specially.
+    The name avoids "sdpa", "flash" and "flex", which transformers looks for as substrings and treats specially. The alias of an alias is
+    that of the original.
     """
-    # That of an alias, which another model with the same config may have put there, is that of what it stands for.
+    # Another model with the same config may have set an alias there.
     implementation = _aliased.get(implementation, implementation)
     alias = f"{_PREFIX}{zlib.crc32(implementation.encode()):08x}"
     _aliased[alias] = implementation
@@ -54,7 +55,7 @@ def alias_of(implementation: str) -> str:
 
 
 def original_name(config: Any) -> str:
-    """The attention implementation that ``config`` names, or that the alias stands for which it names."""
+    """The attention implementation that ``config`` names; for an alias, its original."""
     name = _compat.attention_named(config) or "eager"
     return _aliased.get(name, name)
 
@@ -65,7 +66,7 @@ def names_alias(config: Any) -> bool:
 
 
 def named_alias(implementation: str, suffix: str, mask: MaskBuilder) -> str:
-    """Register another alias of ``implementation``, whose masks ``mask`` builds; returns its name, which ends with ``suffix``."""
+    """Register another alias of ``implementation``, with masks from ``mask``, and return its name, which ends with ``suffix``."""
     alias = f"{alias_of(implementation)}_{suffix}"
     _aliased[alias] = implementation
     _compat.register_attention(alias, _in_front_of(implementation), mask)
@@ -74,19 +75,19 @@ def named_alias(implementation: str, suffix: str, mask: MaskBuilder) -> str:
 
 def set_alias(handle: Handle, config: Any, alias: str) -> None:
     """Name ``alias`` in a config, until the last patched model that shares it is unpatched."""
-    # A copy of a patched model may have left an alias of which nobody knows who put it there.
+    # A copy of a patched model may have left an alias that no handle knows.
     original = original_name(config) if names_alias(config) else None
     handle.set_shared(config, _compat.ATTENTION_NAME, alias, original)
 
 
 def set_attention(handle: Handle, module: nn.Module, function: AttentionFunction) -> None:
-    """Let ``function(original, module, query, key, value, attention_mask, **kwargs)`` attend for a module, until it is unpatched."""
+    """Make ``function(original, module, query, key, value, attention_mask, **kwargs)`` the attention of a module, until it is unpatched."""
     handle.set_attribute(module, _OURS, function)
 
 
 @contextlib.contextmanager
 def attending(functions: Iterable[tuple[nn.Module, AttentionFunction]]) -> Iterator[None]:
-    """Within this context, each of these functions attends for its module, as in `set_attention`."""
+    """Make each of these functions the attention of its module within this context; for the arguments see `set_attention`."""
     given = list(functions)
     try:
         for module, function in given:
@@ -103,39 +104,38 @@ def has_own_mask(config: Any) -> bool:
 
 
 def refuse_other_attention(configs: Sequence[Any]) -> None:
-    """Look whether patched attention modules still reach patchkit's functions, through an alias that their configs name.
+    """Check that the configs of patched attention modules still name an alias, through which patchkit's functions run.
 
     Raises:
-        StreamError: another implementation was set since; the patch would be off without a word.
+        StreamError: another implementation was set after patching, which would switch the patch off silently.
     """
     for config in configs:
         implementation = _compat.attention_named(config)
         if not (implementation or "").startswith(_PREFIX):
             raise StreamError(
-                f"the attention implementation was set to {implementation!r} after the model was patched, which puts the patch's own "
-                "attention out of force: unpatch_model, set it, and patch again"
+                f"the attention implementation was set to {implementation!r} after the model was patched, which switches off the "
+                "attention of the patch: unpatch_model, set it, and patch again"
             )
 
 
 def configs_of(modules: Iterable[nn.Module], model: Any) -> list[Any]:
-    """The config objects through which these attention modules look their implementation up, each once."""
+    """The config objects through which these attention modules look up their implementation, each once."""
     return list({id(config): config for module in modules for config in [getattr(module, "config", model.config)]}.values())
 
 
 class Masks(NamedTuple):
-    """Where the masks of the models with ``configs`` come from: see `swap_mask_builder`."""
+    """The builder of the masks of models with ``configs``; for its arguments see `swap_mask_builder`."""
 
     builder: MaskBuilder | None
     configs: Sequence[Any]
 
 
 def swap_mask_builder(masks: Masks | None) -> Masks | None:
-    """From now on, in this thread, the masks of models with ``masks.configs`` come from ``masks.builder``.
+    """Set the builder of this thread's masks, and return the previous one, for the caller to restore when its forward ends.
 
-    It is called as ``builder(implementation, ...)``, with the name of the original and the arguments of transformers' mask functions. None
-    means the original's function. Other models are not concerned: KeyboardInterrupt can end a forward without anybody being told.
-
-    Returns what was in force, for the caller to put back when its forward ends.
+    It serves models with ``masks.configs``, and no others, because KeyboardInterrupt can end a forward before the caller restores it. It
+    is called as ``builder(implementation, ...)``, with the name of the original and the arguments of transformers' mask functions. None
+    means the original's function.
     """
     before = getattr(_this_thread, "masks", None)
     _this_thread.masks = masks
@@ -144,10 +144,10 @@ def swap_mask_builder(masks: Masks | None) -> Masks | None:
 
 @contextlib.contextmanager
 def masks_from(configs: list[Any], builder: MaskBuilder | None) -> Iterator[None]:
-    """Within this context (and thread), models with these configs get their masks from ``builder``; None: from the usual functions.
+    """Build the masks of models with these configs by ``builder``, within this context and thread; None: by the usual functions.
 
-    Each implementation ``"sdpa"`` then runs without copying keys for the heads that share them (`_grouped_sdpa`). Configs that name an
-    alias already are left as they are, so that another thread may run a model with the same config.
+    Each implementation ``"sdpa"`` then runs without copying keys for the heads that share them (`_grouped_sdpa`). Configs that already
+    name an alias are not changed, so that another thread may run a model with the same config.
     """
     outer, grouped = swap_mask_builder(Masks(builder, tuple(configs))), getattr(_this_thread, "grouped", False)
     configs = [config for config in configs if not names_alias(config)]
@@ -166,7 +166,7 @@ def masks_from(configs: list[Any], builder: MaskBuilder | None) -> Iterator[None
 
 @contextlib.contextmanager
 def recorded(on_call: Callable[[dict[str, Any]], None], on_mask: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Within this context (and thread) every attention call under an alias, and every mask built, is shown to the callbacks."""
+    """Call ``on_call`` for every attention call under an alias, and ``on_mask`` for every mask built, in this context and thread."""
     _this_thread.recorders = on_call, on_mask
     try:
         yield
@@ -175,12 +175,12 @@ def recorded(on_call: Callable[[dict[str, Any]], None], on_mask: Callable[[torch
 
 
 def original_function(implementation: str, module: nn.Module) -> AttentionFunction:
-    """The attention function that ``module`` would call under ``implementation``.
+    """Return the attention function that ``module`` would call under ``implementation``.
 
     ``"eager"`` is not in transformers' registry: each modeling file defines its own.
 
     Raises:
-        UnsupportedModel: an eager implementation is wanted, and the module's file defines none.
+        UnsupportedModel: ``implementation`` is "eager", and the module's file defines no such function.
     """
     if implementation != "eager":
         return _compat.attention_function(implementation)
@@ -221,7 +221,7 @@ def _grouped_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """transformers' ``"sdpa"``, which copies all keys once per head of a group when there is a mask; on a CPU torch needs no copies."""
+    """Run transformers' ``"sdpa"`` without the copy of all keys for each head of a group, which it makes under a mask, on a CPU."""
     asked = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
     if attention_mask is None or key.device.type != "cpu" or key.shape[1] == query.shape[1] or asked:
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

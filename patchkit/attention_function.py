@@ -30,25 +30,28 @@ from patchkit.patch import Patch, Stage, register_patch
 
 
 def attention_patch(name: str, mask: MaskRule | None = None) -> Callable[[AttentionFunction], type[AttentionPatch]]:
-    """Decorator: one function with transformers' attention signature becomes a patch, known to spec strings as ``name``.
+    """Decorate one function with transformers' attention signature, which becomes a patch, called ``name`` in spec strings.
 
         @attention_patch("nearest", mask=lambda batch, head, query, key: key > query - 8)
         def nearest(module, query, key, value, attention_mask, scaling=None, **kwargs): ...
 
         patch_model(model, "nearest")          # or patch_model(model, nearest())
 
-    The function is called as ``function(module, query, key, value, attention_mask, scaling=..., **kwargs)`` with query
-    [B, H, T, K], keys [B, G, S, K] and values [B, G, S, V] out of the cache (G divides H: repeat them), and a mask
-    [B, 1, T, S] to add to the scores (0 where visible, else the lowest number of the queries' dtype; never None), and returns
-    the output [B, T, H, V] and the attention weights or None.
+    The function is called as ``function(module, query, key, value, attention_mask, scaling=..., **kwargs)``:
+
+    * query [B, H, T, K]; key [B, G, S, K] and value [B, G, S, V] from the cache, where G divides H;
+    * attention_mask [B, 1, T, S] to add to the scores, 0 where visible and the lowest number of the queries' dtype elsewhere; never None.
+
+    It returns the output [B, T, H, V], and the attention weights or None.
 
     Args:
         name: the patch's name in spec strings.
-        mask: which of the keys that the model's own rule shows stay visible, as a function of index tensors (batch, head,
-            query, key) that broadcast against each other; None for all. Padding and sliding windows are in the model's rule.
+        mask: bool function of index tensors (batch, head, query, key) that broadcast against each other: whether a key that the model's
+            own rule shows stays visible; None for all. Padding and sliding windows are in the model's rule.
 
     Raises:
-        ValueError, PatchConflict: the name is no identifier, or is taken.
+        ValueError: the name is not an identifier.
+        PatchConflict: another patch has the name.
     """
 
     def decorate(function: AttentionFunction) -> type[AttentionPatch]:
@@ -66,7 +69,7 @@ def attention_patch(name: str, mask: MaskRule | None = None) -> Callable[[Attent
 
 @dataclass(frozen=True)
 class AttentionPatch(Patch):
-    """Base of the patches that `attention_patch` makes: every attention module calls ``function``."""
+    """Base class of the patches that `attention_patch` makes: every attention module calls ``function``."""
 
     stage = Stage.ATTENTION
     function: ClassVar[AttentionFunction]
@@ -77,7 +80,7 @@ class AttentionPatch(Patch):
             if not layer.interface:
                 raise UnsupportedModel(
                     f"{type(target.model).__name__} computes attention itself in layer {layer.index} ({layer.name}) instead of calling "
-                    "transformers' attention interface, so no attention function can be put in its place"
+                    "transformers' attention interface, so no attention function can replace it"
                 )
 
     def apply(self, target: Target, handle: Handle) -> None:
@@ -97,7 +100,7 @@ def _before_patched_forward(configs: list[Any], decoder: nn.Module, args: Any) -
 
 
 def _run_patch(cls: type[AttentionPatch], hits: Counter[str], original: AttentionFunction, *args: Any, **kwargs: Any) -> AttentionOutput:
-    if not torch.compiler.is_compiling():  # a count that changes would be a graph of its own for every call
+    if not torch.compiler.is_compiling():  # a count that changes would need a new graph for every call
         hits["attention calls"] += 1
     return cls.function(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Handle: the only way to edit a model. It remembers every edit and undoes them last-in-first-out."""
+"""Handle: a stack of all edits of one model, by which they are undone. Patches edit models only through it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 class Handle:
     """The edits of one `patch_model` call.
 
-    `patch_model` makes one handle and gives every patch its own (`for_patch`), with the same undo stack and a record of its own.
+    `patch_model` makes one handle and gives every patch its own (`for_patch`), with the same undo stack and a separate record.
 
-    A patched model can be copied (`copy.deepcopy`) and pickled, and the copy can be unpatched on its own. That holds because
-    every function that a patch leaves on the model, as a hook, an attribute or an undo step, is a module-level function, a
-    `functools.partial` over one, or a bound method: deepcopy and pickle carry those over to the copy. A lambda or a function
-    defined inside another would go on working for the first model, so the handle refuses it. A hook that counts is best given
-    `handle.record.hits`, not the handle, which would drag the whole model into a copy of one module.
+    A patched model can be copied (`copy.deepcopy`) and pickled, and the copy can be unpatched independently. For that, every function
+    that a patch puts on the model, as a hook, an attribute or an undo step, must be a module-level function, a `functools.partial` over
+    one, or a bound method: deepcopy and pickle rebind those to the copy. A lambda or a nested function would still refer to the first
+    model, so the handle refuses it. Give a hook that counts `handle.record.hits`, not the handle, which would bring the whole model into
+    a copy of one module.
 
     Attributes:
         model: the patched model.
-        record: where the patch tells what it did; also its run-time counters and warnings.
+        record: the patch's report of its changes, with its run-time counters and warnings.
         records: on the first handle, the records of all patches, in the order of application.
-        final: why the edits can no longer be undone; None while they can.
+        final: the reason why the edits can no longer be undone; None while they can.
     """
 
     def __init__(self, model: nn.Module | None = None, record: Record | None = None) -> None:
@@ -45,24 +45,24 @@ class Handle:
         self._last: list[tuple[str, Callable[[], object]]] = []
 
     def for_patch(self, patch: Named) -> Handle:
-        """A handle for one patch, with this handle's undo stack and a new record."""
+        """Make a handle for one patch, with this handle's undo stack and a new record."""
         own = Handle(self.model, Record(patch))
         own._steps, own._last = self._steps, self._last
         self.records.append(own.record)
         return own
 
     def pre_hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
-        """`module.register_forward_pre_hook(fn, **kw)`; `kw` is `prepend` and `with_kwargs`."""
+        """Register a forward pre-hook: `module.register_forward_pre_hook(fn, **kw)`; `kw` is `prepend` and `with_kwargs`."""
         _require_portable(fn, "hook")
         self._steps.append(functools.partial(_remove_hook, module.register_forward_pre_hook(fn, **kw)))
 
     def hook(self, module: nn.Module, fn: Callable[..., Any], **kw: Any) -> None:
-        """`module.register_forward_hook(fn, **kw)`; `kw` is `prepend`, `with_kwargs` and `always_call`."""
+        """Register a forward hook: `module.register_forward_hook(fn, **kw)`; `kw` is `prepend`, `with_kwargs` and `always_call`."""
         _require_portable(fn, "hook")
         self._steps.append(functools.partial(_remove_hook, module.register_forward_hook(fn, **kw)))
 
     def state_dict_hook(self, module: nn.Module, fn: Callable[..., Any]) -> None:
-        """`module.register_state_dict_post_hook(fn)`."""
+        """Register a state-dict hook: `module.register_state_dict_post_hook(fn)`."""
         _require_portable(fn, "hook")
         self._steps.append(functools.partial(_remove_hook, module.register_state_dict_post_hook(fn)))
 
@@ -73,8 +73,8 @@ class Handle:
         in `state_dict`. A property is set, and restored, through its setter.
 
         Raises:
-            PatchError: `name` is a parameter, a buffer or a submodule; swap those yourself and give `on_undo` the way back.
-                Or `value` is a function that a copy of the model could not take along.
+            PatchError: `name` is a parameter, a buffer or a submodule, to be replaced directly, with an undo step for `on_undo`;
+                or `value` is a function that a copy or pickle of the model cannot hold.
         """
         _require_portable(value, f"value of {name}")
         # Pickle stores such a method as a name to look up on obj, and would load the class's own method instead.
@@ -87,25 +87,25 @@ class Handle:
         if registry is not None:
             raise PatchError(
                 f"{type(obj).__name__}.{name} is in {registry}: set_attribute is for plain attributes. "
-                "Swap it in that dictionary and give handle.on_undo the way back."
+                "Replace it in that dictionary and give handle.on_undo a step that restores it."
             )
         attributes = vars(obj)
         old = attributes[name] if name in attributes else getattr(obj, name, None)
         existed = name in attributes
         _set_plain(obj, name, value)
-        # A property, or a config's alias, redirects the write: there is nothing of this name to delete, only a value to set back.
+        # A property, or a config's alias, redirects the write: there is no attribute of this name to delete, only a value to restore.
         if existed or name not in attributes:
             self._steps.append(functools.partial(_set_plain, obj, name, old))
         else:
             self._steps.append(functools.partial(_delete_plain, obj, name))
 
     def set_shared(self, obj: object, name: str, value: Any, original: Any = None) -> None:
-        """`set_attribute` on an object that several patched models may share, a config: undo waits for the last of them.
+        """Set an attribute of an object that several patched models may share, such as a config; the last of them to be undone restores it.
 
-        While some are patched, the value is that of the one patched last.
+        Until then, the value is that of the model patched last.
 
         Args:
-            original: what the last of them leaves there; None for what is there now.
+            original: the value to restore; None for the present one.
         """
         token = _Token()
         with _shared_guard:
@@ -118,7 +118,7 @@ class Handle:
         self._steps.append(functools.partial(_release, obj, name, token, found.original))
 
     def on_undo(self, callback: Callable[[], object]) -> None:
-        """Any other edit brings its own way back: `on_undo(functools.partial(put_back, module, weight))`.
+        """Add an undo step for any other edit: `on_undo(functools.partial(restore, module, weight))`.
 
         Call it before the edit if the edit can fail half-way.
         """
@@ -126,11 +126,11 @@ class Handle:
         self._steps.append(callback)
 
     def make_final(self, why: str, discard: Callable[[], object]) -> None:
-        """When all patches have been applied, ``discard`` what undoing would need; `unpatch_model` then refuses, saying ``why``."""
+        """Discard what undoing would need, by ``discard()`` once all patches are applied; `unpatch_model` then refuses with ``why``."""
         self._last.append((why, discard))
 
     def commit(self) -> None:
-        """All patches are applied: counters start, and what was to be discarded is."""
+        """Start the counters and run the steps of `make_final`, after all patches have been applied."""
         for record in self.records:
             record.start()
         for why, discard in self._last:
@@ -142,8 +142,8 @@ class Handle:
         """Undo every edit, last first. Every step runs, even after one has failed; a second call does nothing.
 
         Raises:
-            IrreversiblePatch: the edits are final, and nothing was undone; or at least one step failed: the message lists the
-                failures, the first is the cause.
+            IrreversiblePatch: the edits are final, and nothing was undone; or at least one step failed. The message then lists the
+                failures, and the first is the cause.
         """
         if self.final is not None:
             raise IrreversiblePatch(self.final)
@@ -165,18 +165,18 @@ class Handle:
 
 
 class _Token:
-    """One use of a shared attribute. A copy of it is another one."""
+    """An identity of one use of a shared attribute; a copy is another identity."""
 
 
 class _Missing:
-    """In the place of the value of an attribute that was not there; a copy of it says the same."""
+    """A marker for the value of an attribute that did not exist. Copies are recognised by type."""
 
 
 _MISSING = _Missing()
 
 
 class _Shared(NamedTuple):
-    """An attribute that patched models share: on what, its value before the first of them, and the value of each."""
+    """An attribute that patched models share: its object, its value before the first of them, and the value of each."""
 
     obj: weakref.ReferenceType[Any]
     original: Any
@@ -190,19 +190,19 @@ _shared_guard = threading.Lock()
 def _release(obj: object, name: str, token: _Token, original: Any) -> None:
     with _shared_guard:
         found = _shared.get((id(obj), name))
-        if found is None or found.obj() is not obj or token not in found.values:  # of a copy, which nobody else has
+        if found is None or found.obj() is not obj or token not in found.values:  # the object belongs to a copied model alone
             if found is None or found.obj() is not obj or not found.values:
-                _put_back(obj, name, original)
+                _restore(obj, name, original)
             return
         del found.values[token]
         if found.values:
             setattr(obj, name, list(found.values.values())[-1])
         else:
-            _put_back(obj, name, found.original)
+            _restore(obj, name, found.original)
             del _shared[id(obj), name]
 
 
-def _put_back(obj: object, name: str, original: Any) -> None:
+def _restore(obj: object, name: str, original: Any) -> None:
     if isinstance(original, _Missing):
         _delete_plain(obj, name)
     else:
@@ -233,6 +233,6 @@ def _require_portable(value: Any, what: str) -> None:
         function = function.func
     if isinstance(function, types.FunctionType) and "<" in function.__qualname__:
         raise PatchError(
-            f"the {what} is {function.__qualname__}, which a copy or a pickle of the model could not take along: "
-            "use a module-level function, or functools.partial over one with what it needs."
+            f"the {what} is {function.__qualname__}, which a copy or a pickle of the model cannot hold: "
+            "use a module-level function, or functools.partial over one."
         )

@@ -1,4 +1,4 @@
-"""Record: what one patch tells about a model. `Report` shows the records of all its patches."""
+"""Record: one patch's account of its changes, choices and counters. `Report` shows the records of all patches of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _logger = logging.getLogger("patchkit")
 
 
 class Named(Protocol):
-    """The part of a patch that rooms below `patchkit.patch` know: its name, its spec string, and when it is applied."""
+    """The part of a patch that modules below `patchkit.patch` use: its name, its spec string, and its stage in the order of application."""
 
     @property
     def name(self) -> str: ...
@@ -22,9 +22,9 @@ class Named(Protocol):
 
 
 class Warnings(dict[str, int]):
-    """Warnings of a patched model while it runs, such as why a patch was idle in a call that it should have served; each with its count.
+    """Run-time warnings of a patched model with their counts, such as the reason why a patch did not act in a call.
 
-    Like `Record.hits`, it is given to functions that stay on the model, so it can be copied and pickled on its own.
+    Hooks hold it directly, as they hold `Record.hits`, so that a copy of the model copies it without the handle.
     """
 
     def add(self, text: str) -> None:
@@ -35,10 +35,10 @@ class Warnings(dict[str, int]):
 
 
 class Record:
-    """What one patch tells about a model: while it is applied, and at run time through ``hits`` and ``warnings``.
+    """One patch's account of its changes to a model, and of the run time through ``hits`` and ``warnings``.
 
     Attributes:
-        patch: whose record this is.
+        patch: the patch that this record belongs to.
         hits: run-time counters, kept by the patch.
         warnings: run-time warnings, logged once each.
         same_up_to: `Promises.same_up_to` of the patch for this model.
@@ -58,7 +58,7 @@ class Record:
         self._lasting: list[str] = []
 
     def changed(self, what: str, count: int = 1) -> None:
-        """Record what was changed: `changed("attention layers", 12)`. Counts add up.
+        """Record a change and its number: `changed("attention layers", 12)`. Counts add up.
 
         A patch that changes nothing is refused with `NothingMatched` and undone, so every `apply` calls this.
         """
@@ -66,10 +66,11 @@ class Record:
 
     @property
     def changed_nothing(self) -> bool:
+        """Whether no change has been recorded."""
         return not any(self._changed.values())
 
     def left_alone(self, what: str, why: str) -> None:
-        """Record what was not changed: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
+        """Record parts that were not changed, and why: `left_alone("6 sliding-window layers", "they keep their own window of 512")`."""
         self._left_alone[what] = why
 
     def measured(self, what: str, figure: str) -> None:
@@ -81,10 +82,10 @@ class Record:
         self._notes[what] = choice
 
     def warn(self, text: str, *, log: bool = False) -> None:
-        """Record what holds as long as the model is patched and its user may not expect: `warn("positions are not bounded")`.
+        """Record a warning that holds as long as the model is patched: `warn("positions are not bounded")`.
 
         Args:
-            log: log it as a warning too, even where the patching itself is silent (`patch_model(verbose=False)`).
+            log: log it at level WARNING too, even with `patch_model(verbose=False)`.
         """
         self._lasting.append(text)
         if log:
@@ -95,12 +96,12 @@ class Record:
         self.modules.setdefault(module, {}).update(facts)
 
     def start(self) -> None:
-        """Forget what was counted while the model was being patched."""
+        """Reset counters and run-time warnings, which patching itself may have changed."""
         self.hits.clear()
         self.warnings.clear()
 
     def report(self) -> PatchReport:
-        """A copy of the record as it is now."""
+        """Return a copy of the record as it is now."""
         assert self.patch is not None
         return PatchReport(
             name=self.patch.name,
@@ -118,15 +119,15 @@ class Record:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What one patch did to a model.
+    """A copy of one patch's record.
 
     Attributes:
         name: the patch's spec name.
         spec: the patch with its options, as a spec string.
-        warnings: {"positions are not bounded": 0}: how often each occurred at run time, and was logged the first time; 0 for one that
-            holds as long as the model is patched.
+        warnings: {"positions are not bounded": 0}: the number of times that each occurred at run time; 0 for a warning that holds as
+            long as the model is patched.
         changed: {"attention layers": 12}.
-        left_alone: what was not changed, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
+        left_alone: parts that were not changed, and why, {"6 sliding-window layers": "they keep their own window of 512"}.
         notes: choices of the patch, {"mode": "dynamic"}.
         measured: figures taken while patching, {"1 row": "31.2 -> 9.8 ms"}.
         hits: run-time counters since the model was patched.
@@ -163,7 +164,7 @@ class PatchReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What patchkit did to a model, one entry per patch in the order of application. Printed, it begins with the warnings."""
+    """The reports of all patches of a model, in the order of application. As text, it begins with the warnings."""
 
     patches: list[PatchReport]
 

@@ -1,4 +1,4 @@
-"""Where the feed-forward blocks of the decoder's layers are."""
+"""Search for the feed-forward blocks of the decoder's layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from patchkit.anatomy.probe import PROBE_TOKENS, probe_tokens
 from patchkit.errors import UnsupportedModel
 from patchkit.views import evaluating
 
-# Where no cache can be watched, a module is a token mixer when its name says so.
+# Where no cache can be watched, a module is a token mixer if its name matches this.
 _MIXER_WORDS = re.compile(r"att|mixer|mamba|time_mix|temporal|recurrent|lstm|ssm|conv", re.IGNORECASE)
 
-# Beside the feed-forward block: routers and norms that are networks themselves, per-layer embeddings, low-rank residuals,
+# Next to the feed-forward block: routers and norms that are networks themselves, per-layer embeddings, low-rank residuals,
 # mixtures of residual streams.
 _AUXILIARY = re.compile(r"^(gate|.*router.*|.*norm|altup|laurel|ple|per_layer.*|.*hyper_connection)$")
 
@@ -26,11 +26,15 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 
 def find_feed_forward(target: Subject) -> FeedForward:
-    """Every linear layer of a decoder layer that is outside token mixers and is no router.
+    """Find every linear layer of a decoder layer that is neither in a token mixer nor a router.
 
-    A token mixer is a module that was seen to read or write the cache; a decoder layer, an item of a list of modules of which at
-    least one holds a mixer; a router, a linear layer with at most two outputs more than there are experts. Small linear layers
-    that stand beside the block (`_AUXILIARY`) are none of it.
+    * A token mixer is a module that reads or writes the cache in a probe.
+    * A decoder layer is an item of a list of modules of which at least one holds a mixer.
+    * A router is a linear layer with at most two outputs more than there are experts.
+    * Small linear layers next to the block (`_AUXILIARY`) do not count.
+
+    Raises:
+        UnsupportedModel: the model cannot be probed.
     """
     model = target.model
     names = {module: name for name, module in model.named_modules()}
@@ -61,7 +65,7 @@ def find_feed_forward(target: Subject) -> FeedForward:
 
 
 def _expert_counts(config: Any) -> Iterator[int]:
-    """Every number of experts that a config, or a config inside it, gives."""
+    """Yield every number of experts in a config and in the configs inside it."""
     for name, value in vars(config).items():
         if name in _EXPERT_COUNTS and isinstance(value, int):
             yield value
@@ -70,7 +74,7 @@ def _expert_counts(config: Any) -> Iterator[int]:
 
 
 def _outside(layer: nn.Module, mixers: set[nn.Module], watched: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under ``layer`` with its path, without token mixers and what is in or around them."""
+    """Yield every module under ``layer`` with its path, except token mixers, modules in them, and wrappers around them."""
     parents = {child: (module, name) for module in layer.modules() for name, child in module.named_children()}
     cut = set()
     for mixer in mixers & set(layer.modules()):
@@ -99,9 +103,9 @@ def _is_attention(module: nn.Module, name: str, watched: bool) -> bool:
 
 
 def _token_mixers(target: Subject) -> tuple[set[nn.Module], bool]:
-    """The innermost modules that were seen to use the cache; and whether there was a cache to watch.
+    """Return the innermost modules that use the cache, and whether there was a cache to watch.
 
-    Without one, every module whose name says that it mixes tokens.
+    Without one, return every module whose name matches `_MIXER_WORDS`.
     """
     model = target.model
     by_name = {module for name, module in model.named_modules() if _MIXER_WORDS.search(name.rpartition(".")[2])}
@@ -143,5 +147,5 @@ def _token_mixers(target: Subject) -> tuple[set[nn.Module], bool]:
             hook.remove()
     if not mixers:
         return by_name, False
-    # A layer may ask the cache something before its mixer does.
+    # A layer may call the cache before its mixer does.
     return {mixer for mixer in mixers if not any(module in mixers for module in mixer.modules() if module is not mixer)}, True

@@ -1,4 +1,4 @@
-"""What is known of a layer that attends, and of the feed-forward blocks."""
+"""Facts about attention layers and feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class AttentionLayer:
     """One attention layer, as probed.
 
     Attributes:
-        index: its place in the cache.
+        index: its index in the cache.
         name, module: the attention module, as in ``model.named_modules()``.
         kind: "full" causal attention, "sliding" (own window), "chunked" (own chunk), or "other" (compressed, indexed, ...).
         window: tokens a sliding layer sees, the current one included, or a chunk's length; None for other kinds.
-        rotary: how positions enter; None when the layer's keys carry no position.
-        alibi: the layer receives a bias that is linear in the key's position (Press et al. 2022): its keyword argument's name.
-        slopes: [H] float64, the bias per position, with alibi.
-        mask_is_boolean: such a layer takes a mask that is True where a key is hidden; else one that is added to the scores.
-        interface: it calls transformers' attention interface, so a registered attention function reaches it.
-        obstacle: why nothing can be promised about evicting its keys; None when all is understood.
-        calls: how many times a forward calls that interface for this layer.
+        rotary: its rotary embedding; None if the layer's keys carry no position.
+        alibi: name of the keyword argument with a bias that is linear in the key's position (ALiBi, Press et al. 2022); None without one.
+        slopes: [H] float64, that bias per position; None without one.
+        mask_is_boolean: a layer with ALiBi takes a mask that is True where a key is hidden; otherwise one that is added to the scores.
+        interface: it calls transformers' attention interface, so that a registered attention function is used.
+        obstacle: the reason why nothing can be promised about evicting its keys; None if there is none.
+        calls: number of times that a forward calls that interface for this layer.
         arguments: the keyword arguments of those calls that are set: not None, False or 0.
-        attends_stored: the keys and values of those calls are what is in the cache (in multi-head latent attention they are not).
+        attends_stored: those calls receive the keys and values of the cache (in multi-head latent attention they do not).
     """
 
     index: int
@@ -54,12 +54,12 @@ class AttentionLayer:
 
 @dataclass(eq=False)
 class FeedForward:
-    """What the feed-forward blocks of a decoder are made of, by module name.
+    """The modules of a decoder's feed-forward blocks, by name.
 
     Attributes:
         linears: `nn.Linear` and transformers' `Conv1D` modules (whose weight is [in, out]).
-        experts: modules with the weights of all experts in 3-D parameters, that go through transformers' experts interface.
-        left_alone: modules that are neither, and why.
+        experts: modules with the weights of all experts in 3-D parameters, which use transformers' experts interface.
+        left_alone: modules that are neither, with the reason.
     """
 
     linears: dict[str, Any]
@@ -68,7 +68,7 @@ class FeedForward:
 
 
 class Subject(Protocol):
-    """A model that is being examined (`Target`), as far as the functions that examine it know it."""
+    """The part of `Target` that the functions use which examine a model."""
 
     model: Any
 

@@ -1,4 +1,4 @@
-"""A short forward in which every attention call is recorded."""
+"""A short forward that records every attention call. `patchkit.anatomy.read_probe` interprets it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ _PROBE_SHIFT = 101
 
 @dataclass
 class Probe:
-    """What one forward showed: attention calls with the cache layer each belongs to, masks built for them, biases handed to them."""
+    """The recording of one forward.
+
+    Attributes:
+        cache: after the forward.
+        shift: positions of the second row minus those of the first.
+        decoder: the module whose forward takes the 2-D attention mask.
+        shifted: the decoder takes position_ids, so that the rows had different positions.
+        calls: arguments of every attention call, with the index of the cache layer that it belongs to under "layer".
+        masks: every mask that was built.
+        biases: by layer index, the attention module and the keyword arguments of a call with ALiBi.
+    """
 
     cache: Any
     shift: int
@@ -40,9 +50,14 @@ def _decoders(model: Any) -> list[nn.Module]:
 
 
 def run_probe(target: Subject) -> Probe:
+    """Run the model over two equal rows of `PROBE_TOKENS` tokens at different positions, and record attention.
+
+    Raises:
+        UnsupportedModel: the model keeps its own kind of cache, fails, or builds its masks outside its decoder.
+    """
     model, config = target.model, target.config
     if not _compat.supports_dynamic_cache(model):
-        raise UnsupportedModel(f"{type(model).__name__} keeps its state in a cache class of its own, which cannot be replaced")
+        raise UnsupportedModel(f"{type(model).__name__} keeps its state in its own cache class, which cannot be replaced")
     if any(_compat.speaks_old_names(module) for module in (model, *_decoders(model))):
         raise UnsupportedModel(
             f"{type(model).__name__} takes its cache as past_key_values, which is called {_compat.CACHE} since transformers 5.24: "
@@ -103,7 +118,7 @@ def run_probe(target: Subject) -> Probe:
 
 
 def probe_tokens(target: Subject) -> torch.Tensor:
-    """int64 [2, PROBE_TOKENS], two equal rows, where the model takes its input."""
+    """Token ids [2, PROBE_TOKENS] int64 of two equal rows, on the model's device."""
     vocabulary = getattr(target.config, "vocab_size", 100)
     row = torch.arange(PROBE_TOKENS) * 7 % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
     device = target.model.device

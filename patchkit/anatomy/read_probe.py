@@ -1,4 +1,4 @@
-"""What the recorded calls say of each layer."""
+"""Interpretation of a probe: the facts about each attention layer that its recorded calls show."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from patchkit.anatomy.layers import BAKED_IN, AttentionLayer, Kind, Subject
 from patchkit.anatomy.probe import PROBE_TOKENS, Probe
 from patchkit.anatomy.rotary import Rotary
 
-# In 16 bits, beyond the first layer: how much may be rounding, and how many times better than the other one an explanation has to be then.
+# In 16 bits, after the first layer: the largest relative error that may be rounding, and the factor by which one explanation must then be
+# better than the other.
 _MOST_ROUNDING, _FAR_BETTER = 0.12, 4.0
 
 _NOISE = (
-    "its weights are quantised, and what they lose hides how positions enter its keys: load it in floating point, or quantise it with "
+    "its weights are quantised, and their rounding hides how positions enter its keys: load it in floating point, or quantise it with "
     "patchkit's mlp_int8 in the same patch_model"
 )
 
-# Keyword arguments of attention calls that hold tensors and do not change which key a query may see, or where it stands.
+# Keyword arguments of attention calls that hold tensors and change neither which keys a query may see nor positions.
 _HARMLESS_TENSORS = {"s_aux", "position_ids", "position_embeddings", "cos", "sin", "labels", "token_type_ids", "input_ids"}
 
 
 def read_probe(target: Subject, probe: Probe) -> list[AttentionLayer]:
+    """Return every layer that stores keys and values, in cache order, with its kind, rotary embedding, ALiBi slopes and obstacle."""
     names = {id(module): name for name, module in target.model.named_modules()}
     frequencies: dict[str, torch.Tensor] = {}
     for name, buffer in target.model.named_buffers():
@@ -94,7 +96,7 @@ def _obstacle(cached: Any, calls: list[dict[str, Any]], kind: str, window: int |
     for call in calls:
         mask = call["attention_mask"]
         if torch.is_tensor(mask) and not any(_is_part_of(mask, built) for built in masks):
-            return "its attention adds something of its own to the mask"
+            return "its attention adds its own term to the mask"
         for name, value in call["kwargs"].items():
             if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
                 return f"its attention takes a tensor `{name}`, whose meaning for evicted keys is unknown"
@@ -104,7 +106,7 @@ def _obstacle(cached: Any, calls: list[dict[str, Any]], kind: str, window: int |
 
 
 def _is_part_of(mask: torch.Tensor, built: torch.Tensor) -> bool:
-    """Whether ``mask`` is the mask ``built``, possibly cut to the keys there are or given another dtype."""
+    """Whether ``mask`` is the mask ``built``, possibly cut to the present keys or cast to another dtype."""
     if mask.ndim != 4 or built.ndim != 4 or mask.shape[-1] > built.shape[-1] or mask.shape[-2] != built.shape[-2]:
         return False
     return torch.equal(mask.expand(len(built), -1, -1, -1)[:, :1], built[..., : mask.shape[-1]].to(mask.dtype))
@@ -113,7 +115,7 @@ def _is_part_of(mask: torch.Tensor, built: torch.Tensor) -> bool:
 def _find_positions(
     layer: AttentionLayer, cached: Any, call: dict[str, Any], frequencies: dict[str, torch.Tensor], shift: int, first: bool
 ) -> None:
-    """Fill in ``layer.rotary``, or ``layer.obstacle`` when positions enter in a way that no rotation explains."""
+    """Set ``layer.rotary``, or ``layer.obstacle`` where no rotation explains how positions enter."""
     slot: Literal["keys", "values"] = "keys"
     keys, values = _rotation(cached.keys, frequencies, shift, first), _rotation(cached.values, frequencies, shift, first)
     if keys is None or values is None or (keys and values):
@@ -131,9 +133,10 @@ def _find_positions(
 
 
 def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int, first: bool) -> tuple[Any, ...] | None:
-    """How ``x`` [2, heads, T, K] differs between the row at positions p and the row at p + shift.
+    """Find the rotation by which the two rows of ``x`` [2, heads, T, K], at positions p and p + shift, differ.
 
-    Returns: () when not at all; (style, start, buffer) when by that rotation; None when no rotation explains it.
+    Returns:
+        (style, start, buffer) of the rotation; () if the rows are equal; None if no rotation explains the difference.
     """
     plain, moved = x[:1].float().cpu(), x[1:].float().cpu()
     scale = plain.norm() + 1e-20
@@ -158,7 +161,7 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
         return found
     if x.dtype in (torch.float32, torch.float64) or first or found is None:
         return None
-    # Pretrained models have a few large activations, by which it grows further. Then one of the two has to explain it far better.
+    # Pretrained models have a few large activations, by which rounding grows further. Then one explanation has to be far better.
     better, other = min(still, rotated), max(still, rotated)
     if better > _MOST_ROUNDING or other < _FAR_BETTER * better:
         return None
@@ -166,7 +169,7 @@ def _rotation(x: torch.Tensor, frequencies: dict[str, torch.Tensor], shift: int,
 
 
 def _find_alibi(layer: AttentionLayer, cached: Any, bias: tuple[nn.Module, dict[str, Any]] | None) -> None:
-    """Fill in ``layer.alibi`` and its slopes, or the obstacle that attention outside transformers' interface is."""
+    """Set ``layer.alibi`` and its slopes, or the obstacle of a layer that does not use transformers' attention interface."""
     layer.obstacle = "it computes attention itself instead of calling transformers' attention interface"
     if bias is None or layer.kind != "full":
         return

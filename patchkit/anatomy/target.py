@@ -1,4 +1,4 @@
-"""A model and its anatomy, as patches see it."""
+"""`Target`: a model and its anatomy, for patches to read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from patchkit.views import evaluating
 
 @dataclass(eq=False)
 class Target:
-    """A model and its anatomy. Probing is lazy: a patch that never asks costs no forward.
+    """A model and its anatomy. Probing is lazy: a forward runs when a property first needs it.
 
     Attributes:
-        patches: all that are being applied, in that order.
-        patch: patches another model as this one would be, without a line in the log: for `Patch.check`, which may draft with such a view.
+        patches: all patches that are being applied, in the order of application.
+        patch: function that patches another model without logging, for views that `Patch.check` makes as draft models.
         views: other models over the same weights, made by `Patch.check` while the model is unpatched, for `Patch.apply`.
-        attention_implementation: what ``config._attn_implementation`` says unpatched: "sdpa", "eager", "flash_attention_2", ...
+        attention_implementation: ``config._attn_implementation`` of the unpatched model: "sdpa", "eager", "flash_attention_2", ...
     """
 
     model: Any
@@ -38,7 +38,7 @@ class Target:
     attention_implementation: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # Now, because a patch that is applied puts an alias there; so may one of another model with this config.
+        # Read now, because applying a patch sets an alias there; so may a patch of another model with this config.
         self.attention_implementation = original_name(self.config)
 
     @cached_property
@@ -62,7 +62,7 @@ class Target:
 
     @cached_property
     def position_limit(self) -> int | None:
-        """Positions (exclusive) up to which the rotary frequencies are those of a short text; None without a limit."""
+        """Number of positions for which the model was made, with the rotary frequencies of a short sequence; None without a limit."""
         config = self.config
         limits = [getattr(config, "max_position_embeddings", None)]
         rope = getattr(config, "rope_parameters", None) or {}
@@ -102,7 +102,7 @@ class Target:
         """Run the model once over token ids [B, T], in evaluation mode, without gradients or a cache.
 
         Raises:
-            UnsupportedModel: it fails.
+            UnsupportedModel: the forward fails.
         """
         try:
             with evaluating(self.model), torch.no_grad():
@@ -114,7 +114,7 @@ class Target:
             ) from error
 
     def describe(self) -> dict[str, Any]:
-        """The anatomy as plain data, for ``patchkit inspect``."""
+        """Return the anatomy as plain data, for ``patchkit inspect``."""
         rows = []
         for layer in self.attention_layers:
             rotary = layer.rotary
