@@ -156,9 +156,7 @@ def _drafting(chosen: list[Patch]) -> list[Patch]:
     verifying = {name: patch for name, cls in available_patches().items() if (patch := cls.drafting(tuple(chosen))) is not None}
     for patch in chosen:
         if patch.name in verifying:
-            raise PatchConflict(
-                f"lossless=True adds {patch.name} itself: leave {patch.name} or lossless out"
-            )
+            raise PatchConflict(f"lossless=True adds {patch.name} itself: leave {patch.name} or lossless out")
     return [next(iter(verifying.values()))]
 
 
