@@ -49,7 +49,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "mlp_int8": {"mamba": "no feed-forward linear that can be converted"},
     "speculative": {
         "jamba": "a forward of several tokens gives other logits than one token at a time",
-        "mamba": "failed when a forward of several tokens was taken back",
+        "mamba": "failed when a forward of several tokens was rolled back",
     },
     "streaming": {
         "falcon": _OUTSIDE,

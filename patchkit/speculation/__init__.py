@@ -1,4 +1,4 @@
-"""Speculative generation: a drafter proposes, the model verifies several tokens in one forward, the text stays the model's own.
+"""Speculative generation: a drafter proposes tokens, and the model verifies several in one forward, without a change of its output.
 
 What a user of `Speculative` needs is here: drafters, acceptance policies, controllers of the number of drafts, and statistics; and
 what a drafter of your own is made of, `Drafter`, `Session`, `State` and `Proposal`.

@@ -14,10 +14,11 @@ from patchkit.errors import PatchConflict, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.patch import Stage
 from patchkit.speculation.acceptance import Acceptance
-from patchkit.speculation.cached_model import find_obstacle, takes_any_mask
 from patchkit.speculation.controllers import Controller
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.generate import generate, generate_plainly
+from patchkit.speculation.obstacles import find_obstacle
+from patchkit.speculation.row_masks import takes_any_mask
 from patchkit.speculation.shared import Speculation, keep_speculation, speculation_of
 
 

@@ -26,9 +26,9 @@ class Verdict:
     """The outcome of a round, a list per row.
 
     Attributes:
-        tokens: the new tokens: accepted drafts and one token of the target's own, up to where the row ends.
+        tokens: the new tokens: accepted drafts and one token from the target, up to where the row ends.
         paths: the nodes from which these were predicted: 0, then the accepted drafts.
-        accepted: how many drafts were accepted.
+        accepted: number of accepted drafts.
     """
 
     tokens: list[list[int]]
@@ -37,13 +37,13 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """`judge` takes a proposal and the target's logits [R, T, V], and appends to every row what is accepted."""
+    """The interface of judges: `judge` takes a proposal and the target's logits [R, T, V], and appends accepted tokens to every row."""
 
     def judge(self, proposal: Proposal | None, logits: torch.Tensor) -> Verdict: ...
 
 
 def judge_for(rows: Rows, acceptance: Acceptance) -> Judge:
-    """The judge of one call of `generate`: all rows at once where no processor asks for the tokens before, otherwise row by row."""
+    """Choose the judge of one call of `generate`: for all rows at once where no processor needs earlier tokens, otherwise row by row."""
     row_by_row = RowByRow(rows, acceptance)
     if not acceptance.lossless or rows.keeps_scores or rows.keeps_logits:
         return row_by_row
@@ -53,7 +53,7 @@ def judge_for(rows: Rows, acceptance: Acceptance) -> Judge:
 
 
 class RowByRow:
-    """Walks down the drafts of each row, token by token, as plain decoding would. Serves every call, trees and lossy policies too."""
+    """A judge that follows the drafts of each row token by token, like plain decoding. It serves every call, trees and lossy policies."""
 
     def __init__(self, rows: Rows, acceptance: Acceptance) -> None:
         self.rows, self.acceptance = rows, acceptance
@@ -63,7 +63,7 @@ class RowByRow:
         return Verdict([new for new, _ in walks], [path for _, path in walks], [len(path) - 1 for _, path in walks])
 
     def walk(self, row: int, proposal: Proposal | None, logits: torch.Tensor) -> tuple[list[int], list[int]]:
-        """New tokens of one row and the nodes before them, given its logits [T, V]."""
+        """Return the new tokens of one row and the nodes that they were predicted from, given its logits [T, V]."""
         rows, state, number = self.rows, self.rows.state, self.rows.active[row]
         drafts = [] if proposal is None else proposal.tokens[row].tolist()
         children = children_of(proposal, row)
@@ -90,7 +90,7 @@ class RowByRow:
     def _choose(
         self, scores: torch.Tensor, children: list[int], drafts: list[int], proposal: Proposal | None, row: int
     ) -> tuple[int, int | None]:
-        """The token after a node, given its scores [V], and the drafted node that holds it, if one does."""
+        """Return the token after a node with these scores [V], and the drafted node that holds it; None if no node does."""
         if not self.acceptance.lossless:
             for child in children:
                 if self.acceptance.accepts(scores, drafts[child - 1]):
@@ -103,9 +103,9 @@ class RowByRow:
             if float(torch.rand((), dtype=torch.float32)) * float(draft[token]) < float(target[token]):
                 return token, child
             rest = (target - draft).clamp_(min=0)
-            # Where rounding leaves nothing, target and draft are the same distribution.
+            # Where rounding leaves a sum of 0, target and draft are the same distribution.
             return int(torch.multinomial(rest if float(rest.sum()) > 0 else target, 1)), None
-        # A deterministic draft is accepted if the target chooses the same token: greedy or drawn, that changes nothing.
+        # A deterministic draft is accepted if the target chooses the same token, which leaves greedy tokens and distributions unchanged.
         token = self._draw(scores)
         return token, next((child for child in children if drafts[child - 1] == token), None)
 
@@ -114,7 +114,7 @@ class RowByRow:
 
 
 class Greedy:
-    """Accepts the longest prefix of each chain of drafts that is the target's own choice, in all rows at once."""
+    """A judge that accepts the longest prefix of each chain of drafts which the target would have chosen, in all rows at once."""
 
     def __init__(self, rows: Rows, for_trees: RowByRow) -> None:
         self.rows, self.for_trees = rows, for_trees
@@ -129,7 +129,7 @@ class Greedy:
 
 
 class Sampled:
-    """Rejection sampling of drawn drafts in all rows at once; deterministic drafts are accepted as far as the target draws them."""
+    """A judge by rejection sampling of drawn drafts, in all rows at once; it accepts deterministic drafts that the target draws too."""
 
     def __init__(self, rows: Rows, one_by_one: RowByRow) -> None:
         self.rows, self.one_by_one = rows, one_by_one
@@ -137,7 +137,7 @@ class Sampled:
     def judge(self, proposal: Proposal | None, logits: torch.Tensor) -> Verdict:
         if proposal is not None and proposal.probabilities is not None:
             return self._reject(proposal, proposal.probabilities, logits)
-        # A single row is drawn token by token, so that a seed gives what it gives without drafts.
+        # A single row is drawn token by token, so that a seed gives the same tokens with and without drafts.
         if len(logits) == 1 or (proposal is not None and proposal.parents is not None):
             return self.one_by_one.judge(proposal, logits)
         choice = torch.multinomial(self._target(logits).flatten(0, 1), 1).view(logits.shape[:2]).tolist()
@@ -160,12 +160,12 @@ class Sampled:
         return accept(self.rows, [[*drafts[:n], last] for drafts, n, last in drafted])
 
     def _target(self, logits: torch.Tensor) -> torch.Tensor:
-        """[R, T, V], the distribution that the target draws from at each position."""
+        """Distribution [R, T, V] float32 from which the target draws at each position."""
         scores = self.rows.processors(self.rows.state.tokens[:1, :1], logits.flatten(0, 1).to(copy=True, dtype=torch.float32))
         return scores.softmax(-1).view(logits.shape)
 
 
 def accept(rows: Rows, new: list[list[int]]) -> Verdict:
-    """Append to each row accepted drafts of a chain and the target's token after them."""
+    """Append new tokens to each row, accepted drafts of a chain and the target's token after them, and return the verdict."""
     paths = [list(range(len(tokens))) for tokens in new]
     return Verdict([rows.append(row, tokens) for row, tokens in enumerate(new)], paths, [len(path) - 1 for path in paths])

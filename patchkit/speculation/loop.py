@@ -1,8 +1,8 @@
-"""The speculative loop: draft, verify in one forward of the target, keep what is accepted, repeat.
+"""The speculative loop: draft, verify in one forward of the target, keep the accepted drafts, repeat.
 
 It runs as transformers' `custom_generate`, so prompts, processors, stopping criteria and lengths are prepared by `generate` itself.
-Processors and criteria are called once for every token that is emitted, on the same prefixes and in the same order as in plain
-decoding; tokens after one that ends a row are dropped.
+Processors and criteria are called once for every emitted token, with the prefixes and in the order of plain decoding. Tokens after the
+end of a row are dropped.
 
 Shapes: B rows of the batch, R rows still generating, V vocabulary. A round feeds the last known token and n drafts.
 """
@@ -28,10 +28,10 @@ from patchkit.speculation.verifier import accepted_hidden, in_step, keep_accepte
 from patchkit.static_step import FixedCache
 from patchkit.views import cache_bytes
 
-# The room that a cache is given at first, in tokens, however many may be generated.
+# The largest room, in tokens, with which a cache starts, however many may be generated.
 _MOST_ROOM = 4096
 
-# So many rounds without a draft are worth a remark.
+# Rounds without a draft after which a warning is due.
 _IDLE_ROUNDS = 32
 
 
@@ -46,15 +46,18 @@ def speculate(
     generation_config: Any,
     **model_kwargs: Any,
 ) -> Any:
-    """`GenerationMixin._sample`, speculatively.
+    """Generate by speculative decoding, in place of transformers' own sampling loop.
 
     Args:
-        streamer: gets every token as it is final, after ``release()``; None for none.
-        own_cache: the cache in ``model_kwargs`` was made for this call, so another may take its place.
+        streamer: receives every token once it is final, after ``release()``; None for none.
+        own_cache: the cache in ``model_kwargs`` was made for this call, and may be replaced.
         input_ids: [B, L] int64, left-padded.
 
+    Returns:
+        Token ids [B, L + new], or a `GenerateDecoderOnlyOutput` if the config asks for one.
+
     Raises:
-        Unserved: the call asks for what only the stock methods do.
+        Unserved: only the stock method can serve the call; nothing was computed.
     """
     call = Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
     refuse_call(call, has_streamer=streamer is not None)
@@ -72,7 +75,7 @@ def speculate(
 
 
 class _Run:
-    """One call of generate."""
+    """The state of one call of generate."""
 
     def __init__(self, speculation: Speculation, call: Call) -> None:
         self.speculation, self.model, self.config = speculation, call.model, call.config
@@ -89,7 +92,7 @@ class _Run:
         self.statistics = RunStatistics(prompt_tokens=prompt_tokens, drafter=speculation.label, acceptance=str(speculation.acceptance))
 
     def generate(self) -> Any:
-        """Rounds of draft, verify, accept and commit, until every row has ended."""
+        """Run rounds of draft, verify, accept and commit until every row has ended; return the output of `speculate`."""
         speculation, rows, controller = self.speculation, self.rows, self.speculation.controller
         session = speculation.drafter.begin(self.model, rows.state)
         speculation.watching = session.wants_hidden
@@ -118,7 +121,7 @@ class _Run:
         return self._output(session)
 
     def _prefill(self, session: Any) -> None:
-        """Feed the prompt and take the first token from its logits."""
+        """Feed the prompt, and choose the first token from its logits."""
         started = time.perf_counter()
         rows = self.rows
         prompt = rows.state.tokens[:, self.past : rows.prompt]
@@ -137,14 +140,14 @@ class _Run:
         self.statistics.prefill_ms = 1000 * (time.perf_counter() - started)
 
     def _draft(self, session: Any, k: int) -> Proposal | None:
-        """At most ``k`` tokens for every row, in a shape that the cache can verify."""
+        """Draft at most ``k`` tokens for every row, as a chain where the cache cannot verify trees; None for no drafts."""
         proposal: Proposal | None = session.propose(self.rows.state, k) if k > 0 else None
         if proposal is None:
             return None
         return at_most(proposal if self.cached.ragged else trunk(proposal), k)
 
     def _accept(self, proposal: Proposal | None, logits: torch.Tensor) -> Verdict:
-        """Judge the drafts by the target's logits [R, 1 + n, V], and cut what is accepted to what the cache can keep."""
+        """Judge the drafts by the target's logits [R, 1 + n, V], and cut the verdict to what the cache can keep."""
         self.rows.begin_round(logits.shape[1])
         verdict = self.judge.judge(proposal, logits)
         if self.cached.aligned:
@@ -153,10 +156,10 @@ class _Run:
         return verdict
 
     def _commit(self, proposal: Proposal | None, logits: torch.Tensor, verdict: Verdict, fed: bool = True) -> Verdict:
-        """Make a verdict final: in the cache, in the rows, and towards the streamer.
+        """Make a verdict final: roll back the cache, extend the rows, and send new tokens to the streamer.
 
         Args:
-            fed: the last known token was fed with the drafts; not so after the prompt.
+            fed: the last known token was fed with the drafts; False after the prompt.
         """
         if fed:
             keep_accepted(self.cached, proposal, verdict)
@@ -172,7 +175,7 @@ class _Run:
         return verdict
 
     def _drop_finished(self, session: Any) -> None:
-        """Rows that have ended cost nothing more."""
+        """Remove rows that have ended from the drafter's session and the cache."""
         before = self.rows.state.rows
         going_on = self.rows.drop_finished()
         if going_on and len(going_on) < before:
@@ -188,7 +191,7 @@ class _Run:
         hits["accepted"] += sum(record.accepted)
 
     def _warn_if_idle(self) -> None:
-        """Warn where a text of some length was made without a single draft."""
+        """Warn if a call of many rounds had no draft at all."""
         steps = self.statistics.steps
         if len(steps) < _IDLE_ROUNDS or any(sum(step.proposed) for step in steps):
             return
@@ -214,13 +217,13 @@ class _Run:
             sequences=sequences,
             scores=stacked(rows.scores) if rows.keeps_scores else None,
             logits=stacked(rows.logits) if rows.keeps_logits else None,
-            # What is left of a batch's cache belongs to its last row.
+            # The cache of a batch ends with the keys of its last row only.
             **{_compat.CACHE: cache if len(rows.finished) == 1 else None},
         )
 
 
 class _Clock:
-    """Times of a round: drafting, verification, and the rest; each mark waits for the device."""
+    """A clock for one round: drafting, verification, and the rest. Each mark waits for the device."""
 
     def __init__(self, model: Any) -> None:
         self.device = model.device.type

@@ -1,7 +1,7 @@
-"""The cache of a batch whose rows advance by different numbers of tokens: speculation accepts more in one row than in another.
+"""The cache of a batch whose rows advance by different numbers of tokens, because speculation accepts more drafts in some rows.
 
-Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim. Token i of a row is in slot i, padding included, whatever
-the other rows do: no holes, and nothing is copied to realign rows.
+Shapes: B batch, G kv heads, T new tokens, K key dim, V value dim. Token i of a row is in slot i, padding included, whatever the other
+rows do: there are no holes, and nothing is copied to align rows.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from patchkit.kernels.kv_append import kv_append
 from patchkit.static_step import FixedCache, FixedLayer, of_one_dtype
 
-# Forwards that verify drafts have one of these numbers of tokens where each would be compiled for itself.
+# Numbers of tokens to which forwards that verify drafts are rounded up where each number would be compiled.
 VERIFIED_LENGTHS = (1, 2, 3, 5, 9, 17)
 
 
 class RaggedLayer(FixedLayer):
-    """One layer's keys and values; where a forward writes is the same in all layers, so the cache says it."""
+    """One layer's keys and values. The cache holds the slots that a forward writes, since they are the same in all layers."""
 
     def __init__(self, room: int, cache: RaggedCache) -> None:
         super().__init__(room)
         self.cache = cache
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store T new keys [B, G, T, K] and values [B, G, T, V] of every row after its own; return all slots up to the longest row."""
+        """Append T new keys [B, G, T, K] and values [B, G, T, V] to every row; return all slots up to the end of the longest row."""
         if self.cache.offsets is None:
             return super().update(key_states, value_states)
         end = self.seen + key_states.shape[2]
@@ -38,12 +38,12 @@ class RaggedLayer(FixedLayer):
 
 
 class RaggedCache(FixedCache):
-    """A `FixedCache` that can take back another number of tokens in every row.
+    """A `FixedCache` that can roll back a different number of tokens in every row.
 
     Attributes:
-        lengths: tokens of each row at the last `keep`, padding included; empty while all rows are as long.
+        lengths: tokens of each row at the last `keep`, padding included; empty while all rows have equal lengths.
         offsets: [B] int64, the slot of each row's next token; None while that is the same in all rows.
-        verifying: forwards of several tokens verify drafts; they are few in kind, and may be compiled.
+        verifying: forwards of several tokens verify drafts; they have few different lengths, and may be compiled.
     """
 
     def __init__(self, layers: int, tokens: int = 1) -> None:
@@ -59,24 +59,24 @@ class RaggedCache(FixedCache):
             return ()
         return VERIFIED_LENGTHS if self.verifying else (1,)
 
-    def place(self, tokens: int) -> None:
-        """The next forward writes ``tokens`` slots further on than the last."""
+    def advance_offsets(self, tokens: int) -> None:
+        """Let the next forward write ``tokens`` slots after the last one."""
         if self.offsets is not None:
             self.offsets = self.offsets + tokens
 
     def keep(self, fed: int, counts: list[int]) -> None:
-        """Of the ``fed`` tokens since the last `keep`, the first ``counts[r]`` of row r stand."""
+        """Accept the first ``counts[r]`` of the ``fed`` tokens of row r since the last `keep`, and roll back the others."""
         before = self.lengths or [self.layers[0].seen - fed] * len(counts)
         self._set_lengths([length + count for length, count in zip(before, counts, strict=True)])
 
     def move(self, row: int, source: torch.Tensor, slot: int) -> None:
-        """In one row, put the tokens of slots ``source`` [n] into slots ``slot`` to ``slot + n - 1``."""
+        """Copy the tokens in slots ``source`` [n] of one row into its slots ``slot`` to ``slot + n - 1``."""
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
                 buffer[row, :, slot : slot + len(source)] = buffer[row].index_select(1, source)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens of every row."""
+        """Roll back the last ``-tokens_to_remove`` tokens of every row."""
         super().crop(tokens_to_remove)
         if self.lengths:
             self._set_lengths([length + tokens_to_remove for length in self.lengths])

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 from patchkit import _compat
-from patchkit.speculation.cached_model import rollback_of
+from patchkit.speculation.rollback import rollback_of
 from patchkit.speculation.stops import BY_ROW, KNOWN_CRITERIA
 
-# Arguments of a forward that the loop makes itself; a run that needs others is not ours.
+# Arguments of a forward that the loop supplies. A call with any other falls back to the stock method.
 _OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
 
 
 class Unserved(Exception):
-    """This call of generate is not one that the loop can honour; the message says why. Raised before anything was computed."""
+    """The loop cannot serve this call of generate, for the reason in the message. Raised before anything is computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one call of generate is given: see `speculate`."""
+    """The arguments of one call of generate; `speculate` describes them."""
 
     model: Any
     input_ids: torch.Tensor
@@ -33,7 +33,7 @@ class Call:
 
 
 def refuse_call(call: Call, has_streamer: bool) -> None:
-    """Raise `Unserved` for what the loop cannot honour."""
+    """Raise `Unserved` for a call that the loop cannot serve."""
     input_ids, config, model_kwargs = call.input_ids, call.config, call.model_kwargs
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
@@ -42,12 +42,12 @@ def refuse_call(call: Call, has_streamer: bool) -> None:
         raise Unserved("a prompt of embeddings")
     asked = [name for name, value in model_kwargs.items() if value is not None and name not in _OURS]
     if asked:
-        raise Unserved(f"arguments of the model of its own ({', '.join(asked)})")
+        raise Unserved(f"arguments of the model itself ({', '.join(asked)})")
     cache = model_kwargs.get(_compat.CACHE)
     if model_kwargs.get("use_cache") is False or cache is None:
         raise Unserved("generation without a cache")
     if not call.own_cache and rollback_of(cache) is None:
-        raise Unserved(f"a {type(cache).__name__}, which cannot take tokens back")
+        raise Unserved(f"a {type(cache).__name__}, which cannot roll tokens back")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise Unserved(f"cache_implementation={config.cache_implementation!r}")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -62,10 +62,10 @@ def refuse_call(call: Call, has_streamer: bool) -> None:
             raise Unserved("a streamer on a batch")
         if not call.own_cache:
             raise Unserved(f"{_compat.CACHE} on a batch, whose rows leave when they end")
-        strangers = [type(each).__name__ for each in call.processors if type(each).__name__ not in BY_ROW]
-        strangers += [type(each).__name__ for each in call.criteria if type(each).__name__ not in KNOWN_CRITERIA]
-        if strangers:
-            raise Unserved(f"{', '.join(strangers)} on a batch, which may hold something for each row")
+        unknown = [type(each).__name__ for each in call.processors if type(each).__name__ not in BY_ROW]
+        unknown += [type(each).__name__ for each in call.criteria if type(each).__name__ not in KNOWN_CRITERIA]
+        if unknown:
+            raise Unserved(f"{', '.join(unknown)} on a batch, which may hold state for each row")
         kinds = {type(each).__name__ for each in call.criteria}
         if "EosTokenCriteria" not in kinds and kinds - {"MaxLengthCriteria"}:
             # There the stock method goes on with rows that have stopped, until all have.

@@ -1,4 +1,4 @@
-"""The rows of a batch in one call of `generate`: their tokens, when each ends, and the logits processors that each is under."""
+"""The rows of a batch in one call of `generate`: their tokens, their ends, and their logits processors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ class Rows:
 
     Attributes:
         state: tokens and lengths of the R rows, as drafters see them.
-        active: [R], the number in the batch of each.
+        active: [R], the index in the batch of each.
         done: [R], whether it has ended in this round.
         finished: [B], [length] int64, the tokens of each row of the batch; final for rows that have ended.
-        stops: when a row ends.
+        stops: the stopping criteria.
         sampled: tokens are drawn; otherwise the most likely one is taken.
-        processors: the logits processors, as they were given; by_row: those of each row of the batch.
-        keeps_scores, keeps_logits: `generate` was asked to return them; scores, logits: [B], those of each new token, [V] float32.
+        processors: the logits processors that `generate` was given.
+        by_row: [B], processors for each row of the batch.
+        keeps_scores, keeps_logits: `generate` was asked to return them.
+        scores, logits: [B], a list of [V] float32 for each new token of a row.
     """
 
     def __init__(self, call: Call) -> None:
@@ -46,15 +48,15 @@ class Rows:
 
     @property
     def processors_see_scores_only(self) -> bool:
-        """Whether no processor asks which tokens came before, so that all positions can be processed at once."""
+        """Whether no processor reads earlier tokens, so that all positions can be processed at once."""
         return all(type(each).__name__ in BY_SCORES for each in self.processors)
 
     def room(self) -> int:
-        """Tokens that every row may still get."""
+        """Number of tokens that every row may still get."""
         return min(self.stops.room(length) for length in self.state.lengths)
 
     def last(self) -> torch.Tensor:
-        """[R, 1] int64, the last token of each row, which was not fed to the model yet."""
+        """Last token [R, 1] int64 of each row, which has not been fed to the model yet."""
         tokens = self.state.tokens
         ends = torch.tensor(self.state.lengths, device=tokens.device)
         return tokens[torch.arange(len(ends), device=tokens.device), ends - 1][:, None]
@@ -68,7 +70,7 @@ class Rows:
             state.tokens = torch.nn.functional.pad(state.tokens, (0, needed))
 
     def append(self, row: int, new: list[int]) -> list[int]:
-        """Write new tokens behind a row until one of them ends it; return those written. `advance` then moves the row's end."""
+        """Write new tokens after the end of a row until one of them ends it; return those written. `advance` then moves the end."""
         state, length = self.state, self.state.lengths[row]
         state.tokens[row, length : length + len(new)] = torch.tensor(new, device=state.tokens.device)
         for count, token in enumerate(new, 1):
@@ -78,13 +80,13 @@ class Rows:
         return new
 
     def advance(self, row: int, tokens: int) -> None:
-        """Let a row be ``tokens`` longer; scores and logits beyond its end are dropped."""
+        """Move the end of a row by ``tokens``; drop scores and logits beyond it."""
         self.state.lengths[row] += tokens
         new, number = self.state.lengths[row] - self.prompt, self.active[row]
         del self.scores[number][new:], self.logits[number][new:]
 
     def drop_finished(self) -> list[int]:
-        """Take out the rows that have ended; return the indices, among the R, of those that go on."""
+        """Remove the rows that have ended; return the indices, among the R, of the others."""
         state = self.state
         for row, done in enumerate(self.done):
             if done:
@@ -98,7 +100,7 @@ class Rows:
         return rows
 
     def distribution(self, drafted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """`State.sampler`: [R, V] float32, from which the token after each row and its drafts [R, n] would be drawn, by logits [R, V]."""
+        """Distribution [R, V] float32 of the token after each row and its drafts [R, n], from logits [R, V]: the `State.sampler`."""
         state, logits = self.state, logits.to(copy=True, dtype=torch.float32)
         if self.processors_see_scores_only:
             return self.processors(state.tokens[:, :1], logits).softmax(-1)

@@ -1,4 +1,4 @@
-"""What the calls of `generate` of one patched model share."""
+"""State that the calls of `generate` of one patched model share, and its statistics."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ _STATE = "_patchkit_speculative"  # the attribute of a model and of its decoder
 
 @dataclass(eq=False)
 class Speculation:
-    """What the calls of generate of one patched model share.
+    """State that the calls of `generate` of one patched model share.
 
     Attributes:
         label: the drafter as text.
-        controller: lives as long as the patch: what it has measured holds for the next text too.
-        ragged: rows may advance by their own numbers of tokens (`find_obstacle`).
+        controller: lives as long as the patch, so that its measurements serve later calls.
+        ragged: rows may advance by different numbers of tokens (`find_obstacle`).
         runs: statistics of the last calls.
-        aliased: implementations of attention whose alias the model's configs name.
+        aliased: attention implementations whose alias the model's configs name.
         compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps.
-        watching, hidden: whether the decoder's hook keeps its output, and the last one.
+        watching: the decoder's hook keeps hidden states.
+        hidden: [R, T, D], the hidden states of the last forward; None while not watching.
     """
 
     drafter: Drafter
@@ -62,7 +63,7 @@ class Speculation:
 
 
 def statistics_of(model: Any) -> RunStatistics:
-    """What the last calls of ``model.generate`` did, up to 256, since the model was patched or since `reset_statistics`.
+    """Statistics of the last calls of ``model.generate``, up to 256, since the model was patched or since `reset_statistics`.
 
     Raises:
         PatchConflict: the model is not patched with speculative.
@@ -71,7 +72,11 @@ def statistics_of(model: Any) -> RunStatistics:
 
 
 def reset_statistics(model: Any) -> None:
-    """Start `statistics_of` afresh; what the controller has learned stays."""
+    """Clear the runs that `statistics_of` reports. The controller keeps its measurements.
+
+    Raises:
+        PatchConflict: the model is not patched with speculative.
+    """
     speculation_of(model).runs.clear()
 
 
@@ -89,5 +94,5 @@ def speculation_of(module: Any) -> Speculation:
 
 
 def keep_speculation(handle: Handle, module: Any, speculation: Speculation) -> None:
-    """Leave ``speculation`` on a model or its decoder, until it is unpatched."""
+    """Set ``speculation`` on a model or its decoder, until it is unpatched."""
     handle.set_attribute(module, _STATE, speculation)

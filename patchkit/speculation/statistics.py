@@ -1,4 +1,4 @@
-"""What happened in a speculative generation, round by round, and what follows from it.
+"""Statistics of speculative generation: one record per round, and the figures that follow from them.
 
 The model of the speed-up is that of Leviathan et al. 2023 (arXiv 2211.17192, section 3.3): with K drafts that are each accepted with
 probability a, a draft that costs c and a verification that costs v plain steps, a round yields (1 - a^(K+1)) / (1 - a) tokens in the time
@@ -23,11 +23,11 @@ class StepRecord:
     """One round: a draft and the target forward that verifies it.
 
     Attributes:
-        k: drafts that the drafter was asked for; 0 is a plain step.
-        rows: rows of the batch that were still generating.
-        proposed: drafts per row; 0 where the drafter had nothing, the depth if they form a tree.
-        accepted: drafts per row that stand, before an end token or a length limit cuts the text.
-        emitted: tokens that all rows together got.
+        k: number of drafts that the drafter was asked for; 0 is a plain step.
+        rows: number of rows of the batch that were still generating.
+        proposed: drafts of each row; 0 where the drafter had nothing, the depth if they form a tree.
+        accepted: accepted drafts of each row, before an end token or a length limit cuts the row.
+        emitted: new tokens of all rows together.
         draft_ms, verify_ms, overhead_ms: milliseconds of the drafter, of the target forward, and of the rest of the round.
     """
 
@@ -50,7 +50,7 @@ class StepRecord:
 
     @property
     def longest(self) -> int:
-        """Drafts of the row that had most. If 0, the target was fed one token per row: a plain step, whatever k was asked."""
+        """Largest number of drafts of a row. If 0, the target was fed one token per row: a plain step, whatever ``k`` is."""
         return max(self.proposed, default=0)
 
     @property
@@ -65,7 +65,7 @@ class StepRecord:
 
 
 def expected_tokens(conditional_acceptance: Sequence[float]) -> float:
-    """Tokens that a round yields: 1 + a_1 + a_1 a_2 + ..., where a_i is the chance of draft i after those before it were accepted."""
+    """Expected tokens of a round: 1 + a_1 + a_1 a_2 + ..., where a_i is the chance that draft i is accepted if all before it are."""
     expected = survives = 1.0
     for chance in conditional_acceptance:
         survives *= chance
@@ -74,10 +74,15 @@ def expected_tokens(conditional_acceptance: Sequence[float]) -> float:
 
 
 def formula_speedup(acceptance: float, k: int, draft_cost: float, verify_cost: float) -> float:
-    """(1 - a^(K+1)) / (1 - a) / (K c + v): plain over speculative time per token, with costs in plain steps.
+    """Plain over speculative time per token by the formula (1 - a^(K+1)) / (1 - a) / (K c + v) (Leviathan et al. 2023, section 3.3).
+
+    Args:
+        acceptance: a, the probability that a draft is accepted.
+        k: K, drafts per round.
+        draft_cost, verify_cost: c of one draft and v of a verification, in plain steps.
 
     Raises:
-        ValueError: a is no probability, K is negative, or nothing costs anything.
+        ValueError: a is not a probability, K is negative, or the cost is not above 0.
     """
     if not 0 <= acceptance <= 1:
         raise ValueError(f"acceptance is {acceptance}: give a probability, 0 to 1")
@@ -95,12 +100,13 @@ class RunStatistics:
 
     Attributes:
         steps: the rounds, in order.
-        prompt_tokens, prefill_ms: tokens of all prompts, and milliseconds until their first logits were there.
-        near_ties, near_tie_checked: in 16-bit runs, how many of the verified positions looked at have two best logits so close that the
-            order of summation decides which is first.
-        memory_bytes: of the caches and of what the drafter holds.
-        drafter, acceptance: what was used, as text.
-        plain_ms_by_rows: rows -> milliseconds of a plain step, measured elsewhere; used where the run has no plain step of its own.
+        prompt_tokens: tokens of all prompts.
+        prefill_ms: milliseconds until their first logits.
+        near_tie_checked: in 16-bit runs, number of verified positions that were examined.
+        near_ties: number of these whose two best logits are so close that the order of summation decides between them.
+        memory_bytes: bytes of the caches and of the drafter's state.
+        drafter, acceptance: names of both, as text.
+        plain_ms_by_rows: rows -> milliseconds of a plain step, measured elsewhere; used where the run has no plain step itself.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -114,12 +120,12 @@ class RunStatistics:
     plain_ms_by_rows: dict[int, float] = field(default_factory=dict)
 
     def add(self, record: StepRecord) -> None:
-        """Count one more round."""
+        """Append the record of one round."""
         self.steps.append(record)
 
     @classmethod
     def merged(cls, runs: Iterable[RunStatistics]) -> RunStatistics:
-        """Several runs as one: counts add up, of memory the largest is kept."""
+        """Merge several runs into one: counts add up, and the largest memory is kept."""
         result = cls()
         drafters, acceptances = {}, {}
         for run in runs:
@@ -136,42 +142,42 @@ class RunStatistics:
 
     @property
     def proposed(self) -> int:
-        """Drafts."""
+        """Number of drafts."""
         return sum(sum(step.proposed) for step in self.steps)
 
     @property
     def accepted(self) -> int:
-        """Drafts that stood."""
+        """Number of accepted drafts."""
         return sum(sum(step.accepted) for step in self.steps)
 
     @property
     def emitted(self) -> int:
-        """Tokens that the rounds added; a token that was taken straight from the prompt's logits is in no round."""
+        """Number of tokens that the rounds added; a token from the prompt's logits belongs to no round."""
         return sum(step.emitted for step in self.steps)
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted over proposed; None if nothing was proposed."""
+        """Accepted over proposed drafts; None if there were none."""
         return self.accepted / self.proposed if self.proposed else None
 
     @property
     def conditional_acceptance_by_position(self) -> list[float]:
-        """Of the drafts at position i whose predecessors were all accepted, the share that was accepted too."""
+        """Share of accepted drafts at each position, among drafts whose predecessors were all accepted."""
         return self._share(lambda step, proposed, accepted, i: proposed > i and accepted >= i)
 
     @property
     def unconditional_acceptance_by_position(self) -> list[float]:
-        """Of all drafts at position i, the share that was accepted."""
+        """Share of accepted drafts at each position, among all drafts there."""
         return self._share(lambda step, proposed, accepted, i: proposed > i)
 
     @property
     def accepted_histogram(self) -> dict[int, int]:
-        """Accepted drafts of one row in one round -> how often; rounds in which the row had no draft are left out."""
+        """Number of accepted drafts of one row in one round -> its frequency; rounds in which the row had no draft do not count."""
         return dict(sorted(Counter(accepted for proposed, accepted in self._row_rounds() if proposed).items()))
 
     @property
     def tokens_per_target_step(self) -> float | None:
-        """Tokens that a row got per target forward; 1 in plain decoding."""
+        """Tokens per row and target forward; 1 in plain decoding."""
         forwards = sum(step.rows for step in self.steps)
         return self.emitted / forwards if forwards else None
 
@@ -192,15 +198,15 @@ class RunStatistics:
 
     @property
     def plain_ms(self) -> float | None:
-        """Median milliseconds of the steps that fed the target one token per row, without the drafter's; None if there were none."""
+        """Median milliseconds of the steps that fed the target one token per row, without the drafter; None if there were none."""
         times = [step.target_ms for step in self.steps if step.longest == 0]
         return statistics.median(times) if times else None
 
     @property
     def predicted_speedup(self) -> float | None:
-        """What the formula makes of the measured acceptance and median costs, for the mix of K that the run used.
+        """Speed-up that the formula predicts from measured acceptance and median costs, for the run's mix of K.
 
-        Only rounds with a number of rows for which the time of a plain step is known are counted; None if there are none.
+        It counts the rounds with a number of rows for which the time of a plain step is known; None if there are none.
         """
         plain = self._plain_times()
         groups: dict[tuple[int, int], list[StepRecord]] = {}
@@ -216,7 +222,7 @@ class RunStatistics:
 
     @property
     def achieved_speedup(self) -> float | None:
-        """Time of as many plain steps over the time that was spent, prompts apart; counted as `predicted_speedup` is."""
+        """Estimated time of plain decoding over the time of the rounds, without prompts, over the rounds of `predicted_speedup`."""
         plain = self._plain_times()
         steps = [step for step in self.steps if step.rows in plain]
         spent = sum(step.total_ms for step in steps)
@@ -224,11 +230,11 @@ class RunStatistics:
 
     @property
     def near_tie_rate(self) -> float | None:
-        """Near ties per position looked at; None where none was (32-bit runs)."""
+        """Near ties per examined position; None if none was examined (32-bit runs)."""
         return self.near_ties / self.near_tie_checked if self.near_tie_checked else None
 
     def summary(self) -> dict[str, Any]:
-        """Every figure but the single rounds, as plain data."""
+        """Return every figure except the single rounds, as plain data."""
         return {
             "drafter": self.drafter,
             "acceptance": self.acceptance,
@@ -257,7 +263,7 @@ class RunStatistics:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, and under `rounds` every round; ready for JSON."""
+        """Return the summary, with every round under "rounds", as plain data for JSON."""
         return {**self.summary(), "rounds": [dataclasses.asdict(step) for step in self.steps]}
 
     def write_json(self, path: str | Path) -> None:
@@ -298,7 +304,7 @@ class RunStatistics:
         return self.plain_ms_by_rows | {rows: statistics.median(times) for rows, times in own.items()}
 
     def _share(self, counts: Callable[[StepRecord, int, int, int], bool]) -> list[float]:
-        """By position i, the share of accepted drafts among the row-rounds for which `counts(step, proposed, accepted, i)`."""
+        """Share of accepted drafts at each position i, among the rows of rounds for which `counts(step, proposed, accepted, i)` is true."""
         shares = []
         for i in range(max((step.longest for step in self.steps), default=0)):
             outcomes = [
@@ -307,7 +313,7 @@ class RunStatistics:
                 for proposed, accepted in zip(step.proposed, step.accepted, strict=True)
                 if counts(step, proposed, accepted, i)
             ]
-            if not outcomes:  # no round came as far
+            if not outcomes:  # no round reached this position
                 break
             shares.append(sum(outcomes) / len(outcomes))
         return shares

@@ -1,4 +1,4 @@
-"""When a text ends, and the logits processors of each row."""
+"""The end of a row by stopping criteria, and the logits processors of each row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Processors that look at one row at a time; others may hold something for each row of the batch.
+# Processors that treat each row alone; others may hold state for each row of the batch.
 BY_ROW = {
     f"{name}LogitsProcessor"
     for name in (
@@ -21,7 +21,7 @@ BY_ROW = {
     *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
 }
 
-# Of these, those that do not look at the text.
+# Those of them that do not read earlier tokens.
 BY_SCORES = {
     *(f"{name}LogitsWarper" for name in ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")),
     *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
@@ -31,7 +31,7 @@ KNOWN_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "S
 
 
 class Stops:
-    """The stopping criteria of one call, asked after every token; the usual ones without a call of theirs."""
+    """The stopping criteria of one call, evaluated after every token; the usual ones without calling the criterion."""
 
     def __init__(self, criteria: Any, device: torch.device) -> None:
         self.max_length: int | None = None
@@ -47,14 +47,16 @@ class Stops:
                 self.others.append(each)
 
     def room(self, length: int) -> int:
-        """Tokens that a text of ``length`` may still get."""
+        """Number of tokens that a row of ``length`` tokens may still get."""
         return self.max_length - length if self.max_length is not None else 1 << 30
 
     def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
-        """Whether the text of a row, ``length`` tokens of which ``token`` is the last, stops here.
+        """Whether a row ends with its first ``length`` tokens.
 
         Args:
-            scores: [V] of every new token of the row, where the call of generate keeps them: other criteria see them as [1, V].
+            tokens: [R, room] int64.
+            token: the last of these tokens.
+            scores: [V] of every new token of the row, where `generate` keeps them; criteria get them as [1, V].
         """
         if token in self.ends or (self.max_length is not None and length >= self.max_length):
             return True
@@ -65,7 +67,7 @@ class Stops:
 
 
 def processors_of(row: int, processors: Any) -> Any:
-    """The processors for one row: a repetition penalty knows the padding of each."""
+    """Return the processors for one row; a repetition penalty holds the padding of all rows."""
     own = type(processors)()
     for each in processors:
         ignored = getattr(each, "prompt_ignore_length", None)

@@ -1,4 +1,4 @@
-"""Trees of drafts: shapes, trunks, depths."""
+"""Shapes of proposals: trees and chains, their depths, and cuts to a number of drafts. Node 0 is the last known token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from patchkit.speculation.drafter import Proposal
 
 
 def tree_shape(parents: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a tree under the last known token (node 0): the depth of each node [1 + n], and which nodes are on its path [1 + n, 1 + n]."""
+    """Return the depth [1 + n] int64 of each node of a tree, and whether node j is on the path of node i, bool [1 + n, 1 + n]."""
     depths = [0]
     on_path = torch.zeros(len(parents) + 1, len(parents) + 1, dtype=torch.bool)
     on_path[0, 0] = True
@@ -20,7 +20,7 @@ def tree_shape(parents: tuple[int, ...], device: torch.device) -> tuple[torch.Te
 
 
 def children_of(proposal: Proposal | None, row: int) -> dict[int, list[int]]:
-    """The drafted nodes (from 1 on) under each node."""
+    """Return the drafted nodes, numbered from 1, under each node of a row's drafts."""
     if proposal is None:
         return {}
     if proposal.parents is None:
@@ -32,7 +32,7 @@ def children_of(proposal: Proposal | None, row: int) -> dict[int, list[int]]:
 
 
 def trunk(proposal: Proposal) -> Proposal:
-    """The proposal, or of a tree the path through first children, where a mask per row is not to be had."""
+    """Reduce a tree to the path through its first children, for caches that verify chains only; return a chain as it is."""
     if proposal.parents is None:
         return proposal
     path, node = [], -1
@@ -43,7 +43,7 @@ def trunk(proposal: Proposal) -> Proposal:
 
 
 def at_most(proposal: Proposal, k: int) -> Proposal | None:
-    """The proposal without columns that no row uses; None if nothing is left."""
+    """Cut a proposal to at most ``k`` drafts per row, without columns that no row uses; None if nothing is left."""
     longest = min(k, max(proposal.counts)) if proposal.parents is None else min(k, proposal.tokens.shape[1])
     if longest <= 0:
         return None
@@ -56,7 +56,7 @@ def at_most(proposal: Proposal, k: int) -> Proposal | None:
 
 
 def depths(proposal: Proposal | None, rows: int) -> list[int]:
-    """Of each row, the most drafts that could be accepted."""
+    """Return the largest number of drafts that could be accepted in each row."""
     if proposal is None:
         return [0] * rows
     if proposal.parents is None:
@@ -65,7 +65,7 @@ def depths(proposal: Proposal | None, rows: int) -> list[int]:
 
 
 def stacked(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    """[B, V] for every new token; zeros where a row has ended."""
+    """Stack lists of [V] per row into one [B, V] per new token; zeros where a row has ended."""
     longest = max(map(len, rows))
     blank = torch.zeros_like(rows[0][0])
     return tuple(torch.stack([row[i] if i < len(row) else blank for row in rows]) for i in range(longest))

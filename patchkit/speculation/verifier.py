@@ -1,4 +1,7 @@
-"""Verification: one forward of the target over all drafts of a round, and the cache after it."""
+"""Verification: one forward of the target over all drafts of a round, and the rollback of the cache after it.
+
+Shapes: R rows, T = 1 + n positions, V vocabulary, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from patchkit.speculation.tree import tree_shape
 
 
 def verify(cached: CachedModel, rows: Rows, proposal: Proposal | None, compiled: bool) -> torch.Tensor:
-    """Logits [R, 1 + n, V] after the last known token and after each draft.
+    """Run the target; return logits [R, 1 + n, V] after the last known token and after each of n drafts.
 
     Args:
-        compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps, so chains are rounded up to those.
+        compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps, so chains are padded to one of these lengths.
     """
     last = rows.last()
     if proposal is None:
@@ -34,10 +37,10 @@ def verify(cached: CachedModel, rows: Rows, proposal: Proposal | None, compiled:
 
 
 def in_step(verdict: Verdict, rows: Rows) -> Verdict:
-    """The verdict cut to what all rows have in common, for caches whose rows cannot advance by different numbers of tokens."""
+    """Cut a verdict to the smallest number of tokens of any row, for caches whose rows advance by the same number."""
     done = rows.done
     least = min((len(new) for new, ended in zip(verdict.tokens, done, strict=True) if not ended), default=max(map(len, verdict.tokens)))
-    # A row that ended beyond that goes back too: to keep only drawn ends would make ends likelier than they are.
+    # A row that ended beyond that is rolled back too: to keep only drawn ends would make ends likelier than they are.
     rows.done = [ended and len(new) <= least for new, ended in zip(verdict.tokens, done, strict=True)]
     return Verdict(
         [new[:least] for new in verdict.tokens],
@@ -57,7 +60,7 @@ def keep_accepted(cached: CachedModel, proposal: Proposal | None, verdict: Verdi
 
 
 def accepted_hidden(hidden: torch.Tensor, proposal: Proposal | None, paths: list[list[int]]) -> tuple[torch.Tensor, list[int]]:
-    """Hidden states [R, T, D] of a verification with those of the accepted nodes first, and how many these are in each row."""
+    """Return hidden states [R, T, D] of a verification, reordered so that accepted nodes come first, and their number in each row."""
     counts = [len(path) for path in paths]
     if proposal is None or proposal.parents is None:
         return hidden, counts

@@ -387,7 +387,7 @@ def test_lossless_drafts_may_be_reencoded_and_not_dynamic():
     patch_model(model, StreamingLLM(SINKS, WINDOW, refresh=Reencode(EVERY)), lossless=True, verbose=False)
     assert torch.equal(greedy(model, ids, 30), expected)
     unpatch_model(model)
-    with pytest.raises(UnsupportedModel, match=r"cannot draft: .* cannot take tokens back"):
+    with pytest.raises(UnsupportedModel, match=r"cannot draft: .* cannot roll tokens back"):
         patch_model(model, StreamingLLM(SINKS, WINDOW, refresh=DynamicSinks(KEPT, EVERY)), lossless=True)
 
 

@@ -190,7 +190,7 @@ def test_rollback_before_at_and_after_the_window_fills(family, positions):
             cache.activate_past_recording()
             position = 3
             while position + drafted + 1 < 48:
-                # One right token, then wrong ones, taken back.
+                # One right token, then wrong ones, rolled back.
                 fed = torch.cat([ids[:, position : position + 1], wrong[:, position + 1 : position + 1 + drafted]], 1)
                 out = model(input_ids=fed, **cached(cache), use_cache=True)
                 close(out.logits[:, 0], expected[:, position])
@@ -214,7 +214,7 @@ def test_rollback_over_several_single_steps():
 
 @pytest.mark.parametrize("positions", ["cache", "true"])
 def test_rollback_of_more_tokens_than_the_window_holds_and_across_a_rebase(positions):
-    """ForwardContext positions are bounded by 512 here: the first wrong tokens pass that, and are taken back."""
+    """Positions are bounded by 512 here: the first wrong tokens pass that, and are rolled back."""
     model, ids = patch_model(tiny_model("llama"), StreamingLLM(SINKS, WINDOW, positions)), tokens(length=520)
     expected = feed(model, ids, [520])[0]
     cache = feed(model, ids[:, :480], [480])[1]
@@ -360,7 +360,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
     [(DYNAMIC, 100_000, 1200), matrix({"rope_type": "default"}, 1_000_000, 8000), matrix(DYNAMIC, 1_000_000, 8000)],
 )
 def test_a_million_tokens_end_where_float64_ends(scaling, length, one_by_one):
-    """Positions are bounded by 512, so the single steps at the end begin anew several times; a tenth of it in the fast layer."""
+    """Positions are bounded by 512, so the base moves several times in the single steps at the end; a tenth of it in the fast layer."""
     model = one_layer_llama(rope_parameters={"rope_theta": 10000.0, **scaling})
     ids = tokens(length=length)
     patch_model(model, StreamingLLM(4, 60))

@@ -299,5 +299,5 @@ def test_a_draft_need_not_be_exact() -> None:
 
 def test_a_cache_that_cannot_roll_back_is_refused() -> None:
     model = tiny_model("qwen3_next")
-    with patched(model, "streaming(window=16) + speculative", verbose=False), pytest.raises(StreamError, match="cannot take tokens back"):
+    with patched(model, "streaming(window=16) + speculative", verbose=False), pytest.raises(StreamError, match="cannot roll tokens back"):
         model.generate(PROMPT, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Estimates that forget: acceptance by position, and the cost of a round by the number of its drafts."""
+"""Decaying estimates: acceptance by position, and the cost of a round as an isotonic function of the number of its drafts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from collections.abc import Iterable
 
 from patchkit.speculation.statistics import StepRecord
 
-# Between two K that were measured, times are taken to rise by so much of a straight line: optimism makes a promising K be tried.
-_PESSIMISM = 0.5
+# Share of the linear rise between two measured K that an unmeasured K between them is assumed to cost. Below 1 is optimistic, so that a
+# promising K gets tried.
+_INTERPOLATION = 0.5
 
+# Weight, in outcomes, of the position before as a prior of a position's acceptance.
 _NEIGHBOUR_WEIGHT = 6.0
 
-# Each outcome counts this much less per later outcome at the same position: some 50 are remembered; fewer where something new begins.
+# Factor by which an outcome's weight decays with each later outcome at its position: about 50 outcomes count.
 _DECAY = 0.98
 
-# Rounds per K from which its cost is taken.
+# Last rounds of each K from which its typical cost is computed.
 _WINDOW = 15
 
-# A K that was measured once and took more than so many times what was expected may have met a warm-up (a compilation, say): until it is
-# measured again, it counts as expected.
-_SURPRISE = 1.3
+# A first measurement of a K above this multiple of the expected time may be a warm-up (a compilation, say). Until a second measurement,
+# the expected time is used.
+_WARM_UP = 1.3
 
-# Changes of a typical time below this share are not followed, which saves most of the controller's own time.
+# Relative change of a typical time below which the curve is not computed again, which saves most of the controller's own time.
 _NO_CHANGE = 0.01
 
 
@@ -52,16 +54,22 @@ class Rate:
 
 
 class Curve:
-    """Milliseconds as a function of K that never falls, from running measurements at some K.
+    """Milliseconds as a non-decreasing function of K (isotonic regression), from running measurements at some K.
 
-    Because it never falls, a larger K's time bounds a smaller one's, which also keeps one slow round from spoiling others.
+    A larger K's time bounds that of a smaller K, so that one slow round cannot distort the others.
+
+    Attributes:
+        grows: cost(0) = 0, and linear extrapolation beyond the largest measured K; otherwise constant beyond it.
+        times: the last milliseconds of each measured K.
+        typical: typical milliseconds of each measured K.
+        at: estimated milliseconds, by K.
     """
 
     def __init__(self, grows: bool, largest: int) -> None:
-        self.grows = grows  # from 0, and in a straight line beyond the largest K known; otherwise no more than is shown there
+        self.grows = grows
         self.times: dict[int, deque[float]] = {}
         self.typical: dict[int, float] = {}
-        self.at = [0.0] * (largest + 1)  # by K
+        self.at = [0.0] * (largest + 1)
 
     def add(self, k: int, ms: float) -> None:
         self.times.setdefault(k, deque(maxlen=_WINDOW)).append(ms)
@@ -76,7 +84,7 @@ class Curve:
         points = [(0, 0.0)] if self.grows else []
         for k in sorted(self.typical):
             ms = self.typical[k]
-            if len(self.times[k]) == 1 and len(points) > self.grows and ms > _SURPRISE * self._beyond(points, k):
+            if len(self.times[k]) == 1 and len(points) > self.grows and ms > _WARM_UP * self._beyond(points, k):
                 ms = self._beyond(points, k)
             while points and points[-1][1] > ms:
                 points.pop()
@@ -90,7 +98,7 @@ class Curve:
         if index == len(points):
             return self._beyond(points, k)
         (left, low), (right, high) = points[index - 1], points[index]
-        return low + _PESSIMISM * (high - low) * (k - left) / (right - left)
+        return low + _INTERPOLATION * (high - low) * (k - left) / (right - left)
 
     def _beyond(self, points: list[tuple[int, float]], k: int) -> float:
         last, ms = points[-1]
@@ -101,7 +109,7 @@ class Curve:
 
 
 class Costs:
-    """Milliseconds by K for one number of rows."""
+    """Cost curves for one number of rows: of the target, and of the drafter in use and after a gap."""
 
     def __init__(self, largest: int) -> None:
         self.largest = largest

@@ -21,16 +21,17 @@ from patchkit.speculation.statistics import StepRecord
 
 @dataclass(frozen=True)
 class CostModel(Controller, name="cost_model"):
-    """The K with the best expected tokens per millisecond, as measured; 0 where drafting does not pay.
+    """A bandit over K: choose the K with the best expected tokens per millisecond, as measured; 0 where drafting does not pay.
 
-    The first rounds draft twice and take a plain step or two. Afterwards what is not in use is looked at now and then: while drafting,
-    plain steps and the K next to the chosen one; while not drafting, a trial of two drafted rounds, ever more rarely, until trials lose
-    no more than `budget`. A trial goes on while drafts are accepted.
+    1. The first rounds draft twice and take a plain step or two.
+    2. While drafting, it measures another K from time to time: plain steps and the neighbours of the chosen K.
+    3. While not drafting, it makes trials of two drafted rounds, less and less often, until trials lose no more than `budget`. A trial
+       goes on while drafts are accepted.
 
     Attributes:
         bounds: smallest and largest K; 0 lets it stop drafting.
-        look_every: rounds of drafting between two looks at another K.
-        budget: share of the time that trials may lose while drafting does not pay.
+        look_every: rounds of drafting between two measurements of another K.
+        budget: share of the time, 0 to 1, that trials may lose while drafting does not pay.
     """
 
     bounds: Bounds = (0, 8)
@@ -48,27 +49,29 @@ class CostModel(Controller, name="cost_model"):
         return _CostModelSession(self)
 
 
-# K of the first rounds; a second plain step is left out where drafting is so many times faster.
+# K of the first rounds.
 _FIRST_K = 2
 
+# Speed-up of drafting above which the first rounds do without a second plain step.
 _FAR_AHEAD = 1.5
 
-# What is assumed before anything is seen, with the weight of so many outcomes.
+# Acceptance that is assumed before the first outcome, and its weight in outcomes.
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2.0
 
+# Outcomes that past acceptance counts for at most when a sequence or a trial begins.
 _REMEMBERED_AT_NEW_TEXT, _REMEMBERED_AT_TRIAL = 16.0, 4.0
 
 _TRIAL_ROUNDS, _LONGEST_TRIAL = 2, 8
 
-# Trials start this much more often than the budget allows, and become half as frequent with each failure.
+# Factor by which the first trials are more frequent than the budget allows. Each failure halves their frequency.
 _EAGERNESS = 8
 
 _FEWEST_BETWEEN_TRIALS = 16
 
-# A K measured n times is tried if it comes within 1 / n of this share of the best.
+# Exploration bonus: the expected speed of a K that was measured n times counts 1 + _BONUS / n times.
 _BONUS = 0.1
 
-# After so many plain steps the drafter has a text to catch up on, and its next call says little about its usual cost.
+# Plain steps after which the drafter has tokens to catch up on, so that its next call is not representative of its cost.
 _GAP = 3
 
 
@@ -80,16 +83,16 @@ class _CostModelSession(ControllerSession):
         self.costs_by_length: dict[int, dict[int, Costs]] = {}  # of prompts within a factor of four
         self.rows = 1
         self.has_proposal, self.row_has_proposal, first = (Rate(_PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT) for _ in range(3))
-        # By position, of the rows that have a proposal. What is not known of a position is taken from the one before.
+        # By position, of the rows that have a proposal. The prior of a position is the acceptance at the one before.
         self.accepted = [first, *(Rate() for _ in range(1, self.largest))][: self.largest]
         self.first = deque(self._first_rounds())
-        self.plain_in_a_row = _GAP  # at the start of a text the drafter has all of it to read
+        self.plain_in_a_row = _GAP  # at the start of a sequence the drafter has all of it to read
         self.since_look = self.looks = 0
         self.trial_rounds = self.trial_end = self.failed_trials = 0
         self.trial_loss = 0.0  # of the last one, in plain steps
         self.tokens = [1.0] * (self.largest + 1)  # expected of a round of K, per row
         self.speeds = [1.0] * (self.largest + 1)  # tokens per millisecond
-        self.promises = [1.0] * (self.largest + 1)  # the same, with a bonus for what is hardly known
+        self.promises = [1.0] * (self.largest + 1)  # tokens per millisecond, with the exploration bonus
 
     def choose(self) -> int:
         if self.first:
@@ -98,12 +101,12 @@ class _CostModelSession(ControllerSession):
             return self._best(at_least=1)
         best = self._best()
         if best and self.since_look >= self.options.look_every:
-            return self._look_beside(best)
+            return self._neighbour_of(best)
         return best
 
     def observe(self, record: StepRecord) -> None:
-        if record.rows < self.rows:  # those whose drafts were accepted less go on
-            self._forget(_REMEMBERED_AT_NEW_TEXT)
+        if record.rows < self.rows:  # rows with fewer accepted drafts remain
+            self._discount(_REMEMBERED_AT_NEW_TEXT)
         self.rows = record.rows
         if self.rows not in self.costs:
             nearest = min(self.costs, key=lambda rows: abs(rows - self.rows), default=None)
@@ -121,10 +124,10 @@ class _CostModelSession(ControllerSession):
 
     def new_text(self, tokens: int) -> None:
         self.plain_in_a_row = _GAP
-        self._forget(_REMEMBERED_AT_NEW_TEXT)
+        self._discount(_REMEMBERED_AT_NEW_TEXT)
         self.costs = self.costs_by_length.setdefault(tokens.bit_length() // 2, {})
-        if not self.costs:  # what drafting costs, and what it is worth, may be another matter at this length
-            self._forget(_REMEMBERED_AT_TRIAL)
+        if not self.costs:  # costs and gains of drafting may differ at this length
+            self._discount(_REMEMBERED_AT_TRIAL)
             self.first = deque(self._first_rounds())
             self.trial_end = 0
 
@@ -139,11 +142,11 @@ class _CostModelSession(ControllerSession):
         self.has_proposal.add(record.longest > 0)
         for proposed, accepted in zip(record.proposed, record.accepted, strict=True):
             self.row_has_proposal.add(proposed > 0)
-            # Fewer drafts than were asked for are as good as rejected ones.
+            # Drafts that are missing count as rejected.
             for position in range(min(accepted + 1, record.k, self.largest) if proposed else 0):
                 self.accepted[position].add(accepted > position)
 
-    def _forget(self, remembered: float) -> None:
+    def _discount(self, remembered: float) -> None:
         for rate in (self.has_proposal, self.row_has_proposal, *self.accepted):
             rate.forget(remembered)
 
@@ -169,7 +172,7 @@ class _CostModelSession(ControllerSession):
 
     def _go_on_with_first_rounds(self, record: StepRecord) -> None:
         self.first.popleft()
-        # A plain step that met a warm-up would make drafting look good: a second one, unless drafting is far ahead.
+        # A plain step during a warm-up would favour drafting, so a second one follows, unless drafting is far ahead.
         if not self.first and self.speeds[self._best()] < _FAR_AHEAD * self.speeds[0] and len(self._plain_times()) < 2:
             self.first.append(0)
 
@@ -184,7 +187,7 @@ class _CostModelSession(ControllerSession):
                 self.since_look, self.looks = 0, self.looks + 1
         elif self.largest and self.since_look >= self._rounds_between_trials():
             self.trial_rounds, self.trial_end, self.trial_loss = 0, _TRIAL_ROUNDS, 0.0
-            self._forget(_REMEMBERED_AT_TRIAL)
+            self._discount(_REMEMBERED_AT_TRIAL)
 
     def _go_on_trying(self, record: StepRecord) -> None:
         self.trial_rounds += 1
@@ -202,12 +205,12 @@ class _CostModelSession(ControllerSession):
             _FEWEST_BETWEEN_TRIALS, max(expected_loss, self.trial_loss) / self.options.budget * min(1, 2**self.failed_trials / _EAGERNESS)
         )
 
-    def _look_beside(self, best: int) -> int:
+    def _neighbour_of(self, best: int) -> int:
         """Return another K to measure: by turns K + 1, K - 1, K + 2 and 0, where the bounds allow it; else ``best``."""
         k = (best + 1, best - 1, best + 2, 0)[self.looks % 4]
         return k if self.smallest <= k <= self.largest else best
 
     def _best(self, at_least: int = 0) -> int:
         if at_least == 0 == self.smallest and self.speeds[0] >= max(self.speeds):
-            return 0  # a bonus must not make drafting look worth it
+            return 0  # the bonus must not decide between drafting and plain steps
         return max(range(max(self.smallest, at_least), self.largest + 1), key=self.promises.__getitem__)

@@ -10,8 +10,9 @@ import torch
 
 from patchkit.anatomy.target import Target
 from patchkit.errors import StreamError, UnsupportedModel
-from patchkit.speculation.cached_model import CachedModel, find_obstacle, keeps_own_cache, make_cache
+from patchkit.speculation.cached_model import CachedModel, keeps_own_cache, make_cache
 from patchkit.speculation.drafter import Drafter, Draws, Proposal, Session, State
+from patchkit.speculation.obstacles import find_obstacle
 
 # First tokens that a shortened prompt keeps: attention needs them (Xiao et al. 2023, https://arxiv.org/abs/2309.17453).
 _FIRST = 4
