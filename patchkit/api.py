@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def patch_model(model: M, *patches: Given | Sequence[Given], lossless: bool = False, verbose: bool = True) -> M:
-    """Patch a loaded causal language model in place, and log one line that says what was changed and what was left alone.
+    """Patch a loaded causal language model in place, and log one line with the changes and the parts that were left alone.
 
     All checks run before the first edit, and an exception undoes the edits made so far. Patches are applied in the order of their
     `Stage`, whatever the order of the arguments. Compiled code of all models in the process is dropped, because it would not notice the

@@ -60,7 +60,7 @@ class Steps:
     hooked: set[int] = field(default_factory=set)
 
     def calls(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """Each module with what stands in its `COMPILED_CALL`."""
+        """Return each module with the function for its attribute `COMPILED_CALL`."""
         layers = [(layer, functools.partial(_call_layer, self, index)) for index, layer in enumerate(self.layers)]
         return [(self.decoder, functools.partial(_call_decoder, self)), *layers]
 

@@ -114,7 +114,7 @@ def banded_softmax_part(
         own, keys = torch.arange(past, past + tokens, device=q.device)[:, None], torch.arange(past + tokens, device=q.device)
         seen = (keys <= own) & ((keys > own - window) | (keys < sinks))
         return softmax_part(q, k, v, seen[None, None], scaling)
-    # Blocks of W queries; each sees keys of its own block and of the one before.
+    # Blocks of W queries; each sees keys of this block and of the one before.
     blocks = -(-tokens // window)
     behind = blocks * window - tokens
     grouped = F.pad(q.unflatten(1, (k.shape[1], -1)).float() * scaling, (0, 0, 0, behind)).unflatten(3, (blocks, window))

@@ -46,7 +46,7 @@ class TailInsert(DynamicSinks):
 
     name = "tail_insert"
 
-    def place(self, rule: LayerRule) -> int:
+    def first_position(self, rule: LayerRule) -> int:
         return rule.capacity - self.n
 
 

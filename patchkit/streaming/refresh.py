@@ -122,5 +122,5 @@ class RefreshedCache(StreamingCache):
 
 
 def of_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Select the rows [n] of x [B or 1, ...]; a single row stands for all rows."""
+    """Select the rows [n] of x [B or 1, ...]; a single row holds for all rows."""
     return x[rows] if len(x) > 1 else x

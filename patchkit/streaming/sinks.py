@@ -1,4 +1,4 @@
-"""The sinks of one layer without their rotation, from which each step computes the rotation that it needs."""
+"""The sinks of one layer before the rotation of a step, from which every step computes its own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from patchkit.anatomy.rotary import Rotary
 
 
 class UnrotatedSinks(NamedTuple):
-    """The dimensions of the sinks that the rotary embedding rotates, at row position 0 of their own: ``raw cos t + quarter sin t``
-    is their rotation by the angle t.
+    """The rotated dimensions of the sinks, at their row positions; ``raw cos t + quarter sin t`` rotates them by the angle t.
 
     Attributes:
         raw: [B, G, S, n] float32.
@@ -23,7 +22,7 @@ class UnrotatedSinks(NamedTuple):
 
     @classmethod
     def of(cls, part: torch.Tensor, rotary: Rotary) -> UnrotatedSinks:
-        """A float32 copy of ``part`` [B, G, S, n], the rotated dimensions of sinks that are not rotated."""
+        """Make a float32 copy of ``part`` [B, G, S, n], the rotated dimensions of sinks at their row positions."""
         raw = part.float().clone()
         return cls(raw, rotary.quarter_rotated(raw))
 

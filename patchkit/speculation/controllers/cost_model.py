@@ -206,7 +206,7 @@ class _CostModelSession(ControllerSession):
         )
 
     def _neighbour_of(self, best: int) -> int:
-        """Return another K to measure: by turns K + 1, K - 1, K + 2 and 0, where the bounds allow it; else ``best``."""
+        """Return another K to measure: K + 1, K - 1, K + 2 and 0, one after the other, where the bounds allow it; else ``best``."""
         k = (best + 1, best - 1, best + 2, 0)[self.looks % 4]
         return k if self.smallest <= k <= self.largest else best
 
