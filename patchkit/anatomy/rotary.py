@@ -53,7 +53,7 @@ class Rotary:
         return torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> torch.Tensor:
-        """``x`` [..., K] with its dimensions start .. start+n rotated; computed in float32, returned in x's dtype."""
+        """Rotate the dimensions start .. start + n of ``x`` [..., K], computed in float32, by cosine and sine [..., n]; keep x's dtype."""
         part = x[..., start : start + self.width].float()
         rotated = (part * cos + self.quarter_rotated(part) * sin).to(x.dtype)
         if self.width == x.shape[-1]:

@@ -68,7 +68,7 @@ class Int8Weight(torch.Tensor):
         return self.qdata.nbytes + self.scale.nbytes
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x @ W.T + bias`` with x [..., K]."""
+        """Return ``x @ W.T + bias`` [..., N] for x [..., K]; bias is [N] or None."""
         return int8_linear(x, self.qdata, self.scale, bias, self.activation)
 
     def _rebuilt(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Int8Weight:

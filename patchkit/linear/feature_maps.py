@@ -54,7 +54,7 @@ class Identity(FeatureMap, kind="identity"):
 
 
 class EluPlusOne(FeatureMap, kind="elu1"):
-    """``elu(x) + 1``. Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236, equation 7."""
+    """The map ``elu(x) + 1``. Katharopoulos et al. 2020, "Transformers are RNNs", https://arxiv.org/abs/2006.16236, equation 7."""
 
     fused = True
 
@@ -64,7 +64,7 @@ class EluPlusOne(FeatureMap, kind="elu1"):
 
 
 class Relu(FeatureMap, kind="relu"):
-    """``max(x, 0)``."""
+    """The map ``max(x, 0)``."""
 
     fused = True
 
@@ -73,7 +73,7 @@ class Relu(FeatureMap, kind="relu"):
 
 
 class Hedgehog(FeatureMap, kind="hedgehog"):
-    """``[softmax(W x), softmax(-W x)]`` with a trained W for each head, at first the identity; F = 2 K.
+    """The map ``[softmax(W x), softmax(-W x)]`` with a trained W for each head, initially the identity; F = 2 K.
 
     Zhang et al. 2024, "The Hedgehog & the Porcupine", https://arxiv.org/abs/2402.04347, section 4.2, with the softmax over features.
     """
@@ -92,8 +92,10 @@ class Hedgehog(FeatureMap, kind="hedgehog"):
 
 
 class T2R(FeatureMap, kind="t2r"):
-    """``relu(W x + b)`` with a trained W, at first the identity, and b for each head. Kasai et al. 2021, "Finetuning Pretrained
-    Transformers into RNNs", https://arxiv.org/abs/2103.13076, equation 5."""
+    """The map ``relu(W x + b)`` with a trained W, initially the identity, and a trained b for each head.
+
+    Kasai et al. 2021, "Finetuning Pretrained Transformers into RNNs", https://arxiv.org/abs/2103.13076, equation 5.
+    """
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__(heads, head_dim)

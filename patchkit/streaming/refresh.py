@@ -116,7 +116,7 @@ class RefreshedCache(StreamingCache):
         """Record the token ids [B, T] that were fed last, where the refresh needs them; None if embeddings were fed."""
 
     def _row_pads(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n] left padding of these rows."""
+        """Left padding [n] of these rows."""
         pads = self.stream.pads
         return torch.zeros_like(rows) if pads is None else pads.cpu()[rows]
 

@@ -56,7 +56,7 @@ class MedusaHeads(Heads):
         return heads.to(weight.device, weight.dtype).eval().requires_grad_(False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] to what each head hands to its LM head, [..., N, D]."""
+        """Return the input [..., N, D] of each head's LM head, from hidden states [..., D]."""
         return hidden.unsqueeze(-2) + F.silu(self.blocks(hidden)).unflatten(-1, (-1, hidden.shape[-1]))
 
     def logits(self, hidden: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
