@@ -14,15 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 TO_DO: frozenset[str] = frozenset(
     {
         "_compat",
-        "anatomy",
-        "api",
-        "int8",
-        "linear",
         "patch",
-        "record",
-        "speculation",
-        "static_step",
-        "streaming",
     }
 )
 # A docstring that begins so is a riddle, or cannot be understood without another docstring.

@@ -1,4 +1,4 @@
-"""What `Speculative` puts on a model: the state that calls of generate share, a hook that keeps hidden states, and `generate`."""
+"""The edits of `Speculative` on a model: state that calls of generate share, a hook that keeps hidden states, and `generate`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from patchkit.speculation.controllers import Controller, ControllerSession
 
 @dataclass(frozen=True)
 class Fixed(Controller, name="fixed"):
-    """The same K in every round; spec strings write the number alone.
+    """A constant K in every round; spec strings write the number alone.
 
     Attributes:
         k: drafts per round; 0 is plain decoding.
