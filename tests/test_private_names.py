@@ -22,8 +22,8 @@ OTHERS = [path for path in TREES if path not in COMPAT]
 # Names that the scanner takes for private names, and why they are none.
 ALLOWED = {
     ("patchkit/measure/stdlib_text.py", "_bundled"): "the name of a folder",
-    ("patchkit/search/sweep_result.py", "_low"): "the end of a column's name",
-    ("patchkit/search/sweep_result.py", "_high"): "the end of a column's name",
+    ("patchkit/search/sweep_files.py", "_low"): "the end of a column's name",
+    ("patchkit/search/sweep_files.py", "_high"): "the end of a column's name",
 }
 # Methods of our subclasses that a library calls, so that they must have its name.
 OVERRIDDEN = {

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from patchkit import Compile, _compat, patch_model, patched, report, unpatch_model
-from patchkit.compiled import steps as steps_module
+from patchkit.compiled.options import compiler_options
 from patchkit.errors import StreamError, UnsupportedModel
 from patchkit.static_step import LEAST_ROOM, FixedCache
 from patchkit.testing import TOLERANCES, assert_restored, families, logit_error, snapshot, tiny_model
@@ -436,7 +436,6 @@ def test_modes_choose_inductors_options(monkeypatch):
     on_gpu = torch.nn.Linear(1, 1, device="meta")
     on_gpu.device = torch.device("cuda")
     assert all(
-        steps_module._options(compiling, on_gpu)["triton.cudagraphs"]
-        for compiling in (Compile(cudagraphs=True), Compile("reduce-overhead"))
+        compiler_options(compiling, on_gpu)["triton.cudagraphs"] for compiling in (Compile(cudagraphs=True), Compile("reduce-overhead"))
     )
-    assert not steps_module._options(Compile("max-autotune"), on_gpu)["triton.cudagraphs"]
+    assert not compiler_options(Compile("max-autotune"), on_gpu)["triton.cudagraphs"]
