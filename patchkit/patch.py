@@ -41,7 +41,7 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Promises:
-    """What a patch promises about a model, beside the same model without this one patch; `patchkit prove` checks each.
+    """Promises of a patch about a model, compared with the same model without this one patch; `patchkit prove` checks each.
 
     Attributes:
         same_logits: logits are the same, up to rounding.
@@ -51,8 +51,9 @@ class Promises:
         any_feeding: logits do not depend on how tokens are fed: as a whole, in chunks, one by one.
         greedy: greedy `generate` takes the likeliest token of the patched model's own forwards.
         bounded: the cache stops growing after ``same_up_to`` tokens.
-        rounds: it rounds weights or activations, so that differences in the last bit of its inputs may jump by a step of its own; the
-            modules that it reports with an ``snr_db`` keep that signal-to-noise ratio in 16 bits too, and do not overflow.
+        rounds: it rounds weights or activations. An input difference of one unit in the last place may flip a rounding step, so outputs
+            are compared by signal-to-noise ratio; the modules that it reports with an ``snr_db`` keep that ratio in 16 bits too, and do
+            not overflow.
     """
 
     same_logits: bool = False
@@ -119,11 +120,11 @@ class Patch(Spelled):
         raise NotImplementedError(f"{type(self).__name__} has no apply(target, handle): define it")
 
     def promises(self, target: Target) -> Promises:
-        """What the patch, with these options, promises about this model. ``target`` is unpatched, and `check` has passed."""
+        """Promises of the patch, with these options, about this model. ``target`` is unpatched, and `check` has passed."""
         return Promises(same_logits=self.exact, same_tokens=self.exact)
 
     def exercised(self) -> Patch:
-        """The same patch with options under which all that it does happens within a short text."""
+        """Return this patch with options under which all that it does happens within a short sequence."""
         return self
 
     @classmethod
@@ -209,7 +210,7 @@ def available_patches() -> dict[str, type[Patch]]:
 
 
 def declared() -> dict[str, tuple[str, ...] | None] | None:
-    """The patches by spec name, with the names of their options: of those in `patchkit/patches/` as their source says, and of those
+    """The patches by spec name, with the names of their options: of those in `patchkit/patches/` as in their source, and of those
     that are registered already. None for the options of a class, or for everything, where the source does not say it plainly."""
     known: dict[str, tuple[str, ...] | None] = {name: tuple(options_of(cls)) for name, cls in _registry.items()}
     for path in sorted(Path(__file__).with_name("patches").glob("*.py")) if not _discovered else []:

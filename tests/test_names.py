@@ -11,12 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 # Rooms whose docstrings still begin with a reference to another one; this only gets shorter.
-TO_DO: frozenset[str] = frozenset(
-    {
-        "_compat",
-        "patch",
-    }
-)
+TO_DO: frozenset[str] = frozenset()
 # A docstring that begins so is a riddle, or cannot be understood without another docstring.
 OPENERS = ("The same", "As ", "See ", "What ")
 

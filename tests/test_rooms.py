@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,27 @@ def test_a_climb_is_seen_wherever_it_stands() -> None:
         climbs("streaming", ast.parse("from patchkit.streaming import cache\nfrom patchkit.anatomy.target import Target\nimport torch"))
         == []
     )
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of patchkit that one of them imports, wherever the import is."""
+    names = {name_of(each) for each in modules()}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
+    return (found & names) - {name_of(path)}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(("patchkit", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {name_of(path): modules_imported(path) for path in modules()}
+    assert sum(map(len, graph.values())) > 500
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(graph | {"patchkit.errors": {"patchkit.api"}}).static_order())

@@ -1,6 +1,6 @@
 """Every private or moving name of transformers, torch, torchao, peft and lm-eval that patchkit touches, in one place.
 
-One module for each part of a library. It declares the names that it relies on beside the code that uses them; the first `patch_model`
+One module for each part of a library. It declares the names that it relies on next to the code that uses them; the first `patch_model`
 checks them all (`self_check`). Importing this package loads no library: the public names of its modules, which are all available here,
 are looked up when the first of them is used. `patchkit.kernels` imports `patchkit._compat.products` itself, and so needs no transformers.
 """

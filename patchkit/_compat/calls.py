@@ -55,8 +55,8 @@ def speaks_old_names(module: Any) -> bool:
 def takes_tokens_back(layer: Any) -> bool:
     """Whether a cache layer's ``crop`` brings back what it was. Layers of transformers 5.15 do not say so: there, those of keys and values
     do, and recurrent ones do not."""
-    said = getattr(layer, "is_croppable", None)
-    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) if said is None else bool(said)
+    declared = getattr(layer, "is_croppable", None)
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) if declared is None else bool(declared)
 
 
 def supports_dynamic_cache(model: Any) -> bool:

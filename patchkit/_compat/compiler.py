@@ -100,21 +100,21 @@ def compiler_backends() -> list[str]:
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises when something does not compile."""
+    """The exceptions that torch.compile raises when something does not compile."""
     from torch._dynamo.exc import TorchDynamoException
 
     return (TorchDynamoException,)
 
 
 def graphs_compiled() -> int:
-    """How many graphs dynamo has compiled in this process."""
+    """Number of graphs that dynamo has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def inductor_cache() -> str:
-    """Where inductor keeps compiled code between runs (TORCHINDUCTOR_CACHE_DIR)."""
+    """The folder in which inductor keeps compiled code between runs (TORCHINDUCTOR_CACHE_DIR)."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
@@ -131,5 +131,5 @@ def guard_options() -> dict[str, Any]:
 
 
 def kept_guards(guards: Any) -> list[bool]:
-    """Which guards of compiled code are checked at every call."""
+    """Return, for each guard of compiled code, whether it is checked at every call."""
     return [guard.guard_type not in _DROPPED_GUARDS for guard in guards]

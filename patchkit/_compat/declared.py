@@ -1,4 +1,4 @@
-"""The names that the modules of this folder declare beside the code that uses them, and whether the installed libraries have them.
+"""The names that the modules of this folder declare next to the code that uses them, and whether the installed libraries have them.
 
 A module declares in ``RELIED_ON`` what the first `patch_model` checks; in ``RELIED_ON_WHEN_USED`` what `check_when_used` checks, because
 the library is optional or slow to import; and in ``MAY_BE_MISSING`` the private names that it can do without, each with the reason.

@@ -1,4 +1,4 @@
-"""Which modules other threads are running."""
+"""The modules that other threads are running."""
 
 from __future__ import annotations
 

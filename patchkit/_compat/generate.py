@@ -1,4 +1,4 @@
-"""What `generate` of transformers keeps and calls."""
+"""State and methods of transformers' `generate`."""
 
 from __future__ import annotations
 

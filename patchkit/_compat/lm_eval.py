@@ -41,7 +41,7 @@ def lm_eval_check() -> None:
 
 
 def parse_options(given: list[str]) -> tuple[Any, list[str]]:
-    """What the parser of lm-eval's command line makes of ``given``, and the options that it does not know."""
+    """Return ``given`` as parsed by the parser of lm-eval's command line, and the options that it does not know."""
     from lm_eval._cli.harness import HarnessCLI
 
     parsed, unknown = HarnessCLI()._parser.parse_known_args(given)

@@ -65,5 +65,5 @@ def run_hooks_and_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` was written to in place; 0 for a tensor of inference mode, which does not count that."""
+    """Number of times that ``tensor`` was written to in place; 0 for a tensor of inference mode, which does not count that."""
     return 0 if tensor.is_inference() else tensor._version

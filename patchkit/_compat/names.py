@@ -1,4 +1,4 @@
-"""The names of transformers that patchkit stands on, and the versions that have them."""
+"""The names of transformers that patchkit relies on, and the versions that have them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
-    raise PatchError(f"transformers {transformers.__version__} has no name that patchkit stands on ({error}). {REMEDY}") from error
+    raise PatchError(f"transformers {transformers.__version__} has no name that patchkit relies on ({error}). {REMEDY}") from error
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",

@@ -1,4 +1,4 @@
-"""What `patchkit.kernels` takes from torch; nothing here needs transformers."""
+"""Functions of torch that `patchkit.kernels` needs; nothing here needs transformers."""
 
 from __future__ import annotations
 

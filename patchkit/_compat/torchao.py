@@ -31,7 +31,7 @@ def has_torchao() -> bool:
 
 
 def torchao_int8(weight: Any) -> tuple[torch.Tensor, torch.Tensor, str] | None:
-    """What a torchao `Int8Tensor` with one symmetric scale per row holds: values int8 [N, K], scale fp32 [N], and the activation
+    """The contents of a torchao `Int8Tensor` with one symmetric scale per row: values int8 [N, K], scale fp32 [N], and the activation
     mode of `int8_linear`. None for any other tensor, and for what that op cannot express."""
     if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
         return None

@@ -54,12 +54,12 @@ def self_check() -> None:
     changed = changed_names()
     if changed:
         raise PatchError(
-            f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit stands on: "
+            f"transformers {transformers.__version__} and torch {torch.__version__} differ from what patchkit relies on: "
             f"{'; '.join(changed)}. {REMEDY}"
         )
     untested = untested_versions()
     if untested:
         _logger.warning(
-            "patchkit: not tested on %s; every name that it stands on is there. `patchkit prove` checks a patch on your model",
+            "patchkit: not tested on %s; every name that it relies on is there. `patchkit prove` checks a patch on your model",
             " and ".join(untested),
         )

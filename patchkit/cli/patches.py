@@ -17,7 +17,7 @@ from patchkit.spelled import Spelled, is_required, options_of, spell
 def patches(
     pages: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PAGE]...", help="With --markdown: pages whose tables to write anew, instead of printing one."),
+        typer.Argument(metavar="[PAGE]...", help="With --markdown: pages whose tables to rewrite, instead of printing one."),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The table of README.md: what each patch is for, exactness, costs, source.")
@@ -28,7 +28,7 @@ def patches(
     from patchkit.patch import available_patches
 
     if pages and not markdown:
-        raise UsageError(f"{pages[0]} is given without --markdown: add it to write the tables of pages anew")
+        raise UsageError(f"{pages[0]} is given without --markdown: add it to rewrite the tables of pages")
     for page in pages or []:
         stderr().print(f"{page}: {'written' if fill(page) else 'as it was'}", markup=False, highlight=False, soft_wrap=True)
     if pages:

@@ -33,7 +33,7 @@ def tables() -> dict[str, str]:
 
 
 def fill(page: Path) -> bool:
-    """Write the tables of a page anew, between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; return whether it changed.
+    """Rewrite the tables of a page, between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; return whether it changed.
 
     Raises:
         UsageError: the page cannot be read, has no such place, or one for a table that does not exist.

@@ -62,7 +62,7 @@ class Activity:
         if idle:
             self.tasks = {}
             why = [text for patch in self.report().patches for text, count in patch.warnings.items() if count]
-            remedy = f"it says why: {'; '.join(why)}" if why else "give longer texts or other tasks"
+            remedy = f"the reason: {'; '.join(why)}" if why else "give longer texts or other tasks"
             raise NeverActed(f"{'; '.join(idle)}. What was measured is the model without it: {remedy}")
 
     def _idle(self, task: str, record: Counters) -> str | None:

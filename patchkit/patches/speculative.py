@@ -32,7 +32,7 @@ from patchkit.handle import Handle
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.speculation.acceptance import Acceptance, acceptance
 from patchkit.speculation.acceptance.exact import Exact
-from patchkit.speculation.controllers import Controller, controller
+from patchkit.speculation.controllers import Controller
 from patchkit.speculation.controllers.cost_model import CostModel
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.eagle import Eagle
@@ -40,6 +40,7 @@ from patchkit.speculation.drafters.prompt_lookup import PromptLookup
 from patchkit.speculation.drafters.self_draft import SelfDraft
 from patchkit.speculation.drafts import drafter_of, read_draft
 from patchkit.speculation.install import check_target, install
+from patchkit.speculation.read_controller import read_controller
 
 
 @register_patch("speculative")
@@ -79,7 +80,7 @@ class Speculative(Patch):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draft", read_draft(self.draft))
-        object.__setattr__(self, "k", controller(self.k))
+        object.__setattr__(self, "k", read_controller(self.k))
         object.__setattr__(self, "acceptance", acceptance(self.acceptance))
 
     def promises(self, target: Target) -> Promises:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class OutOfTime(BaseException):
-    """The time for a measurement is over; the message says which.
+    """The time for a measurement is over; the message names it.
 
     Derives from BaseException, so that a library's `except Exception` does not swallow it.
     """

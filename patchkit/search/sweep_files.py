@@ -26,7 +26,7 @@ _SAMPLED = 64
 
 
 class SweepConflict(PatchError):
-    """A folder holds the sweep of another model, or with other settings; the message says what differs."""
+    """A folder holds the sweep of another model, or with other settings; the message names what differs."""
 
 
 def write(sweep: Sweep, folder: Path) -> None:

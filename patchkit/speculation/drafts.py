@@ -1,4 +1,4 @@
-"""The option `draft` of `Speculative`: what a user may give, and the drafter that it stands for."""
+"""The option `draft` of `Speculative`: what a user may give, and the drafter that it names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_draft(draft: Any) -> Any:
 
 
 def drafter_of(draft: Any, target: Target) -> Drafter:
-    """The drafter that ``draft``, as `read_draft` gives it, stands for; loads models that are given by name or path.
+    """The drafter that ``draft``, as `read_draft` gives it, names; loads models that are given by name or path.
 
     Raises:
         ModelUnavailable: there is no model of this name.

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from patchkit.errors import SpecError
-from patchkit.speculation.controllers import Controller, ControllerSession, controller
+from patchkit.speculation.controllers import Controller, ControllerSession
 from patchkit.speculation.controllers.adaptive import Adaptive
 from patchkit.speculation.controllers.cost_model import CostModel
 from patchkit.speculation.controllers.fixed import Fixed
+from patchkit.speculation.read_controller import read_controller
 from patchkit.speculation.statistics import StepRecord
 
 Cost = Callable[[int], float]
@@ -250,10 +251,10 @@ def test_a_session_can_be_copied_and_goes_on_through_texts(options: Controller) 
 
 
 def test_controller_reads_numbers_texts_and_objects() -> None:
-    assert controller(4) == controller("fixed(4)") == controller("fixed(k=4)") == controller("4") == Fixed(4)
-    assert controller("adaptive") == Adaptive() and controller("adaptive(0.8, window=4)") == Adaptive(0.8, 4)
-    assert controller("cost_model(bounds=(0, 4))") == controller("cost_model(bounds=[0, 4])") == CostModel(bounds=(0, 4))
-    assert controller(CostModel(look_every=8)) == CostModel(look_every=8)
+    assert read_controller(4) == read_controller("fixed(4)") == read_controller("fixed(k=4)") == read_controller("4") == Fixed(4)
+    assert read_controller("adaptive") == Adaptive() and read_controller("adaptive(0.8, window=4)") == Adaptive(0.8, 4)
+    assert read_controller("cost_model(bounds=(0, 4))") == read_controller("cost_model(bounds=[0, 4])") == CostModel(bounds=(0, 4))
+    assert read_controller(CostModel(look_every=8)) == CostModel(look_every=8)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +282,11 @@ def test_controller_reads_numbers_texts_and_objects() -> None:
 )
 def test_bad_controllers_are_refused_by_name(text: str | int, says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
-        controller(text)
+        read_controller(text)
     assert isinstance(text, int) or isinstance(error.value, SpecError)
 
 
 def test_a_controller_that_is_no_number_text_or_object_is_refused() -> None:
     for value in (None, True, 2.0):
         with pytest.raises(TypeError, match="give a number of drafts"):
-            controller(value)  # type: ignore[arg-type]
+            read_controller(value)  # type: ignore[arg-type]

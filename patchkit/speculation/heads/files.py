@@ -26,7 +26,8 @@ def load_heads(path: str | Path, kind: str | None = None, device: Any = "cpu", d
     Args:
         path: the file, or "bundled" for the ones of ``kind`` that ship for stdlib-7m.
         kind: "medusa" or "eagle", the required kind; None accepts both.
-        device, dtype: of the loaded heads.
+        device: of the loaded heads.
+        dtype: of the loaded heads.
 
     Raises:
         PatchError: no such file, not a file of heads, or heads of another kind.
