@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from patchkit.api import from_pretrained as from_pretrained
     from patchkit.api import patch_model as patch_model
     from patchkit.api import patched as patched
+    from patchkit.api import refresh as refresh
     from patchkit.api import report as report
     from patchkit.api import unpatch_model as unpatch_model
     from patchkit.api import with_patches as with_patches
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from patchkit.errors import PatchError as PatchError
     from patchkit.errors import SlowerPatch as SlowerPatch
     from patchkit.errors import SpecError as SpecError
+    from patchkit.errors import StaleWeights as StaleWeights
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
     from patchkit.handle import Handle as Handle
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from patchkit.training.linearize import linearize as linearize
 
 _HOMES = {
-    "api": ("from_pretrained", "patch_model", "patched", "report", "unpatch_model", "with_patches"),
+    "api": ("from_pretrained", "patch_model", "patched", "refresh", "report", "unpatch_model", "with_patches"),
     "attention_function": ("attention_patch",),
     "streaming.heavy_hitters": ("DynamicSinks",),
     "streaming.reencode": ("Reencode",),
@@ -59,6 +61,7 @@ _HOMES = {
         "PatchError",
         "SlowerPatch",
         "SpecError",
+        "StaleWeights",
         "StreamError",
         "UnsupportedModel",
     ),

@@ -13,13 +13,11 @@ from typing import Any, TypeVar
 
 from patchkit._compat.modules import is_compiled_copy
 from patchkit.errors import IrreversiblePatch, NothingMatched, PatchConflict, PatchError, UnsupportedModel
+from patchkit.handle import ATTRIBUTE as _ATTRIBUTE
 from patchkit.handle import Handle
 from patchkit.patch import Patch, available_patches
 from patchkit.record import Report
 from patchkit.spec import Given, resolve
-
-# The instance attribute of a patched model that holds its root Handle.
-_ATTRIBUTE = "_patchkit"
 
 _logger = logging.getLogger("patchkit")
 
@@ -149,6 +147,24 @@ def report(model: Any) -> Report:
         PatchConflict: patchkit has not patched this model.
     """
     return _report_of(_handle_of(model))
+
+
+def refresh(model: Any) -> bool:
+    """Bring what the patches of ``model`` have derived from its weights up to date: int8 copies, drafts, measured acceptance.
+
+    Seldom needed: `generate`, and a forward of a prompt, look for changed weights and do this by themselves. They cannot see an edit
+    through ``.data``, or by a kernel of your own, that misses all 16 values that are compared of each weight; and a `torch.compile` of
+    your own does not look.
+
+    Returns:
+        Whether anything was out of date.
+
+    Raises:
+        PatchConflict: patchkit has not patched this model.
+        StaleWeights: a weight has changed in a way that its int8 copy cannot follow.
+        StreamError: another thread generates with this model.
+    """
+    return _handle_of(model).refresh()
 
 
 def _drafting(chosen: list[Patch]) -> list[Patch]:

@@ -31,6 +31,10 @@ class StreamError(PatchError, RuntimeError):
     """A patched model is run in a mode that its patch cannot serve: a foreign cache, packed positions and the like."""
 
 
+class StaleWeights(PatchError, RuntimeError):
+    """The weights of a patched model have changed, and what a patch has derived from them cannot follow."""
+
+
 class KernelError(PatchError):
     """No backend of an op, or not the requested one, can serve a call."""
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+# The instance attribute of a patched model that holds its root Handle.
+ATTRIBUTE = "_patchkit"
+
+
 class Handle:
     """The edits of one `patch_model` call.
 
@@ -43,11 +47,12 @@ class Handle:
         self.final: str | None = None
         self._steps: list[Callable[[], object]] = []
         self._last: list[tuple[str, Callable[[], object]]] = []
+        self._refreshers: list[Callable[[], bool]] = []
 
     def for_patch(self, patch: Named) -> Handle:
         """Make a handle for one patch, with this handle's undo stack and a new record."""
         own = Handle(self.model, Record(patch))
-        own._steps, own._last = self._steps, self._last
+        own._steps, own._last, own._refreshers = self._steps, self._last, self._refreshers
         self.records.append(own.record)
         return own
 
@@ -125,6 +130,18 @@ class Handle:
         _require_portable(callback, "undo step")
         self._steps.append(callback)
 
+    def on_refresh(self, callback: Callable[[], bool]) -> None:
+        """What a patch has derived from the model's weights brings the way to derive it again: `patchkit.refresh(model)` calls it.
+
+        It returns whether anything was out of date.
+        """
+        _require_portable(callback, "refresh step")
+        self._refreshers.append(callback)
+
+    def refresh(self) -> bool:
+        """Bring what all patches have derived from the model's weights up to date. Returns whether anything was not."""
+        return any([callback() for callback in self._refreshers])
+
     def make_final(self, why: str, discard: Callable[[], object]) -> None:
         """Discard what undoing would need, by ``discard()`` once all patches are applied; `unpatch_model` then refuses with ``why``."""
         self._last.append((why, discard))
@@ -147,6 +164,7 @@ class Handle:
         """
         if self.final is not None:
             raise IrreversiblePatch(self.final)
+        self._refreshers.clear()
         failures: list[BaseException] = []
         while self._steps:
             step = self._steps.pop()
@@ -162,6 +180,12 @@ class Handle:
             raise IrreversiblePatch(
                 f"{len(failures)} undo step(s) failed ({listed}). All others ran, but the model may not be what it was: load it again."
             ) from failures[0]
+
+
+def refresh_patches(model: Any) -> bool:
+    """Bring what patches have derived from the weights of ``model`` up to date: `Handle.refresh`. False for an unpatched model."""
+    handle = vars(model).get(ATTRIBUTE)
+    return isinstance(handle, Handle) and handle.refresh()
 
 
 class _Token:

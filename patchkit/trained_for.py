@@ -12,8 +12,8 @@ from torch import nn
 
 from patchkit.errors import UnsupportedModel
 
-# Number of sampled weights, and of elements of each.
-_SAMPLED, _ELEMENTS = 48, 4
+# Number of sampled weights, at most (a model of many experts has more), and of elements of each.
+_SAMPLED, _ELEMENTS = 4096, 4
 # Relative: twice the rounding error of bfloat16.
 _ROUNDING = 2.0**-7
 
@@ -25,7 +25,7 @@ class TrainedFor:
     Attributes:
         hidden_size, embedding_size, vocabulary: D, E and V.
         fingerprint: hash of the LM head's weight in bfloat16, so that it is the same whether the model is loaded in that or in float32.
-        samples: a few elements of up to 48 weights by name; empty in older files.
+        samples: a few elements of every weight by name, of up to 4096 weights; of 48 weights or none in older files.
     """
 
     model_type: str
@@ -70,14 +70,14 @@ class TrainedFor:
 
 
 def _samples(model: Any) -> dict[str, list[float]]:
-    """Four elements of each of 48 weight matrices spread over ``model``, without quantised and offloaded ones."""
+    """Four elements of each weight of ``model``, without quantised and offloaded ones."""
     # PEFT adds prefixes and infixes to the model's names.
     found = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
         # 8-bit floating point is a quantised format: its values lack their scales.
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.dtype.itemsize > 1
-        if parameter.ndim > 1 and parameter.numel() and parameter.device.type != "meta"
+        if parameter.ndim and parameter.numel() and parameter.device.type != "meta"
         if "lora_" not in name
     }
     samples = {}

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 FLOORS = (
     {"errors", "tolerance"},
     {"_compat"},
-    {"record", "exclusive"},
+    {"record", "exclusive", "freshness"},
     {"handle", "views", "trained_for", "chat"},
+    {"derived"},
     {"attention", "kernels"},
     {"anatomy", "models"},
     {"spelled", "definitions"},

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from patchkit._compat.modules import registry_with as registry_with
     from patchkit._compat.modules import run_hooks_and_forward as run_hooks_and_forward
     from patchkit._compat.modules import version_of as version_of
+    from patchkit._compat.modules import weights_and_modules as weights_and_modules
     from patchkit._compat.names import SUPPORTED as SUPPORTED
     from patchkit._compat.names import TESTED as TESTED
     from patchkit._compat.names import Cache as Cache
@@ -85,6 +86,8 @@ if TYPE_CHECKING:
     from patchkit._compat.names import LinearAttentionLayer as LinearAttentionLayer
     from patchkit._compat.names import PreTrainedConfig as PreTrainedConfig
     from patchkit._compat.names import and_masks as and_masks
+    from patchkit._compat.peft import adapter_states as adapter_states
+    from patchkit._compat.peft import follow_adapters as follow_adapters
     from patchkit._compat.torchao import has_torchao as has_torchao
     from patchkit._compat.torchao import to_torchao as to_torchao
     from patchkit._compat.torchao import torchao_int8 as torchao_int8

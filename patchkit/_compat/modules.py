@@ -18,6 +18,7 @@ RELIED_ON: Names = {
     "torch.nn:Module()._forward_hooks": None,
     "torch.nn:Module._call_impl": None,
     "torch.nn:Module._compiled_call_impl": None,
+    "torch.nn:Module()._non_persistent_buffers_set": None,
     "torch:Tensor._version": None,
 }
 
@@ -47,6 +48,26 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def buffers_of(module: nn.Module) -> dict[str, Any]:
     """The buffers that ``module`` itself holds, by name; a value of this dictionary can be replaced."""
     return module._buffers
+
+
+def weights_and_modules(model: nn.Module) -> tuple[list[Any], list[nn.Module]]:
+    """The parameters and saved buffers of ``model``, each once, and its modules. Quicker than torch's own iterators."""
+    tensors: dict[int, Any] = {}
+    modules: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in modules:
+            continue
+        modules[id(module)] = module
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                tensors[id(parameter)] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                tensors[id(buffer)] = buffer
+        waiting += [child for child in module._modules.values() if child is not None]
+    return list(tensors.values()), list(modules.values())
 
 
 def forward_hooks_of(module: nn.Module) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ import functools
 from patchkit.anatomy.layers import BAKED_IN
 from patchkit.anatomy.target import Target
 from patchkit.attention import set_attention
+from patchkit.derived import Derived, keep_fresh
 from patchkit.handle import Handle
 from patchkit.linear.attention import HybridLayer, attend_linearly
 from patchkit.linear.plan_hybrid import HybridPlan
 from patchkit.linear.rule import LinearRule
-from patchkit.linear.weights import adapt
+from patchkit.linear.weights import adapt, adapt_again
 from patchkit.streaming.install import masked_implementation, open_stream, report_layers, stream_layer, warn_of_positions
 
 
@@ -30,9 +31,10 @@ def install_hybrid(target: Target, handle: Handle, planned: HybridPlan) -> None:
     if state is not None:
         inside = tuple(f"{layer.name}." for layer in owned if isinstance(runtime.plan.rules[layer.index], LinearRule))
         adapted = {name: pair for name, pair in state.lora.items() if name.startswith(inside)}
-        for name, (a, b) in adapted.items():
-            adapt(target.model.get_submodule(name), a, b, handle)
+        pairs = [adapt(target.model.get_submodule(name), a, b, handle) for name, (a, b) in adapted.items()]
         if adapted:
+            derived = Derived([pair.original for pair in pairs], functools.partial(adapt_again, pairs))
+            keep_fresh(handle, target.model, target.decoder, derived)
             handle.record.changed("adapted projections", len(adapted))
     else:
         handle.record.warn(

@@ -22,6 +22,7 @@ from torch import nn
 from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.definitions import rounded_logits
+from patchkit.derived import Derived, keep_fresh
 from patchkit.handle import Handle
 from patchkit.int8.calibration import calibrated_inputs
 from patchkit.int8.counting import count_products
@@ -29,6 +30,7 @@ from patchkit.int8.experts import Int8Experts
 from patchkit.int8.find_blocks import accurate_blocks, find_blocks
 from patchkit.int8.linears import Int8Linear, make_saveable
 from patchkit.int8.report_speed import report_speed
+from patchkit.int8.requantize import requantize
 from patchkit.int8.saving import restore_weights
 from patchkit.int8.timing import choose_activations
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
@@ -122,7 +124,11 @@ class MLPInt8(Patch):
             block.install(handle, originals, self.keep_original)
         count_products(_compat.decoder_of(target.model), handle, kept)
         make_saveable(target.model, handle, [block for block in kept if isinstance(block, Int8Linear) and not block.transposed])
-        if not self.keep_original:
+        if self.keep_original:
+            renew = functools.partial(requantize, originals, handle.record.hits)
+            derived = Derived([original for _, _, original in originals], renew)
+            keep_fresh(handle, target.model, _compat.decoder_of(target.model), derived)
+        else:
             handle.make_final(
                 "mlp_int8(keep_original=False) has freed the floating-point weights, so the model stays patched: load it again",
                 originals.clear,

@@ -144,6 +144,14 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
         """Return the drafter for this model, made once, when the patch is applied; by default the options themselves."""
         return self
 
+    def follow(self, model: Any) -> Drafter:
+        """Return the drafter for ``model``, for which this one was prepared, now that its weights or adapters have changed."""
+        return self
+
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        """Return why drafts for ``model`` are worse since its weights have changed, or its adapters; None if they are not."""
+        return None
+
     @abstractmethod
     def begin(self, model: Any, state: State) -> Session:
         """Return a session for one call of generate of ``model``."""

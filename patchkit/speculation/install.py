@@ -11,11 +11,13 @@ from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
+from patchkit.freshness import WeightWatch
 from patchkit.handle import Handle
 from patchkit.patch import Stage
 from patchkit.speculation.acceptance import Acceptance
 from patchkit.speculation.controllers import Controller
 from patchkit.speculation.drafter import Drafter
+from patchkit.speculation.follow import follow_weights
 from patchkit.speculation.generate import generate, generate_plainly
 from patchkit.speculation.obstacles import find_obstacle
 from patchkit.speculation.row_masks import takes_any_mask
@@ -62,7 +64,11 @@ def install(target: Target, handle: Handle, drafter: Drafter, controller: Contro
         handle.record.warnings,
         tuple(aliased),
         compiled=any(patch.stage is Stage.COMPILE for patch in target.patches),
+        weights=WeightWatch(model),
     )
+    assert speculation.weights is not None
+    handle.on_undo(speculation.weights.close)
+    handle.on_refresh(functools.partial(follow_weights, model, speculation))
     for config in configs if aliased else []:
         if not has_own_mask(config):  # that of an attention patch must stay
             set_alias(handle, config, alias_of(original_name(config)))

@@ -16,6 +16,7 @@ import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from patchkit import _compat
+from patchkit.handle import refresh_patches
 from patchkit.speculation.cached_model import CachedModel, make_cache
 from patchkit.speculation.drafter import Proposal
 from patchkit.speculation.judge import Verdict, judge_for
@@ -63,6 +64,7 @@ def speculate(
     refuse_call(call, has_streamer=streamer is not None)
     speculation.exclusive.take(f"generate of this {type(model).__name__}")
     try:
+        refresh_patches(model)
         run = _Run(speculation, call)
         if streamer is not None:
             streamer.release()

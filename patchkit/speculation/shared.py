@@ -12,6 +12,7 @@ import torch
 from patchkit.attention import alias_of
 from patchkit.errors import PatchConflict
 from patchkit.exclusive import Exclusive
+from patchkit.freshness import WeightWatch
 from patchkit.handle import Handle
 from patchkit.record import Warnings
 from patchkit.speculation.acceptance import Acceptance
@@ -39,6 +40,7 @@ class Speculation:
         compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps.
         watching: the decoder's hook keeps hidden states.
         hidden: [R, T, D], the hidden states of the last forward; None while not watching.
+        weights: tells whether the model's weights have changed since the last call.
     """
 
     drafter: Drafter
@@ -54,6 +56,7 @@ class Speculation:
     runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
     hidden: torch.Tensor | None = None
+    weights: WeightWatch | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A patched model may be loaded by a process in which nothing was patched yet: its config names the aliases.

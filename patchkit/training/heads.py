@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,10 @@ def train_heads(
         saved = torch.load(checkpoint, map_location=model.device, weights_only=True)
         if saved["run"] != run:
             raise PatchError(f"{checkpoint} belongs to another run ({saved['run']}): delete it, or name another checkpoint")
+        # Checkpoints of a time when it was not kept have the LM head's fingerprint alone.
+        other = TrainedFor(**saved["trained_for"]).other_weight(facts) if "trained_for" in saved else None
+        if other is not None:
+            raise PatchError(f"{checkpoint} belongs to a model with another {other}: delete it, or name another checkpoint")
         heads.load_state_dict(saved["heads"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -104,6 +109,7 @@ def train_heads(
         if checkpoint is not None:
             states = [optimizer.state_dict() for optimizer in optimizers]
             saved = {"run": run, "heads": heads.state_dict(), "optimizers": states, "done": step, "steps": steps}
+            saved["trained_for"] = asdict(facts)
             torch.save(saved, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
 

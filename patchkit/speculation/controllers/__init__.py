@@ -28,6 +28,9 @@ class ControllerSession(ABC):
     def new_text(self, tokens: int) -> None:  # noqa: B027
         """Prepare for another text, whose prompt has ``tokens`` tokens, before its first round."""
 
+    def new_weights(self) -> None:  # noqa: B027
+        """Forget what was measured of acceptance: the model's weights have changed."""
+
     def predicted_speedup(self) -> float | None:
         """Plain over speculative time per token at the K that would be chosen now; None if that is not known."""
         return None

@@ -40,6 +40,10 @@ class Adaptive(Controller, name="adaptive"):
 class _AdaptiveSession(ControllerSession):
     def __init__(self, options: Adaptive) -> None:
         self.options = options
+        self.new_weights()
+
+    def new_weights(self) -> None:
+        options = self.options
         self.k = (options.bounds[0] + options.bounds[1] + 1) // 2
         self.rounds: deque[tuple[int, int]] = deque(maxlen=options.window)
 

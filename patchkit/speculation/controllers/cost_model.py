@@ -127,9 +127,11 @@ class _CostModelSession(ControllerSession):
         self._discount(_REMEMBERED_AT_NEW_TEXT)
         self.costs = self.costs_by_length.setdefault(tokens.bit_length() // 2, {})
         if not self.costs:  # costs and gains of drafting may differ at this length
-            self._discount(_REMEMBERED_AT_TRIAL)
-            self.first = deque(self._first_rounds())
-            self.trial_end = 0
+            self._begin_again()
+
+    def new_weights(self) -> None:
+        self.failed_trials = 0
+        self._begin_again()
 
     def predicted_speedup(self) -> float | None:
         if self.rows not in self.costs or 0 not in self.costs[self.rows].target.times:
@@ -145,6 +147,11 @@ class _CostModelSession(ControllerSession):
             # Drafts that are missing count as rejected.
             for position in range(min(accepted + 1, record.k, self.largest) if proposed else 0):
                 self.accepted[position].add(accepted > position)
+
+    def _begin_again(self) -> None:
+        self._discount(_REMEMBERED_AT_TRIAL)
+        self.first = deque(self._first_rounds())
+        self.trial_end = 0
 
     def _discount(self, remembered: float) -> None:
         for rate in (self.has_proposal, self.row_has_proposal, *self.accepted):

@@ -41,6 +41,13 @@ class Chain(Drafter):
     def prepared(self, target: Target) -> Drafter:
         return dataclasses.replace(self, drafters=tuple(drafter.prepared(target) for drafter in self.drafters))
 
+    def follow(self, model: Any) -> Drafter:
+        return dataclasses.replace(self, drafters=tuple(drafter.follow(model) for drafter in self.drafters))
+
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        found = [reason for drafter in self.drafters if (reason := drafter.outdated(model, adapters)) is not None]
+        return "; ".join(found) or None
+
     def begin(self, model: Any, state: State) -> Session:
         return ChainSession([drafter.begin(model, state) for drafter in self.drafters])
 

@@ -55,6 +55,9 @@ class Eagle(Drafter, name="eagle"):
         """Return the drafter with its head loaded, on the model's device and in its precision."""
         return self if self.heads is None else dataclasses.replace(self, heads=heads_for(target.model, self.heads, EagleHead))
 
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        return self.heads.outdated(model, adapters) if isinstance(self.heads, EagleHead) else None
+
     def begin(self, model: Any, state: State) -> Session:
         """Return a session for one call of generate of ``model``."""
         if self.heads is None:

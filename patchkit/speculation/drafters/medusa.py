@@ -70,6 +70,9 @@ class Medusa(Drafter, name="medusa"):
         """Return the drafter with its heads loaded or made, on the model's device and in its precision."""
         return dataclasses.replace(self, heads=self._heads(target.model))
 
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        return self.heads.outdated(model, adapters) if isinstance(self.heads, MedusaHeads) else None
+
     def begin(self, model: Any, state: State) -> Session:
         """Return a session for one call of generate of ``model``."""
         return _MedusaSession(self._heads(model), model.get_output_embeddings(), self.tree)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchError
+from patchkit.handle import refresh_patches
 from patchkit.patch import Patch, available_patches
 from patchkit.spec import resolve
 from patchkit.speculation.drafter import Drafter, Session, State
@@ -66,7 +68,8 @@ class SelfDraft(Drafter, name="self_draft"):
     def prepared(self, target: Target) -> Drafter:
         # What a window would drop need not be fed.
         context = next((patch.window for patch in self._patches if patch.name == "streaming"), None)  # type: ignore[attr-defined]
-        return DraftModel(target.views.pop(id(self)), sample=self.sample, context=context).prepared(target)
+        weights = nn.ParameterList(target.model.parameters())  # a module: what a session refers to is else counted as its memory
+        return View(target.views.pop(id(self)), sample=self.sample, context=context, weights=weights).prepared(target)
 
     def begin(self, model: Any, state: State) -> Session:
         raise NotImplementedError("SelfDraft drafts through what prepared(target) returns")
@@ -79,6 +82,34 @@ class SelfDraft(Drafter, name="self_draft"):
     @property
     def _patches(self) -> tuple[Patch, ...]:
         return self.patches  # type: ignore[return-value]  # `__post_init__` has read them
+
+
+@dataclass(frozen=True, eq=False)
+class View(DraftModel):
+    """A patched view of the target that drafts: its int8 copies and its adapters follow those of the target.
+
+    Args:
+        weights: the target's parameters when it was patched, which the view shares.
+    """
+
+    weights: nn.ParameterList = field(default_factory=nn.ParameterList, repr=False)
+
+    def follow(self, model: Any) -> Drafter:
+        own = dict(self.model.named_modules())
+        for name, module in model.named_modules():
+            if name in own:
+                _compat.follow_adapters(own[name], module)
+        refresh_patches(self.model)
+        return self
+
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        now = list(model.parameters())
+        if len(now) == len(self.weights) and all(new is old for new, old in zip(now, self.weights, strict=True)):
+            return None
+        return (
+            "the model was given other tensors as weights, and the patched view of it drafts over those that it had: "
+            "unpatch_model(model), and patch it again"
+        )
 
 
 class _Skipped(nn.Module):

@@ -76,3 +76,21 @@ class Heads(nn.Module):
             f"these {self.kind} heads were trained for a {wanted.model_type} model with {what}. Train heads for this model: "
             f"patchkit train-heads MODEL --kind {self.kind} --text FILE"
         )
+
+    def outdated(self, model: Any, adapters: bool) -> str | None:
+        """Return why drafts are worse since the weights of ``model``, or its ``adapters``, have changed; None if they are not.
+
+        Changes as small as the rounding error of bfloat16 do not count.
+        """
+        if self.trained_for is None:
+            return None
+        try:
+            self.check_fits(model)
+        except UnsupportedModel:
+            adapters = True
+        if not adapters:
+            return None
+        return (
+            f"the {self.kind} heads were trained for other weights than the model has now, so fewer drafts may be accepted: "
+            "train them again (patchkit train-heads)"
+        )

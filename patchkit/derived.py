@@ -1,0 +1,81 @@
+"""Tensors that are made of a model's weights, such as int8 copies: made again when the weights have changed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.freshness import WeightWatch
+from patchkit.handle import Handle
+
+# Forwards of more tokens are prompts, also where a cache holds the beginning; verifications of drafts have fewer.
+_FEW_TOKENS = 32
+
+# What is made again is seen by all threads that run the model. One for all models, because a copy cannot take a lock along.
+_guard = threading.RLock()
+
+
+class Derived:
+    """What one patch derives from some weights.
+
+    Args:
+        sources: the weights.
+        renew: makes everything that is derived from them again.
+    """
+
+    def __init__(self, sources: Sequence[torch.Tensor], renew: Callable[[], None]) -> None:
+        self.watch = WeightWatch(sources)
+        self.renew = renew
+
+    def refresh(self) -> bool:
+        """Renew what is derived, if the weights have changed. Returns whether they had."""
+        with _guard:
+            if not self.watch.changes():
+                return False
+            self.renew()
+            self.watch.settle()
+            return True
+
+
+def keep_fresh(handle: Handle, model: nn.Module, decoder: nn.Module, derived: Derived) -> None:
+    """Renew what is derived when `patchkit.refresh` is called, before prompts, and before the model is saved.
+
+    Prompts are forwards without a cache, with an empty one, and of more than 32 tokens; there all signs of a change are looked for.
+    In forwards of 2 to 32 tokens sampled values are not compared; a single token costs a look at a counter of optimizer steps.
+    """
+    handle.on_undo(derived.watch.close)
+    handle.on_refresh(derived.refresh)
+    handle.pre_hook(decoder, functools.partial(_before_forward, derived), with_kwargs=True)
+    handle.on_undo(functools.partial(_remove, model.register_state_dict_pre_hook(functools.partial(_before_saving, derived))))
+
+
+def _before_forward(derived: Derived, decoder: nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # of the user's own: what is traced here would be run with every call
+        return
+    watch = derived.watch
+    if watch.stepped or _is_prompt(decoder, args, kwargs, watch):
+        derived.refresh()
+
+
+def _is_prompt(decoder: nn.Module, args: Any, kwargs: Any, watch: WeightWatch) -> bool:
+    named = _compat.by_name(decoder, args, kwargs) if args else kwargs
+    fed = named.get("input_ids") if named.get("inputs_embeds") is None else named["inputs_embeds"]
+    tokens = fed.shape[1] if isinstance(fed, torch.Tensor) and fed.ndim > 1 else 1
+    cache = _compat.cache_given(named)
+    if cache is None or tokens > _FEW_TOKENS or cache.get_seq_length() == 0:
+        return True
+    return tokens > 1 and watch.glance()
+
+
+def _before_saving(derived: Derived, *args: Any) -> None:
+    derived.refresh()
+
+
+def _remove(hook: Any) -> None:
+    hook.remove()

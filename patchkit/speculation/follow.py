@@ -1,0 +1,32 @@
+"""What `speculative` does when the weights of the model have changed: its drafts follow, and measured acceptance is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patchkit.speculation.shared import Speculation
+
+
+def follow_weights(model: Any, speculation: Speculation) -> bool:
+    """Bring drafter and controller up to date if the weights or adapters of ``model`` have changed. Returns whether they had.
+
+    Texts are the model's own in any case: what is out of date costs acceptance.
+
+    Raises:
+        StreamError: another thread generates with this model.
+    """
+    assert speculation.weights is not None
+    speculation.exclusive.take(f"generate of this {type(model).__name__}")
+    try:
+        changes = speculation.weights.changes()
+        if not changes:
+            return False
+        speculation.drafter = speculation.drafter.follow(model)
+        reason = speculation.drafter.outdated(model, adapters="adapters" in changes)
+        if reason is not None:
+            speculation.warnings.add(reason)
+        speculation.controller.new_weights()
+        speculation.weights.settle()
+        return True
+    finally:
+        speculation.exclusive.give_back()
