@@ -22,7 +22,7 @@ _guard = threading.RLock()
 
 
 class Derived:
-    """What one patch derives from some weights.
+    """Tensors that one patch derives from some weights.
 
     Args:
         sources: the weights.
@@ -44,7 +44,7 @@ class Derived:
 
 
 def keep_fresh(handle: Handle, model: nn.Module, decoder: nn.Module, derived: Derived) -> None:
-    """Renew what is derived when `patchkit.refresh` is called, before prompts, and before the model is saved.
+    """Renew derived tensors when `patchkit.refresh` is called, before prompts, and before the model is saved.
 
     Prompts are forwards without a cache, with an empty one, and of more than 32 tokens; there all signs of a change are looked for.
     In forwards of 2 to 32 tokens sampled values are not compared; a single token costs a look at a counter of optimizer steps.

@@ -131,7 +131,7 @@ class Handle:
         self._steps.append(callback)
 
     def on_refresh(self, callback: Callable[[], bool]) -> None:
-        """What a patch has derived from the model's weights brings the way to derive it again: `patchkit.refresh(model)` calls it.
+        """Register the function that derives again what a patch has derived from the model's weights, for `patchkit.refresh`.
 
         It returns whether anything was out of date.
         """

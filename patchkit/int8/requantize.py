@@ -32,7 +32,7 @@ def requantize(originals: Sequence[Original], hits: Counter[str]) -> None:
             experts = int8_experts_of(module)
             if experts is not None:
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
-                _overwrite_experts(experts[key], ExpertWeights.quantize(weight, module.is_transposed))
+                _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed)))
             elif isinstance(now, Int8Weight):  # else the module was given another weight, and runs over that
                 _overwrite(now, _quantized(original, now))
     hits["requantised"] += 1

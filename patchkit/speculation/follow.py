@@ -1,4 +1,4 @@
-"""What `speculative` does when the weights of the model have changed: its drafts follow, and measured acceptance is forgotten."""
+"""Reaction of `speculative` to changed weights of its model: drafts follow, and measured acceptance is forgotten."""
 
 from __future__ import annotations
 
