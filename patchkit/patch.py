@@ -35,8 +35,9 @@ class Stage(enum.IntEnum):
 
     ATTENTION = 0
     WEIGHTS = 1
-    GENERATION = 2
-    COMPILE = 3
+    KERNELS = 2
+    GENERATION = 3
+    COMPILE = 4
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ def register_patch(name: str) -> Callable[[type[P]], type[P]]:
         if own_parameters is None or not own_parameters.frozen:
             raise TypeError(f"{cls.__qualname__} is not a frozen dataclass: put @dataclass(frozen=True) under @register_patch({name!r})")
         if not isinstance(getattr(cls, "stage", None), Stage):
-            raise TypeError(f"{cls.__qualname__} has no stage: set `stage = Stage.ATTENTION` (or WEIGHTS, GENERATION, COMPILE) in its body")
+            raise TypeError(
+                f"{cls.__qualname__} has no stage: set `stage = Stage.ATTENTION` (or WEIGHTS, KERNELS, GENERATION, COMPILE) in its body"
+            )
         holder = _registry.get(name)
         if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PatchConflict(

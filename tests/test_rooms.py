@@ -18,7 +18,7 @@ FLOORS = (
     {"derived"},
     {"attention", "kernels"},
     {"anatomy", "models"},
-    {"spelled", "definitions"},
+    {"spelled", "definitions", "module_timing"},
     {"registered"},
     {"patch"},
     {"spec"},

@@ -12,8 +12,9 @@ from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.linears import Int8Linear
-from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight, selected
+from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight
 from patchkit.int8.timing import ACTIVATIONS
+from patchkit.module_timing import selected
 from patchkit.record import Record
 
 
@@ -41,7 +42,7 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks
     found = target.feed_forward
     name = type(target.model).__name__
     left = dict(found.left_alone)
-    wanted = selected(patterns, [*found.linears, *found.experts], name)
+    wanted = selected(patterns, [*found.linears, *found.experts], "feed-forward linear", name)
     linears = []
     for path in [path for path in found.linears if path in wanted]:
         obstacle = obstacle_of(found.linears[path])
@@ -86,4 +87,7 @@ def accurate_blocks(
         kept.append(block)
     if not kept:
         raise NothingMatched(f"every feed-forward module has an SNR below min_snr={min_snr:g} dB: give a lower one, or leave it out")
+    ratios = [facts["snr_db"] for facts in record.modules.values() if facts["snr_db"] is not None]
+    if ratios:
+        record.measured("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")
     return kept, left

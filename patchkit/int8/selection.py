@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Any
 
 import torch
 from torch import nn
 
 from patchkit import _compat
-from patchkit.errors import NothingMatched, UnsupportedModel
-
-
-def selected(patterns: tuple[str, ...] | None, names: list[str], model: str) -> set[str]:
-    """Return the ``names`` that match ``patterns``; None matches all.
-
-    Args:
-        model: its name, for the message.
-
-    Raises:
-        NothingMatched: a pattern matches no name.
-    """
-    if patterns is None:
-        return set(names)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.endswith(f".{pattern}")]
-        if not matched:
-            raise NothingMatched(
-                f"modules={list(patterns)}: {pattern!r} matches no feed-forward linear of {model}. "
-                f"There are {len(names)}, such as {', '.join(names[:4])}"
-            )
-        chosen.update(matched)
-    return chosen
+from patchkit.errors import UnsupportedModel
 
 
 def obstacle_of(module: Any) -> str | None:

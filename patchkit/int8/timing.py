@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -10,15 +9,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.linears import Int8Linear
+from patchkit.module_timing import TIMED_MODULES, milliseconds
 
 ACTIVATIONS = {"weight_only": "float", "dynamic": "int8"}
 
 # A weight-only product that costs at most this much more than a dynamic one is preferred: it is 5 to 8 dB more accurate.
 _PREFER_WEIGHT_ONLY = 1.30
-
-_TIMED_MODULES = 8
-
-TIMED_ROWS = (1, 256)
 
 # By the first weight of every shape, then the number of threads. So views of one model (those that draft, prove or tune) make the same
 # choice, and no choice depends on other models of the process.
@@ -42,42 +38,10 @@ def choose_activations(mode: str, blocks: list[Int8Linear | Int8Experts]) -> Non
 
 
 def _faster(alike: list[Int8Linear | Int8Experts]) -> str:
-    timed = alike[:_TIMED_MODULES]
+    timed = alike[:TIMED_MODULES]
     cost = {}
     for activation in ("float", "int8"):
         for block in timed:
             block.activation = activation
         cost[activation] = milliseconds(timed, 1)[1]
     return "float" if cost["float"] <= _PREFER_WEIGHT_ONLY * cost["int8"] else "int8"
-
-
-@torch.no_grad()
-def milliseconds(blocks: list[Int8Linear | Int8Experts], rows: int) -> tuple[float, float]:
-    """Milliseconds in all blocks for ``rows`` tokens, original and converted, from interleaved passes over a few blocks of every shape.
-
-    The fastest pass counts. One pass goes over different weights, as a token does, so that they come from memory and not from a cache.
-    """
-    before = after = 0.0
-    for signature in dict.fromkeys(block.signature for block in blocks):
-        alike = [block for block in blocks if block.signature == signature]
-        timed = alike[: _TIMED_MODULES if rows == 1 else 1]
-        inputs = timed[0].sample(rows)
-        passes: list[list[float]] = [[], []]
-        for repetition in range(7 if rows == 1 else 3):
-            for times, run in zip(passes, ("run_original", "run"), strict=True):
-                _synchronize(inputs[0])
-                started = time.perf_counter()
-                for block in timed:
-                    getattr(block, run)(*inputs)
-                _synchronize(inputs[0])
-                if repetition:
-                    times.append(time.perf_counter() - started)
-        # The fastest of several passes, since other work on the machine only adds time.
-        before += min(passes[0]) / len(timed) * len(alike) * 1e3
-        after += min(passes[1]) / len(timed) * len(alike) * 1e3
-    return before, after
-
-
-def _synchronize(x: torch.Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)

@@ -29,10 +29,10 @@ from patchkit.int8.counting import count_products
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.find_blocks import accurate_blocks, find_blocks
 from patchkit.int8.linears import Int8Linear, make_saveable
-from patchkit.int8.report_speed import report_speed
 from patchkit.int8.requantize import requantize
 from patchkit.int8.saving import restore_weights
 from patchkit.int8.timing import choose_activations
+from patchkit.module_timing import report_speed
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 
 
@@ -116,7 +116,7 @@ class MLPInt8(Patch):
         kept, too_noisy = accurate_blocks(blocks, inputs, self.min_snr, handle.record)
         for what, why in (found.left | too_noisy).items():
             handle.record.left_alone(what, why)
-        report_speed(kept, handle.record, self.strict)
+        report_speed("mlp_int8", kept, handle.record, self.strict, (1, 256), "leave the patch out unless you want the memory")
 
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         handle.on_undo(functools.partial(restore_weights, originals))

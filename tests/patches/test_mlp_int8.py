@@ -23,12 +23,13 @@ from patchkit import (
     PatchConflict,
     PatchError,
     SlowerPatch,
+    module_timing,
     patch_model,
     patched,
     report,
     unpatch_model,
 )
-from patchkit.int8 import report_speed, timing
+from patchkit.int8 import timing
 from patchkit.int8.experts import int8_experts_of
 from patchkit.int8.weight import Int8Weight
 from patchkit.patches import mlp_int8
@@ -374,7 +375,7 @@ def test_an_error_in_a_later_patch_keeps_the_originals(monkeypatch):
 
 def all_take(monkeypatch, milliseconds):
     """From now on layers take so long, whoever asks."""
-    for module in (timing, report_speed):
+    for module in (timing, module_timing):
         monkeypatch.setattr(module, "milliseconds", milliseconds)
 
 
