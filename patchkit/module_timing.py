@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from patchkit.views import synchronize
 TIMED_MODULES = 8
 
 
-class Timed(Protocol):
+class TimedModule(Protocol):
     """A module in its original and in its changed form.
 
     Attributes:
@@ -28,12 +28,15 @@ class Timed(Protocol):
     def sample(self, rows: int) -> tuple[torch.Tensor, ...]:
         """Inputs of ``rows`` tokens."""
 
-    def run_original(self, *inputs: torch.Tensor) -> torch.Tensor: ...
-    def run(self, *inputs: torch.Tensor) -> torch.Tensor: ...
+    # Both take what `sample` returns.
+    @property
+    def run_original(self) -> Callable[..., torch.Tensor]: ...
+    @property
+    def run(self) -> Callable[..., torch.Tensor]: ...
 
 
 @torch.no_grad()
-def milliseconds(modules: Sequence[Timed], rows: int) -> tuple[float, float]:
+def milliseconds(modules: Sequence[TimedModule], rows: int) -> tuple[float, float]:
     """Milliseconds in all modules for ``rows`` tokens, original and changed, from interleaved passes over a few modules of every signature.
 
     The fastest pass counts. One pass goes over different weights, as a token does, so that they come from memory and not from a cache.
@@ -59,7 +62,9 @@ def milliseconds(modules: Sequence[Timed], rows: int) -> tuple[float, float]:
     return before, after
 
 
-def report_speed(patch: str, modules: Sequence[Timed], record: Record, strict: bool, row_counts: tuple[int, ...], otherwise: str) -> None:
+def report_speed(
+    patch: str, modules: Sequence[TimedModule], record: Record, strict: bool, row_counts: tuple[int, ...], otherwise: str
+) -> None:
     """Time all modules for each number of rows, 1 (a step of decoding) or 256 (a prompt); warn where they became slower.
 
     Args:

@@ -59,12 +59,15 @@ class Proposal:
         probabilities: [R, n, V] float32, the distribution each token was drawn from; None if the tokens are a deterministic choice.
         parents: None for a chain. For a tree, node i follows node ``parents[i] < i``, or the last known token if that is -1; trees are
             deterministic choices, and have all n nodes in every row.
+        chances: of each row, the estimated probability that each of its drafts is accepted when those before it are; None without
+            estimates. Controllers that know costs cut a round by them (`ControllerSession.worth`).
     """
 
     tokens: torch.Tensor
     counts: list[int]
     probabilities: torch.Tensor | None = None
     parents: tuple[int, ...] | None = None
+    chances: list[list[float]] | None = None
 
 
 class Draws:
@@ -114,6 +117,8 @@ class Session(ABC):
     wants_hidden: bool = False
     # Whether the rows of a batch have to advance by the same number of tokens.
     aligned: bool = False
+    # Whether proposals come with chances, so that the controller may ask for many drafts and keep those that pay.
+    estimates: bool = False
 
     @abstractmethod
     def propose(self, state: State, k: int) -> Proposal | None:
@@ -129,6 +134,9 @@ class Session(ABC):
 
     def select_rows(self, rows: list[int]) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)
         """Go on with these rows only: the others have finished."""
+
+    def close(self, state: State) -> None:  # noqa: B027 (nothing to do where nothing outlives the call)
+        """End the call of generate, also after an error. ``state`` holds the rows that were still generating."""
 
 
 class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.drafters"):

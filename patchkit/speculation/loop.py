@@ -94,18 +94,30 @@ class _Run:
         self.statistics = RunStatistics(prompt_tokens=prompt_tokens, drafter=speculation.label, acceptance=str(speculation.acceptance))
 
     def generate(self) -> Any:
-        """Run rounds of draft, verify, accept and commit until every row has ended; return the output of `speculate`."""
-        speculation, rows, controller = self.speculation, self.rows, self.speculation.controller
+        """Return the output of `speculate`."""
+        speculation, rows = self.speculation, self.rows
         session = speculation.drafter.begin(self.model, rows.state)
         speculation.watching = session.wants_hidden
         self.cached.ragged = self.cached.ragged and not session.aligned
-        controller.new_text(rows.prompt)
-        self._prefill(session)
+        speculation.controller.new_text(rows.prompt)
+        try:
+            self._prefill(session)
+            self._rounds(session)
+        finally:
+            session.close(rows.state)
+        self._warn_if_idle()
+        return self._output(session)
 
+    def _rounds(self, session: Any) -> None:
+        """Draft, verify, accept and commit until every row has ended."""
+        speculation, rows, controller = self.speculation, self.rows, self.speculation.controller
         while rows.active:
             clock, count = _Clock(self.model), rows.state.rows
-            k = min(controller.choose(), rows.room() - 1)
+            k = min(controller.most() if session.estimates else controller.choose(), rows.room() - 1)
             proposal = self._draft(session, k)
+            if proposal is not None and proposal.chances is not None:
+                k = controller.worth(proposal.chances)
+                proposal = at_most(proposal, k)
             clock.mark()
             logits = verify(self.cached, rows, proposal, speculation.compiled)
             clock.mark()
@@ -118,9 +130,6 @@ class _Run:
             record = StepRecord(max(k, 0), count, tuple(depths(proposal, count)), tuple(verdict.accepted), emitted, *clock.milliseconds())
             controller.observe(record)
             self._count(record)
-
-        self._warn_if_idle()
-        return self._output(session)
 
     def _prefill(self, session: Any) -> None:
         """Feed the prompt, and choose the first token from its logits."""

@@ -52,6 +52,7 @@ def at_most(proposal: Proposal, k: int) -> Proposal | None:
         [min(count, longest) for count in proposal.counts],
         None if proposal.probabilities is None else proposal.probabilities[:, :longest],
         None if proposal.parents is None else proposal.parents[:longest],
+        None if proposal.chances is None else [chances[:longest] for chances in proposal.chances],
     )
 
 

@@ -7,6 +7,7 @@ every `new_text`: costs and acceptance are worth remembering, and an unsuitable 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from patchkit.registered import Registered
@@ -21,6 +22,14 @@ class ControllerSession(ABC):
     @abstractmethod
     def choose(self) -> int:
         """K for the next round; 0 is a plain step."""
+
+    def most(self) -> int:
+        """The largest K worth asking a drafter for whose proposals come with chances; `worth` then cuts the proposal."""
+        return self.choose()
+
+    def worth(self, chances: Sequence[Sequence[float]]) -> int:
+        """Number of drafts per row to verify, given each row's chances of acceptance; by default all."""
+        return max(map(len, chances))
 
     def observe(self, record: StepRecord) -> None:  # noqa: B027
         """Learn from a round that has ended."""

@@ -11,7 +11,7 @@ position, costs are measured while generating, and K = 0, a plain step, competes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from patchkit.speculation.controllers import Bounds, Controller, ControllerSession, checked_bounds
@@ -75,6 +75,10 @@ _BONUS = 0.1
 _GAP = 3
 
 
+# Share of a plain step up to which a search for drafts counts as free, and the weight of the last one in its mean.
+_FREE, _SEARCH_WEIGHT = 0.05, 0.1
+
+
 class _CostModelSession(ControllerSession):
     def __init__(self, options: CostModel) -> None:
         self.options = options
@@ -90,6 +94,8 @@ class _CostModelSession(ControllerSession):
         self.since_look = self.looks = 0
         self.trial_rounds = self.trial_end = self.failed_trials = 0
         self.trial_loss = 0.0  # of the last one, in plain steps
+        self.search_ms = 0.0  # of the drafter, running mean
+        self.declined, self.patience = 0, options.look_every  # proposals of which nothing was kept, and how many until one is tried
         self.tokens = [1.0] * (self.largest + 1)  # expected of a round of K, per row
         self.speeds = [1.0] * (self.largest + 1)  # tokens per millisecond
         self.promises = [1.0] * (self.largest + 1)  # tokens per millisecond, with the exploration bonus
@@ -104,7 +110,37 @@ class _CostModelSession(ControllerSession):
             return self._neighbour_of(best)
         return best
 
+    def most(self) -> int:
+        if self.first:
+            return self.first[0]
+        plain = self._plain_times()
+        # A drafter whose search costs something, compared with a step, is asked only where acceptance by position says that it pays.
+        return self.choose() if plain and self.search_ms > _FREE * min(plain) else self.largest
+
+    def worth(self, chances: Sequence[Sequence[float]]) -> int:
+        """Number of drafts with the best expected tokens per millisecond, by the chances given and the costs measured."""
+        longest = min(max(map(len, chances)), self.largest)
+        if self.first or self.rows not in self.costs:
+            return longest
+        costs, survive = self.costs[self.rows].target.at, [1.0] * len(chances)
+        expected, speeds = float(len(chances)), [len(chances) / costs[0]]
+        for n in range(longest):
+            survive = [each * (row[n] if n < len(row) else 0.0) for each, row in zip(survive, chances, strict=True)]
+            expected += sum(survive)
+            speeds.append(expected / costs[n + 1])
+        best = max(range(self.smallest, longest + 1), key=speeds.__getitem__, default=longest)
+        if best or not longest:
+            self.declined, self.patience = 0, self.options.look_every
+            return best
+        self.declined += 1
+        if self.declined < self.patience:
+            return 0
+        # Costs that were measured in a bad moment must not keep drafts away for ever: look again, ever more rarely.
+        self.declined, self.patience = 0, 2 * self.patience
+        return max(range(1, longest + 1), key=speeds.__getitem__)
+
     def observe(self, record: StepRecord) -> None:
+        self.search_ms += _SEARCH_WEIGHT * (record.draft_ms - self.search_ms)
         if record.rows < self.rows:  # rows with fewer accepted drafts remain
             self._discount(_REMEMBERED_AT_NEW_TEXT)
         self.rows = record.rows

@@ -1,0 +1,168 @@
+"""Suffix drafting: what followed the end of the sequence wherever it came before, in this call or in earlier ones, is proposed.
+
+Hu et al. 2024, "SuffixDecoding", https://arxiv.org/abs/2411.04975. Differs from it in that a chain is proposed, not a tree, that sequences
+are scanned instead of kept in a tree (`patchkit.speculation.suffix_store`), and that the number of drafts is not a multiple of the
+match: drafts come with chances of acceptance, learned for each length of match, and the controller keeps those that pay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from patchkit.speculation.calibration import Calibration
+from patchkit.speculation.drafter import Drafter, Proposal, Session, State
+from patchkit.speculation.suffix_file import SuffixFile
+from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
+
+if TYPE_CHECKING:
+    from patchkit.anatomy.target import Target
+
+# Acceptance before anything was learned, by the shortest match that it holds for; less where the places found do not agree.
+_PRIORS = ((1, 0.25), (2, 0.4), (3, 0.5), (4, 0.65), (6, 0.8), (10, 0.9))
+_AGREED, _MOSTLY_AGREED = 0.95, 0.6
+
+
+@dataclass(frozen=True)
+class Suffix(Drafter, name="suffix"):
+    """Draft from the sequence so far and from prompts and answers of earlier calls. Costs next to nothing, also where nothing is found.
+
+    Args:
+        scope: "model" remembers the calls of the patched model; "call" only the call itself; anything else is the path of a file in which
+            they are kept from process to process (safetensors).
+        shortest: tokens that must agree at least.
+        max_tokens: the most tokens that are remembered, at 4 bytes each; sequences that were not used for longest are dropped.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    example = "suffix"
+
+    scope: str = "model"
+    shortest: int = 1
+    max_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scope, str) or not self.scope:
+            raise ValueError(f"scope={self.scope!r}: give 'model', 'call' or the path of a file")
+        for name, least in (("shortest", 1), ("max_tokens", 1024)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
+
+    def check(self, target: Target) -> None:
+        if self._file is not None:
+            self._file.read(target.model, self.max_tokens)
+
+    def prepared(self, target: Target) -> Drafter:
+        store = SuffixStore(self.max_tokens) if self._file is None else self._file.read(target.model, self.max_tokens)
+        return RememberingSuffix(self, store, Calibration())
+
+    def begin(self, model: Any, state: State) -> Session:
+        return SuffixSession(self, SuffixStore(self.max_tokens), Calibration(), state.rows)
+
+    @property
+    def _file(self) -> SuffixFile | None:
+        return None if self.scope in ("model", "call") else SuffixFile(self.scope)
+
+    def __str__(self) -> str:
+        return f"suffix({self.scope})"
+
+
+@dataclass(frozen=True, eq=False)
+class RememberingSuffix(Drafter):
+    """Suffix drafting for one patched model, with what its calls have in common."""
+
+    options: Suffix
+    store: SuffixStore
+    calibration: Calibration
+
+    def begin(self, model: Any, state: State) -> Session:
+        store = SuffixStore(self.options.max_tokens) if self.options.scope == "call" else self.store
+        return SuffixSession(self.options, store, self.calibration, state.rows, functools.partial(self._save, model))
+
+    def _save(self, model: Any) -> None:
+        if self.options._file is not None:
+            self.options._file.write(self.store, model)
+
+    def __str__(self) -> str:
+        return str(self.options)
+
+
+@dataclass
+class _Drafted:
+    """The last drafts of one row: where they begin in its sequence, and the kind of each for the calibration."""
+
+    start: int
+    tokens: list[int]
+    kinds: list[tuple[int, int]]
+
+
+class SuffixSession(Session):
+    """The sequences of one call, and what is remembered of earlier ones."""
+
+    estimates = True
+
+    def __init__(
+        self, options: Suffix, store: SuffixStore, calibration: Calibration, rows: int, save: Callable[[], None] | None = None
+    ) -> None:
+        self.options, self.store, self.calibration, self.save = options, store, calibration, save
+        self.sequences = [GrowingSequence() for _ in range(rows)]
+        self.drafted: list[_Drafted | None] = [None] * rows
+
+    def propose(self, state: State, k: int) -> Proposal | None:
+        found, chances = [], []
+        for row, sequence in enumerate(self.sequences):
+            self._read(state, row)
+            continuation = self.store.continuation(sequence, k, self.options.shortest)
+            tokens = [] if continuation is None else continuation.tokens
+            kinds = [] if continuation is None else [_kind(continuation.matched + i, share) for i, share in enumerate(continuation.shares)]
+            self.drafted[row] = _Drafted(sequence.length, tokens, kinds)
+            found.append(tokens)
+            chances.append([self.calibration.chance(kind, _prior(kind)) for kind in kinds])
+        longest = max(map(len, found))
+        if not longest:
+            return None
+        padded = [each + [0] * (longest - len(each)) for each in found]
+        counts = [len(each) for each in found]
+        return Proposal(torch.tensor(padded, device=state.tokens.device), counts, chances=chances)
+
+    def select_rows(self, rows: list[int]) -> None:
+        for row in set(range(len(self.sequences))) - set(rows):
+            self.store.add(self.sequences[row].tokens[1:].copy())
+        self.sequences = [self.sequences[row] for row in rows]
+        self.drafted = [self.drafted[row] for row in rows]
+
+    def close(self, state: State) -> None:
+        for row, sequence in enumerate(self.sequences):
+            self._read(state, row)
+            self.store.add(sequence.tokens[1:].copy())
+        if self.save is not None:
+            self.save()
+
+    def _read(self, state: State, row: int) -> None:
+        """Take in the row's new tokens, and learn from them which drafts were accepted."""
+        sequence, drafted = self.sequences[row], self.drafted[row]
+        new = state.tokens[row, state.pads[row] + sequence.length : state.lengths[row]].tolist()
+        if drafted is not None and drafted.start == sequence.length:
+            for draft, kind, token in zip(drafted.tokens, drafted.kinds, new, strict=False):
+                self.calibration.add(kind, draft == token)
+                if draft != token:
+                    break
+        self.drafted[row] = None
+        sequence.extend(new)
+
+
+def _kind(matched: int, share: float) -> tuple[int, int]:
+    """Drafts whose acceptance is estimated together: by the length of the match before them, and the agreement of the places found."""
+    shortest = max(least for least, _ in _PRIORS if least <= matched)
+    return shortest, (share > _MOSTLY_AGREED) + (share > _AGREED)
+
+
+def _prior(kind: tuple[int, int]) -> float:
+    return dict(_PRIORS)[kind[0]] * (0.4, 0.75, 1.0)[kind[1]]

@@ -1,0 +1,222 @@
+"""Suffix drafting: the store against a search by definition, what is remembered, the file, and costs that cut drafts."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from patchkit import patch_model
+from patchkit.errors import PatchError
+from patchkit.speculation import statistics_of
+from patchkit.speculation.calibration import Calibration
+from patchkit.speculation.controllers.cost_model import CostModel
+from patchkit.speculation.drafters.suffix import Suffix
+from patchkit.speculation.shared import reset_statistics
+from patchkit.speculation.statistics import StepRecord
+from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
+from patchkit.testing import tiny_model
+
+
+def sequence_of(tokens: list[int]) -> GrowingSequence:
+    sequence = GrowingSequence()
+    for token in tokens:
+        sequence.extend([token])
+    return sequence
+
+
+def by_definition(kept: list[list[int]], own: list[int], most: int, longest: int = 32) -> tuple[list[int], list[float], int] | None:
+    """Continuation of the longest common suffix, by comparing every place of every sequence."""
+    places: list[tuple[int, list[int], int]] = []
+    for tokens in [*kept, own]:
+        for end in range(1, len(tokens) + (tokens is not own)):
+            matched = 0
+            while matched < min(end, len(own), longest) and tokens[end - 1 - matched] == own[-1 - matched]:
+                matched += 1
+            if matched:
+                places.append((matched, tokens, end))
+    if not places:
+        return None
+    best = max(matched for matched, _, _ in places)
+    following = [(tokens, end) for matched, tokens, end in places if matched == best]
+    found: list[int] = []
+    shares: list[float] = []
+    while len(found) < most and following:
+        nexts = [(([*tokens, *found] if tokens is own else tokens)[end : end + 1] or [None])[0] for tokens, end in following]
+        votes = Counter(token for token in nexts if token is not None)
+        if not votes:
+            break
+        token = next(each for each in reversed(nexts) if each is not None and votes[each] == max(votes.values()))
+        found.append(token)
+        shares.append(votes[token] / len(nexts))
+        following = [(tokens, end + 1) for (tokens, end), each in zip(following, nexts, strict=True) if each == token]
+    return found, shares, best
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_store_finds_what_a_search_of_every_place_finds(seed: int) -> None:
+    chance = random.Random(seed)
+    vocabulary = chance.choice([2, 3, 10])
+    kept = [[chance.randrange(vocabulary) for _ in range(chance.randrange(1, 12))] for _ in range(chance.randrange(4))]
+    own = [chance.randrange(vocabulary) for _ in range(chance.randrange(1, 15))]
+    store = SuffixStore(4096)
+    for tokens in kept:
+        store.add(np.array(tokens, np.int32))
+    kept = [each.tolist() for each in store.sequences()]  # without those that were there already
+    expected, found = by_definition(kept, own, most=6), store.continuation(sequence_of(own), 6)
+    if expected is None or not expected[0]:
+        assert found is None or found.tokens == []
+    else:
+        assert found is not None
+        assert (found.tokens, found.shares, found.matched) == expected
+
+
+def test_sequences_that_were_not_used_for_longest_go_first() -> None:
+    store = SuffixStore(1024)
+    for first in (1000, 2000, 3000):
+        store.add(np.arange(first, first + 300, dtype=np.int32))
+    assert store.continuation(sequence_of([1004, 1005]), 3).tokens == [1006, 1007, 1008]  # type: ignore[union-attr]
+    store.add(np.arange(4000, 4300, dtype=np.int32))
+    assert [int(each[0]) for each in store.sequences()] == [1000, 3000, 4000]
+    assert store.continuation(sequence_of([2004, 2005]), 3) is None
+    store.add(np.arange(9000, 12000, dtype=np.int32))
+    assert [int(each[-1]) for each in store.sequences()] == [11999] and store.n_bytes <= 4 * 1024
+
+
+def test_the_store_does_not_go_on_into_the_next_sequence() -> None:
+    store = SuffixStore(1024)
+    store.add(np.array([1, 2, 3], np.int32))
+    store.add(np.array([7, 8, 9], np.int32))
+    assert store.continuation(sequence_of([2]), 5).tokens == [3]  # type: ignore[union-attr]
+    assert store.continuation(sequence_of([3]), 5).tokens == []  # type: ignore[union-attr]
+    assert store.continuation(sequence_of([3, 7]), 5).matched == 1  # type: ignore[union-attr]
+
+
+def prompt(rows: int = 1, seed: int = 3) -> torch.Tensor:
+    return torch.randint(5, 90, (rows, 14), generator=torch.Generator().manual_seed(seed))
+
+
+def rounds(model: Any, ids: torch.Tensor, new: int = 40) -> tuple[int, torch.Tensor]:
+    reset_statistics(model)
+    out = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return len(statistics_of(model).steps), out
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_second_call_drafts_from_the_first(rows: int) -> None:
+    plain = tiny_model("llama").generate(prompt(rows), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    remembering = patch_model(tiny_model("llama"), "speculative(draft=suffix, k=8)", verbose=False)
+    forgetting = patch_model(tiny_model("llama"), "speculative(draft=suffix(scope=call), k=8)", verbose=False)
+    for model, second_is_fast in ((remembering, True), (forgetting, False)):
+        first, out = rounds(model, prompt(rows))
+        assert torch.equal(out, plain)
+        second, out = rounds(model, prompt(rows))
+        assert torch.equal(out, plain)
+        assert (second <= first // 2) == second_is_fast, (first, second)
+
+
+def test_an_interrupted_call_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(tiny_model("llama"), "speculative(draft=suffix, k=4)", verbose=False)
+
+    class Stop(BaseException):
+        pass
+
+    def interrupt(tokens: Any, scores: Any) -> Any:
+        if tokens.shape[1] > 30:
+            raise Stop
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    with pytest.raises(Stop):
+        model.generate(prompt(), max_new_tokens=40, do_sample=False, pad_token_id=0, stopping_criteria=[interrupt])
+    count, _ = rounds(model, prompt(), new=15)
+    assert count <= 4
+
+
+def test_the_file_is_read_by_the_next_process_and_refused_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "suffixes.safetensors"
+    spec = f"speculative(draft=suffix(scope='{path}'), k=8)"
+    first, _ = rounds(patch_model(tiny_model("llama"), spec, verbose=False), prompt())
+    second, _ = rounds(patch_model(tiny_model("llama"), spec, verbose=False), prompt())
+    assert second <= 6 < first
+    assert [each.name for each in tmp_path.iterdir()] == ["suffixes.safetensors"], "no unfinished file stays"
+    with pytest.raises(PatchError, match=r"holds token ids of LlamaForCausalLM with .* tokens, and this model is"):
+        patch_model(tiny_model("gpt2"), spec)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), "is a folder: give the path of a file"),
+        (lambda path: path.write_bytes(b"nonsense"), "cannot be read"),
+        (lambda path: save_file({"x": torch.ones(1)}, path), "not a file that suffix drafting wrote"),
+        (
+            lambda path: save_file(
+                {"tokens": torch.ones(3, dtype=torch.int32), "lengths": torch.ones(2, dtype=torch.int64)},
+                path,
+                metadata={"format": "patchkit suffix 1", "model": "LlamaForCausalLM with 128 tokens"},
+            ),
+            "damaged",
+        ),
+    ],
+)
+def test_bad_files_are_refused_before_anything_is_touched(make: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    make(path)
+    model = tiny_model("llama")
+    with pytest.raises(PatchError, match=words):
+        patch_model(model, f"speculative(draft=suffix(scope='{path}'))")
+    assert not hasattr(model, "_patchkit")
+    with pytest.raises(PatchError, match="not a folder that can be written to"):
+        patch_model(model, f"speculative(draft=suffix(scope='{tmp_path}/nowhere/file'))")
+
+
+def test_a_file_over_its_bound_keeps_the_latest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    spec = f"speculative(draft=suffix(scope='{path}', max_tokens=1024))"
+    long = patch_model(tiny_model("llama"), f"speculative(draft=suffix(scope='{path}'), k=2)", verbose=False)
+    for seed in range(30):
+        long.generate(prompt(seed=seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert path.stat().st_size > 4 * 1200
+    short = patch_model(tiny_model("llama"), spec, verbose=False)
+    rounds(short, prompt(seed=29))
+    assert path.stat().st_size < 4 * 1024 + 1000
+
+
+def test_options_are_checked() -> None:
+    for wrong in (dict(scope=""), dict(scope=3), dict(shortest=0), dict(max_tokens=10)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Suffix(**wrong)  # type: ignore[arg-type]
+
+
+def test_calibration_follows_what_happened() -> None:
+    calibration = Calibration()
+    assert calibration.chance("long", 0.9) == pytest.approx(0.9)
+    for _ in range(50):
+        calibration.add("long", False)
+    assert calibration.chance("long", 0.9) < 0.1 and calibration.chance("short", 0.5) == 0.5
+
+
+def test_costs_cut_drafts_that_do_not_pay() -> None:
+    session = CostModel(bounds=(0, 8)).begin()
+
+    def observe(k: int, ms: float) -> None:
+        session.observe(StepRecord(k, 1, (k,), (0,), 1, 0.01, ms, 0.0))
+
+    session.new_text(10)
+    # A verification of 2 to 9 tokens takes 1.8 plain steps.
+    for k, ms in ((2, 18.0), (0, 10.0), (2, 18.0), (0, 10.0), (8, 18.5), (4, 18.2), (0, 10.0), (1, 18.0), (1, 18.0)):
+        observe(k, ms)
+    assert session.most() == 8
+    assert session.worth([[0.9] * 8]) == 8
+    assert session.worth([[0.3] * 8]) == 0, "1.4 tokens for 1.8 steps"
+    assert session.worth([[0.9, 0.9, 0.01, 0.01]]) in (2, 3)
+    assert session.worth([[0.9] * 8, []]) == 8 or session.worth([[0.9] * 8, []]) > 0
+    tried = [session.worth([[0.3] * 8]) for _ in range(200)]
+    assert 1 <= sum(each > 0 for each in tried) <= 6, "costs are looked at again, ever more rarely"
+    assert CostModel(bounds=(2, 8)).begin().worth([[0.1] * 8]) == 8, "nothing is known yet"
