@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,14 @@ OPENERS = ("The same", "As ", "See ", "What ")
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def parsed() -> Iterator[tuple[str, Path, ast.Module]]:
+@functools.cache
+def parsed() -> list[tuple[str, Path, ast.Module]]:
     """Room, path and syntax tree of every module of patchkit."""
+    found = []
     for path in sorted(ROOT.rglob("*.py")):
         relative = path.relative_to(ROOT)
-        yield relative.parts[0].removesuffix(".py"), relative, ast.parse(path.read_text(encoding="utf-8"))
+        found.append((relative.parts[0].removesuffix(".py"), relative, ast.parse(path.read_text(encoding="utf-8"))))
+    return found
 
 
 ROOMS = sorted({room for room, _, _ in parsed()})
