@@ -1,6 +1,9 @@
-"""Prompts for an instruction-tuned model: stories, and edits whose answers repeat the prompt."""
+"""Prompts for an instruction-tuned model: stories, edits whose answers repeat the prompt, and texts to summarise."""
 
 from __future__ import annotations
+
+import re
+from pydoc_data.topics import topics
 
 # Answers that repeat their prompt: drafting from the prompt should help.
 EDITS = (
@@ -77,3 +80,14 @@ MORE_EDITS = (
         "    print('Hello, ' + name)\n    print('How are you, ' + name + '?')\n"
     ),
 )
+
+
+def summaries(count: int = 12) -> tuple[str, ...]:
+    """Prompts that ask for a summary of a paragraph of Python's own reference, 80 to 170 words each, in alphabetical order of topics."""
+    paragraphs = []
+    for _, topic in sorted(topics.items()):
+        for paragraph in re.split(r"\n\s*\n", topic):
+            text = " ".join(paragraph.split())
+            if 500 < len(text) < 1100 and text[0].isupper() and ">>>" not in text:
+                paragraphs.append(text)
+    return tuple(f"Summarise this text in a few sentences:\n\n{text}" for text in paragraphs[: 5 * count : 5])
