@@ -51,6 +51,7 @@ COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
 INT8 = ("tests/patches/test_mlp_int8.py", "tests/int8/test_weight.py", "tests/test_contract.py")
 EXACT = ("tests/speculation/test_exact.py",)
+CONSTRAINED = ("tests/grammar/test_grammar.py", "tests/speculation/test_constrained.py")
 FAULTS, DTYPES = ("tests/faults/test_edited_models.py",), ("tests/faults/test_dtypes.py",)
 VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
 CONTRACT = ("tests/test_contract.py",)
@@ -157,6 +158,8 @@ BUGS = [
         "[[*chosen[:n], chosen[-1]] for chosen, n in zip(choice.tolist(), accepted.tolist(), strict=True)]",
         EXACT,
     ),
+    Bug("a parser keeps what it should roll back", "self.parser.rollback(len(known) - common)", "self.parser.rollback(0)", CONSTRAINED),
+    Bug("of several allowed tokens the last is taken for forced", "None if bits & (bits - 1) else", "None if bits == 0 else", CONSTRAINED),
     Bug("drafts that fell are kept in the cache", "self.cache.keep(count, counts)", "self.cache.keep(count, [count] * len(counts))", EXACT),
     Bug(
         "rows that go on take the numbers of those that ended",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from patchkit.api import with_patches as with_patches
     from patchkit.attention_function import attention_patch as attention_patch
     from patchkit.chat import system_tokens as system_tokens
+    from patchkit.errors import GrammarError as GrammarError
     from patchkit.errors import IrreversiblePatch as IrreversiblePatch
     from patchkit.errors import KernelError as KernelError
     from patchkit.errors import NothingMatched as NothingMatched
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from patchkit.errors import StaleWeights as StaleWeights
     from patchkit.errors import StreamError as StreamError
     from patchkit.errors import UnsupportedModel as UnsupportedModel
+    from patchkit.grammar.processor import Grammar as Grammar
     from patchkit.handle import Handle as Handle
     from patchkit.patch import Patch as Patch
     from patchkit.patch import Stage as Stage
@@ -54,6 +56,7 @@ _HOMES = {
     "streaming.reencode": ("Reencode",),
     "chat": ("system_tokens",),
     "errors": (
+        "GrammarError",
         "IrreversiblePatch",
         "KernelError",
         "NothingMatched",
@@ -65,6 +68,7 @@ _HOMES = {
         "StreamError",
         "UnsupportedModel",
     ),
+    "grammar.processor": ("Grammar",),
     "handle": ("Handle",),
     "training.linearize": ("linearize",),
     "patch": ("Patch", "Stage", "available_patches", "register_patch"),

@@ -35,6 +35,10 @@ class StaleWeights(PatchError, RuntimeError):
     """The weights of a patched model have changed, and what a patch has derived from them cannot follow."""
 
 
+class GrammarError(PatchError, ValueError):
+    """A grammar does not read, has no texts, does not fit the tokenizer or the model, or its parser met a limit."""
+
+
 class KernelError(PatchError):
     """No backend of an op, or not the requested one, can serve a call."""
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 FLOORS = (
     {"errors", "tolerance"},
     {"_compat"},
-    {"record", "exclusive", "freshness"},
+    {"record", "exclusive", "freshness", "grammar"},
     {"handle", "views", "trained_for", "chat"},
     {"derived"},
     {"attention", "kernels"},

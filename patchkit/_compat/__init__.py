@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from patchkit._compat.experts import on_experts_interface as on_experts_interface
     from patchkit._compat.experts import register_experts as register_experts
     from patchkit._compat.generate import PREPARE_CACHE as PREPARE_CACHE
+    from patchkit._compat.generate import calling_processors as calling_processors
     from patchkit._compat.generate import mask_length as mask_length
     from patchkit._compat.generate import padding_token as padding_token
     from patchkit._compat.generate import prepare_stock_cache as prepare_stock_cache

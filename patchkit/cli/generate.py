@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,13 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that hold this share of the probability.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="Write JSON that this schema describes, and end.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", metavar="RE", help="Write a text that this expression matches, and end.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", metavar="FILE", help="Write a text of this grammar (Lark, or EBNF with ::=), and end.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end-of-text tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = Dtype.float32,
@@ -58,6 +66,7 @@ def generate(
 ) -> None:
     """Continue a text, or answer a message; tokens are printed as they are generated."""
     _check(chat, system, temperature, top_p, stop or [])
+    constraint = _constraint(json_schema, regex, grammar, ignore_eos)
     # Arguments are checked before anything large is imported.
     from patchkit.models import find
     from patchkit.spec import check_spelling
@@ -82,6 +91,7 @@ def generate(
     inputs = _chat_inputs(tokenizer, text, system) if as_chat else tokenizer(text, return_tensors="pt")
     prompt_tokens = inputs["input_ids"].shape[1]
     ends = _as_list(loaded.generation_config.eos_token_id)
+    processors = [] if constraint is None else [_grammar(*constraint, tokenizer, ends)]
     if ignore_eos:
         ends = []
         loaded.generation_config.eos_token_id = None
@@ -89,6 +99,7 @@ def generate(
     options |= {"temperature": temperature} if temperature > 0 else {}
     options |= {"top_p": top_p} if top_p is not None else {}
     options |= {"stopping_criteria": [StopsAt(tokenizer, stop, prompt_tokens)]} if stop else {}
+    options |= {"logits_processor": processors} if processors else {}
     remarks = stderr()
     if not as_json:
         options["streamer"] = Printer(tokenizer, stop or [])
@@ -120,6 +131,7 @@ def generate(
             "chat": as_chat,
             "system": system,
             "prompt": text,
+            "constraint": None if constraint is None else constraint[0],
             "text": written,
             "finish": finish,
             "prompt_tokens": prompt_tokens,
@@ -144,6 +156,36 @@ def _check(chat: bool | None, system: str | None, temperature: float, top_p: flo
         raise UsageError("--top-p 0 leaves no token to choose from: give a share above 0, such as 0.9")
     if not all(stop):
         raise UsageError("--stop is empty, which is found in every text: give the text to end before")
+
+
+def _constraint(json_schema: Path | None, regex: str | None, grammar: Path | None, ignore_eos: bool) -> tuple[str, str] | None:
+    """The kind of grammar that the options ask for, a method of `Grammar`, and its text; None if they ask for none."""
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise UsageError(f"{' and '.join(names)} are two grammars for one text: leave one of them out")
+    if ignore_eos:
+        raise UsageError(f"--ignore-eos goes on after the end of a text, and {names[0]} allows nothing there: leave one of them out")
+    if regex is not None:
+        return "regex", regex
+    path = json_schema or grammar
+    assert path is not None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): give a text file for {names[0]}") from error
+    if json_schema is not None:
+        return "json_schema", text
+    return ("ebnf" if "::=" in text else "lark"), text
+
+
+def _grammar(kind: str, text: str, tokenizer: Any, ends: list[int]) -> Any:
+    """A logits processor; texts end with the model's end tokens, or the tokenizer's if the model names none."""
+    from patchkit.grammar.processor import Grammar
+
+    return getattr(Grammar, kind)(text, tokenizer, ends=ends or None)
 
 
 def _is_chat(chat: bool | None, system: str | None, model: str, tokenizer: Any) -> bool:

@@ -27,12 +27,15 @@ class State:
         lengths, pads: of each row; lengths count the padding.
         sampler: None in greedy runs; else ``sampler(drafted, logits)`` is the distribution [R, V] float32 from which the token after
             the sequences and ``drafted`` [R, n] would be drawn, given logits [R, V], with the run's temperature, top-p and so on.
+        likeliest: None where any token may follow; else ``likeliest(drafted, logits)`` is the likeliest token [R] that the grammar allows
+            there.
     """
 
     tokens: torch.Tensor
     lengths: list[int]
     pads: list[int]
     sampler: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    likeliest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -101,10 +104,15 @@ class Draws:
     def draw(self, logits: torch.Tensor) -> None:
         """Choose the next token of every row by its logits [R, V]."""
         state = self.state
-        if self.sampler is None:
+        if self.sampler is None and state.likeliest is None:
             self.last = logits.argmax(-1)
+            self._tokens.append(self.last)
+            return
+        drafted = self.tokens if self._tokens else state.tokens[:, :0]
+        if self.sampler is None:
+            assert state.likeliest is not None
+            self.last = state.likeliest(drafted, logits)
         else:
-            drafted = self.tokens if self._tokens else state.tokens[:, :0]
             self._probabilities.append(self.sampler(drafted, logits))
             self.last = torch.multinomial(self._probabilities[-1], 1)[:, 0]
         self._tokens.append(self.last)

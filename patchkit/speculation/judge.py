@@ -16,6 +16,7 @@ import torch
 from patchkit.kernels.verify_prefix import verify_prefix
 from patchkit.kernels.verify_prefix_sampled import verify_prefix_sampled
 from patchkit.speculation.acceptance import Acceptance
+from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.drafter import Proposal
 from patchkit.speculation.rows import Rows
 from patchkit.speculation.tree import children_of
@@ -47,6 +48,8 @@ def judge_for(rows: Rows, acceptance: Acceptance) -> Judge:
     row_by_row = RowByRow(rows, acceptance)
     if not acceptance.lossless or rows.keeps_scores or rows.keeps_logits:
         return row_by_row
+    if rows.constraint is not None and not rows.sampled and len(rows.processors) == 1:
+        return Constrained(rows, rows.constraint)
     if not rows.sampled and not len(rows.processors):
         return Greedy(rows, row_by_row)
     return Sampled(rows, row_by_row) if rows.sampled and rows.processors_see_scores_only else row_by_row
@@ -126,6 +129,37 @@ class Greedy:
             return self.for_trees.judge(proposal, logits)
         choice, accepted = verify_prefix(logits, proposal.tokens, torch.tensor(proposal.counts, device=logits.device))
         return accept(self.rows, [chosen[: n + 1] for chosen, n in zip(choice.tolist(), accepted.tolist(), strict=True)])
+
+
+class Constrained:
+    """Accepts the longest prefix of each chain of drafts that is the likeliest token that the grammar allows.
+
+    The argmax of the raw logits is that of the masked ones wherever it is allowed. Only elsewhere are all logits of a position masked and
+    searched again; where one token is allowed none are looked at.
+    """
+
+    def __init__(self, rows: Rows, constraint: Constraint) -> None:
+        self.rows, self.constraint = rows, constraint
+
+    def judge(self, proposal: Proposal | None, logits: torch.Tensor) -> Verdict:
+        self.constraint.check_width(logits.shape[-1])
+        likeliest = logits.argmax(-1).tolist()
+        return accept(self.rows, [self._walk(row, proposal, likeliest[row], logits[row]) for row in range(len(likeliest))])
+
+    def _walk(self, row: int, proposal: Proposal | None, likeliest: list[int], logits: torch.Tensor) -> list[int]:
+        """The new tokens of one row, given the likeliest tokens [T] and logits [T, V]."""
+        drafts = [] if proposal is None else proposal.tokens[row, : proposal.counts[row]].tolist()
+        new: list[int] = []
+        while True:
+            node = len(new)
+            token = self.constraint.only[row][node]
+            if token is None:
+                token = likeliest[node]
+                if not self.constraint.allows(row, node, token):
+                    token = int(self.constraint.masked(row, node, logits[node : node + 1].float()).argmax(-1))
+            new.append(token)
+            if node == len(drafts) or drafts[node] != token:
+                return new
 
 
 class Sampled:

@@ -18,7 +18,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from patchkit import _compat
 from patchkit.handle import refresh_patches
 from patchkit.speculation.cached_model import CachedModel, make_cache
+from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.drafter import Proposal
+from patchkit.speculation.drafters.forced import Forced, ForcedSession
+from patchkit.speculation.forced_end import append_forced_end, forced_tokens
 from patchkit.speculation.judge import Verdict, judge_for
 from patchkit.speculation.refusals import Call, refuse_call
 from patchkit.speculation.rows import Rows
@@ -84,6 +87,8 @@ class _Run:
         self.streamer: Any = None
         self.rows = Rows(call)
         self.judge = judge_for(self.rows, speculation.acceptance)
+        # What is returned of a text must not lack the forwards of its end.
+        self.may_skip_forwards = call.own_cache and not self.config.return_dict_in_generate
         cache = call.model_kwargs[_compat.CACHE]
         if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
             cache = make_cache(self.model, min(self.config.max_length or 1, _MOST_ROOM))
@@ -91,12 +96,16 @@ class _Run:
         pads = self.rows.state.pads
         self.cached = CachedModel(self.model, cache, list(pads), speculation.ragged, self.past)
         prompt_tokens = len(pads) * self.rows.prompt - sum(pads)
-        self.statistics = RunStatistics(prompt_tokens=prompt_tokens, drafter=speculation.label, acceptance=str(speculation.acceptance))
+        label = speculation.label if self.rows.constraint is None else f"forced, {speculation.label}"
+        self.statistics = RunStatistics(prompt_tokens=prompt_tokens, drafter=label, acceptance=str(speculation.acceptance))
 
     def generate(self) -> Any:
         """Return the output of `speculate`."""
         speculation, rows = self.speculation, self.rows
-        session = speculation.drafter.begin(self.model, rows.state)
+        drafter = speculation.drafter
+        if rows.constraint is not None:
+            drafter = Forced(drafter, rows.constraint, speculation.controller.worth)
+        session = drafter.begin(self.model, rows.state)
         speculation.watching = session.wants_hidden
         self.cached.ragged = self.cached.ragged and not session.aligned
         speculation.controller.new_text(rows.prompt)
@@ -128,7 +137,8 @@ class _Run:
             self._drop_finished(session)
             emitted = sum(map(len, verdict.tokens))
             record = StepRecord(max(k, 0), count, tuple(depths(proposal, count)), tuple(verdict.accepted), emitted, *clock.milliseconds())
-            controller.observe(record)
+            if not (isinstance(session, ForcedSession) and session.forced):  # what is certain says nothing of the drafter
+                controller.observe(record)
             self._count(record)
 
     def _prefill(self, session: Any) -> None:
@@ -143,6 +153,9 @@ class _Run:
             self.cached.keep([piece.shape[1]] * len(piece))
             hidden.append(self.speculation.hidden)
         self.cached.record()
+        if self.rows.constraint is not None:
+            self.rows.constraint.follow(self.rows.state)
+            self.rows.constraint.fill([[] for _ in self.rows.active])
         self._commit(None, logits[:, -1:], self._accept(None, logits[:, -1:]), fed=False)
         if self.speculation.watching:
             session.observe(torch.cat([each for each in hidden if each is not None], 1), [prompt.shape[1]] * len(prompt))
@@ -152,6 +165,9 @@ class _Run:
 
     def _draft(self, session: Any, k: int) -> Proposal | None:
         """Draft at most ``k`` tokens for every row, as a chain where the cache cannot verify trees; None for no drafts."""
+        if isinstance(session, ForcedSession):
+            session.room = self.rows.room() - 1
+            return session.propose(self.rows.state, k)
         proposal: Proposal | None = session.propose(self.rows.state, k) if k > 0 else None
         if proposal is None:
             return None
@@ -180,10 +196,22 @@ class _Run:
             self.statistics.near_ties += near_ties(logits, paths)
         for row, new in enumerate(verdict.tokens):
             self.rows.advance(row, len(new))
+        if self.rows.constraint is not None:
+            self._end_by_grammar(self.rows.constraint, verdict)
         if self.streamer is not None:
             for token in verdict.tokens[0]:
                 self.streamer.put(torch.tensor([token]))
         return verdict
+
+    def _end_by_grammar(self, constraint: Constraint, verdict: Verdict) -> None:
+        """Count the forced tokens of a verdict, and add to it those that end a row."""
+        self.statistics.forced += forced_tokens(constraint, verdict)
+        if self.may_skip_forwards:
+            for row, new in enumerate(append_forced_end(self.rows, constraint)):
+                self.rows.advance(row, len(new))
+                verdict.tokens[row] = verdict.tokens[row] + new
+                self.statistics.forced += len(new)
+        self.statistics.masked, self.statistics.mask_us = constraint.applied, 1e6 * constraint.seconds
 
     def _drop_finished(self, session: Any) -> None:
         """Remove rows that have ended from the drafter's session and the cache."""

@@ -9,7 +9,7 @@ import torch
 
 from patchkit import _compat
 from patchkit.speculation.rollback import rollback_of
-from patchkit.speculation.stops import BY_ROW, KNOWN_CRITERIA
+from patchkit.speculation.stops import KNOWN_CRITERIA, is_by_row
 
 # Arguments of a forward that the loop supplies. A call with any other falls back to the stock method.
 _OURS = {"attention_mask", "position_ids", _compat.CACHE, "use_cache", "logits_to_keep"}
@@ -62,7 +62,7 @@ def refuse_call(call: Call, has_streamer: bool) -> None:
             raise Unserved("a streamer on a batch")
         if not call.own_cache:
             raise Unserved(f"{_compat.CACHE} on a batch, whose rows leave when they end")
-        unknown = [type(each).__name__ for each in call.processors if type(each).__name__ not in BY_ROW]
+        unknown = [type(each).__name__ for each in call.processors if not is_by_row(each)]
         unknown += [type(each).__name__ for each in call.criteria if type(each).__name__ not in KNOWN_CRITERIA]
         if unknown:
             raise Unserved(f"{', '.join(unknown)} on a batch, which may hold state for each row")

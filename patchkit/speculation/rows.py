@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from patchkit.speculation.constraint import constraint_of
 from patchkit.speculation.drafter import State
 from patchkit.speculation.refusals import Call
-from patchkit.speculation.stops import BY_ROW, BY_SCORES, Stops, processors_of
+from patchkit.speculation.stops import BY_SCORES, Stops, is_by_row, processors_of
 
 
 class Rows:
@@ -23,6 +24,7 @@ class Rows:
         by_row: [B], processors for each row of the batch.
         keeps_scores, keeps_logits: `generate` was asked to return them.
         scores, logits: [B], a list of [V] float32 for each new token of a row.
+        constraint: the grammars of the rows; None if there are none.
     """
 
     def __init__(self, call: Call) -> None:
@@ -38,9 +40,13 @@ class Rows:
         self.done = [False] * batch
         self.finished = list(input_ids)
         self.processors = call.processors
-        self.by_row = [processors_of(row, call.processors) for row in range(batch)]
+        self.constraint = constraint_of(call.processors, self.prompt, batch)
+        self.by_row = [processors_of(row, batch, self.prompt, call.processors) for row in range(batch)]
         # A processor that may keep a state must not see what is only drafted.
-        self._while_drafting = [type(own)(each for each in own if type(each).__name__ in BY_ROW) for own in self.by_row]
+        self._while_drafting = [type(own)(each for each in own if is_by_row(each)) for own in self.by_row]
+        if self.constraint is not None:
+            self.by_row = [self.constraint.for_judging(row, own, call.processors) for row, own in enumerate(self.by_row)]
+            self.state.likeliest = self.constraint.likeliest
         self.keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
         self.keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
@@ -62,9 +68,13 @@ class Rows:
         return tokens[torch.arange(len(ends), device=tokens.device), ends - 1][:, None]
 
     def begin_round(self, tokens: int) -> None:
-        """Make room for up to ``tokens`` new tokens in every row."""
+        """Start a round that gives every row up to ``tokens`` new tokens."""
+        self.done = [False] * self.state.rows
+        self.reserve(tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for up to ``tokens`` tokens behind every row."""
         state = self.state
-        self.done = [False] * state.rows
         needed = max(state.lengths) + tokens
         if needed > state.tokens.shape[1]:
             state.tokens = torch.nn.functional.pad(state.tokens, (0, needed))

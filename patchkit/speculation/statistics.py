@@ -104,6 +104,9 @@ class RunStatistics:
         prefill_ms: milliseconds until their first logits.
         near_tie_checked: in 16-bit runs, number of verified positions that were examined.
         near_ties: number of these whose two best logits are so close that the order of summation decides between them.
+        forced: under a grammar, number of tokens that were the only ones allowed.
+        masked: number of positions of which all logits were masked by a grammar.
+        mask_us: microseconds of parsing and of making masks.
         memory_bytes: bytes of the caches and of the drafter's state.
         drafter, acceptance: names of both, as text.
         plain_ms_by_rows: rows -> milliseconds of a plain step, measured elsewhere; used where the run has no plain step itself.
@@ -114,6 +117,9 @@ class RunStatistics:
     prefill_ms: float = 0.0
     near_ties: int = 0
     near_tie_checked: int = 0
+    forced: int = 0
+    masked: int = 0
+    mask_us: float = 0.0
     memory_bytes: int = 0
     drafter: str = ""
     acceptance: str = ""
@@ -134,6 +140,9 @@ class RunStatistics:
             result.prefill_ms += run.prefill_ms
             result.near_ties += run.near_ties
             result.near_tie_checked += run.near_tie_checked
+            result.forced += run.forced
+            result.masked += run.masked
+            result.mask_us += run.mask_us
             result.memory_bytes = max(result.memory_bytes, run.memory_bytes)
             result.plain_ms_by_rows |= run.plain_ms_by_rows
             drafters[run.drafter] = acceptances[run.acceptance] = True
@@ -259,6 +268,9 @@ class RunStatistics:
             "near_ties": self.near_ties,
             "near_tie_checked": self.near_tie_checked,
             "near_tie_rate": self.near_tie_rate,
+            "forced": self.forced,
+            "masked": self.masked,
+            "mask_us": self.mask_us,
             "memory_bytes": self.memory_bytes,
         }
 
@@ -291,6 +303,8 @@ class RunStatistics:
             parts.append(f"{self.achieved_speedup:.2f} x plain decoding ({self.predicted_speedup:.2f} x predicted)")
         if self.near_tie_rate is not None:
             parts.append(f"{100 * self.near_tie_rate:.2f} % near ties")
+        if self.mask_us:
+            parts.append(f"grammar: {self.forced} tokens forced, {self.masked} masks applied, {self.mask_us / 1000:.1f} ms")
         return "; ".join(parts)
 
     def _row_rounds(self) -> Iterable[tuple[int, int]]:

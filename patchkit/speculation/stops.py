@@ -66,10 +66,23 @@ class Stops:
         return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
 
 
-def processors_of(row: int, processors: Any) -> Any:
-    """Return the processors for one row; a repetition penalty holds the padding of all rows."""
+def is_by_row(processor: Any) -> bool:
+    """Return whether a processor handles one row at a time: its name is in `BY_ROW`, or it has ``by_row = True``.
+
+    ``by_row`` promises more: scores of a row depend on its tokens only, so the processor may be called with drafts that are rejected later.
+    """
+    return type(processor).__name__ in BY_ROW or getattr(processor, "by_row", False) is True
+
+
+def processors_of(row: int, rows: int, prompt: int, processors: Any) -> Any:
+    """Return the processors for one row of a batch whose prompts have ``prompt`` tokens, padding included.
+
+    A repetition penalty holds the padding of all rows, a grammar a parser of each.
+    """
     own = type(processors)()
     for each in processors:
+        if hasattr(each, "for_row"):
+            each = each.for_row(row, rows, prompt)
         ignored = getattr(each, "prompt_ignore_length", None)
         if torch.is_tensor(ignored):
             each = copy.copy(each)

@@ -178,6 +178,25 @@ def test_stop_is_not_looked_for_in_the_prompt(model_dir: Path) -> None:
     assert run_json(model_dir, *options, "--stop", "return")["finish"] == "length"
 
 
+@pytest.mark.parametrize("spec", ["none", "speculative(draft=eagle, k=4)"])
+def test_grammars(spec: str, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema, lark, ebnf = (tmp_path / name for name in ("schema.json", "grammar.lark", "grammar.ebnf"))
+    schema.write_text(json.dumps({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}))
+    lark.write_text('start: "a" | "b"')
+    ebnf.write_text('root ::= "c" | "d"')
+    options = ("bundled", "--prompt", "x = ", "--patches", spec)
+    found = run_json(*options, "--json-schema", schema)
+    assert type(json.loads(found["text"])["ok"]) is bool and found["finish"] == "eos" and found["constraint"] == "json_schema"
+    assert run_json(*options, "--regex", "[0-9]{3}!")["text"][3:] == "!"
+    assert run_json(*options, "--grammar", lark)["text"] in ("a", "b")
+    assert run_json(*options, "--grammar", ebnf)["text"] in ("c", "d")
+    assert run_json(*options, "--max-new-tokens", "2")["constraint"] is None
+    assert "--ignore-eos" in refusal(*options, "--regex", "a", "--ignore-eos")
+    schema.write_text("{")
+    assert "is not JSON" in refusal(*options, "--json-schema", schema) and "unclosed" in refusal(*options, "--regex", "(")
+
+
 class Words:
     """A tokenizer whose tokens are characters."""
 
@@ -251,6 +270,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "bad syntax": (("--patches", "streaming(window="), "cannot read the spec"),
     "nothing but a comment": (("--patches", "# none"), "empty spec"),
     "no such spec file": (("--patches", "@none.spec"), "cannot be read"),
+    "two grammars": (("--regex", "a", "--json-schema", "a.json"), "--json-schema and --regex are two grammars"),
+    "no such schema": (("--json-schema", "none.json"), "none.json cannot be read"),
+    "no such grammar": (("--grammar", "none.lark"), "none.lark cannot be read"),
     "missing model": (("--model", "./none"), "no such model directory"),
     "not a model": (("--model", "."), "no config.json"),
 }

@@ -19,6 +19,7 @@ import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
 from patchkit.speculation import judge, loop
 from patchkit.speculation.cached_model import CachedModel
+from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.judge import RowByRow
 from patchkit.speculation.stops import Stops
 from patchkit.streaming.layer import StreamLayer
@@ -222,11 +223,16 @@ def eos_ignored_one_by_one(monkeypatch: Any) -> None:
     monkeypatch.setattr(RowByRow, "walk", walk)
 
 
+def forbidden_tokens_chosen(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Constraint, "allows", lambda self, row, node, token: True)
+
+
 BUGS = {
     "position off by one": Bug(position_off_by_one, STREAMING, "logits are those of the definition"),
     "sink dropped": Bug(sink_dropped, STREAMING, "logits are those of the definition"),
     "window not rolled back": Bug(window_not_rolled_back, STREAMING, "rolled back tokens leave no trace"),
     "drafts not rolled back": Bug(drafts_not_rolled_back, "speculative", "greedy text stays the same"),
+    "forbidden tokens chosen": Bug(forbidden_tokens_chosen, "speculative", "constrained text equals constrained plain text"),
     "scale after matmul": Bug(scale_after_matmul, "mlp_int8(mode=weight_only)", "no overflow in 16 bits"),
     "scale of another channel": Bug(scale_of_another_channel, "mlp_int8", "logits are those of the definition"),
     "scale a little large": Bug(scale_a_little_large, "mlp_int8(mode=weight_only)", "logits are those of the definition"),

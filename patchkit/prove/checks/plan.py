@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from patchkit.errors import PatchError
 from patchkit.prove.checks.case import LONG, Case
+from patchkit.prove.checks.constrained import PROMISE as CONSTRAINED
+from patchkit.prove.checks.constrained import constrained
 from patchkit.prove.checks.defined import defined
 from patchkit.prove.checks.feeding import ONE_BY_ONE
 from patchkit.prove.checks.generating import NEW_TOKENS, ends, greedy
@@ -76,6 +78,12 @@ STEPS = (
         same_tokens,
         lambda case: not case.patches or any(promise.same_tokens for promise in case.promises.values()),
         lambda case: _text(14),
+    ),
+    Step(
+        CONSTRAINED,
+        constrained,
+        lambda case: any(promise.same_tokens for promise in case.promises.values()),
+        lambda case: _text(6),
     ),
     Step(
         "short texts are unpatched",

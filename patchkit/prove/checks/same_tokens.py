@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from patchkit.tolerance import logit_error
 _PROMISE = "greedy text stays the same"
 
 
-class _Difference(Exception):
+class DivergentText(Exception):
     """A sequence is not the expected one; the message describes the difference."""
 
     def __init__(self, message: str, measured: float | None = None, bound: Bound | None = None) -> None:
@@ -38,7 +39,7 @@ def _same(case: Case, about: str, other: Any) -> Check:
     try:
         divergences, compared = _texts(case, other)
         compared += _uneven_rows(case, other)
-    except _Difference as wrong:
+    except DivergentText as wrong:
         bound = wrong.bound or Bound(0.0, "")
         allowed = None if wrong.bound is None else bound.value
         return Check(case.spec, about, _PROMISE, "broken", wrong.measured, allowed, bound.why, str(wrong))
@@ -69,9 +70,10 @@ def _texts(case: Case, other: Any) -> tuple[list[float], int]:
     for what, ids, rows, eos, options in calls:
         expected, actual = (generated(case, view, ids, rows, eos, **options) for view in (other, case.full))
         compared += expected.numel() - ids.numel()
+        processor = RepetitionPenaltyLogitsProcessor(PENALTY["repetition_penalty"]) if options else None
         for row in range(len(ids)):
             pads = 0 if rows is None else int((rows[row] == 0).sum())
-            margin = _divergence(case, other, what, expected[row, pads:], actual[row, pads:], ids.shape[1] - pads, eos, options)
+            margin = divergence(case, other, what, expected[row, pads:], actual[row, pads:], ids.shape[1] - pads, eos, processor)
             if margin is not None:
                 divergences.append(margin)
     return divergences, compared
@@ -94,7 +96,7 @@ def _uneven_rows(case: Case, other: Any) -> int:
             error = logit_error(left[row], right[row])
             kept, bound = judged(error, _of_rows(case))
             if not kept:
-                raise _Difference("logits of rows that accept more drafts than others", error, bound)
+                raise DivergentText("logits of rows that accept more drafts than others", error, bound)
     return int(expected.sequences.numel() - batch.numel())
 
 
@@ -104,32 +106,39 @@ def _of_rows(case: Case) -> Any:
         yield rounding_noise(case, single_logits=True)
 
 
-def _divergence(
-    case: Case, view: Any, what: str, expected: torch.Tensor, actual: torch.Tensor, prompt: int, eos: int | None, options: dict[str, Any]
+def divergence(
+    case: Case,
+    view: Any,
+    what: str,
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    prompt: int,
+    eos: int | None,
+    processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
 ) -> float | None:
     """Least error of logits that explains where a sequence diverges from the expected one; None if it does not diverge.
 
     After a divergence, each further token has to be the likeliest, or nearly so, after its own sequence.
 
     Raises:
-        _Difference: the divergence is not at a near tie.
+        DivergentText: the divergence is not at a near tie.
     """
     first = _first_difference(expected, actual)
     if first is None:
         return None
     ends = [text[prompt:].tolist().index(eos) + prompt + 1 if eos in text[prompt:].tolist() else len(text) for text in (expected, actual)]
     if first >= ends[0] or first >= ends[1]:
-        raise _Difference(f"{what}: one ends after {ends[1] - prompt} new tokens, the other after {ends[0] - prompt}")
+        raise DivergentText(f"{what}: one ends after {ends[1] - prompt} new tokens, the other after {ends[0] - prompt}")
     margin = 0.0
     for place, scores in enumerate(step_logits(view, actual[None, : ends[1]], prompt, start=first), first):
-        if options:
-            scores = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])(actual[None, :place], scores)
+        if processor is not None:
+            scores = processor(actual[None, :place], scores)
         margin = max(margin, margin_of(scores, actual[None, place]))
         if place == first:
             margin = max(margin, margin_of(scores, expected[None, place]))
     kept, bound = judged(margin, for_logits(case))
     if not kept:
-        raise _Difference(
+        raise DivergentText(
             f"{what}: new token {first - prompt} differs, and logits would have to be off by the difference given", margin, bound
         )
     return margin

@@ -103,7 +103,7 @@ class _MedusaSession(Session):
             return Proposal(tokens, [len(nodes)] * state.rows, parents=parents)
         logits = logits[:, :k]
         counts = [logits.shape[1]] * state.rows
-        if state.greedy:
+        if state.greedy and state.likeliest is None:
             return Proposal(logits.argmax(-1), counts)
         draws = Draws(state)
         for i in range(logits.shape[1]):
