@@ -72,7 +72,16 @@ class Grammar(LogitsProcessor):
 
     @classmethod
     def json(cls, tokenizer: Any, *, whitespace: Whitespace = None, ends: Sequence[int] | None = None) -> Grammar:
-        """Any JSON text; see `json_schema`."""
+        """Any JSON text.
+
+        Args:
+            tokenizer: the model's, a fast one.
+            whitespace: None writes ``", "`` and ``": "`` as `json.dumps` does; "flexible" allows any blanks, and warns.
+            ends: ids of the tokens that end a text; None: the tokenizer's end token.
+
+        Raises:
+            GrammarError: the tokenizer is slow, or there is no end token.
+        """
         if whitespace == "flexible":
             warnings.warn(_WARNING, stacklevel=2)
         return cls._compiled(schema_grammar({}, whitespace, lenient=False), vocabulary_of(tokenizer, ends))
@@ -83,7 +92,8 @@ class Grammar(LogitsProcessor):
 
         Args:
             pattern: in the syntax of Rust's regex crate, without look-around and back references.
-            tokenizer, ends: see `json_schema`.
+            tokenizer: the model's, a fast one.
+            ends: ids of the tokens that end a text; None: the tokenizer's end token.
 
         Raises:
             GrammarError: the expression does not read; the message has the place.
@@ -98,7 +108,8 @@ class Grammar(LogitsProcessor):
 
         Args:
             text: rules; a special token is written by its name, as in ``<|im_start|>``.
-            tokenizer, ends: see `json_schema`.
+            tokenizer: the model's, a fast one.
+            ends: ids of the tokens that end a text; None: the tokenizer's end token.
 
         Raises:
             GrammarError: the grammar does not read, names an end token, or none of its texts ends.
@@ -112,7 +123,8 @@ class Grammar(LogitsProcessor):
 
         Args:
             text: rules.
-            tokenizer, ends: see `json_schema`.
+            tokenizer: the model's, a fast one.
+            ends: ids of the tokens that end a text; None: the tokenizer's end token.
 
         Raises:
             GrammarError: the grammar does not read, or none of its texts ends.
