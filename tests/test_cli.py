@@ -57,7 +57,7 @@ def test_patches_prints_and_writes_the_table_of_the_documents(tmp_path: Path) ->
     page = tmp_path / "page.md"
     page.write_text("<!-- table: patches -->\n<!-- end of table -->\n")
     assert run("patches", "--markdown", page).exit_code == 0 and printed in page.read_text()
-    assert "add it to write" in run("patches", page).stderr
+    assert "add it to rewrite" in run("patches", page).stderr
 
 
 def test_kernels_says_what_runs_and_why_not() -> None:
