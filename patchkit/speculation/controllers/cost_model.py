@@ -122,7 +122,9 @@ class _CostModelSession(ControllerSession):
         longest = min(max(map(len, chances)), self.largest)
         if self.first or self.rows not in self.costs:
             return longest
-        costs, survive = self.costs[self.rows].target.at, [1.0] * len(chances)
+        curve, survive = self.costs[self.rows].target, [1.0] * len(chances)
+        # As measured, where it was: libraries may take longer for two rows than for four, which the curve, as it never falls, hides.
+        costs = [curve.typical[n] if len(curve.times.get(n, ())) > 1 else curve.at[n] for n in range(longest + 1)]
         expected, speeds = float(len(chances)), [len(chances) / costs[0]]
         for n in range(longest):
             survive = [each * (row[n] if n < len(row) else 0.0) for each, row in zip(survive, chances, strict=True)]
