@@ -220,3 +220,36 @@ def test_costs_cut_drafts_that_do_not_pay() -> None:
     tried = [session.worth([[0.3] * 8]) for _ in range(200)]
     assert 1 <= sum(each > 0 for each in tried) <= 6, "costs are looked at again, ever more rarely"
     assert CostModel(bounds=(2, 8)).begin().worth([[0.1] * 8]) == 8, "nothing is known yet"
+
+
+@pytest.mark.parametrize("bounds", [(0, 0), (1, 8), (2, 4), (4, 4)])
+def test_bounds_that_ask_for_no_first_rounds(bounds: tuple[int, int]) -> None:
+    plain = tiny_model("llama").generate(prompt(), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model = patch_model(tiny_model("llama"), f"speculative(draft=suffix, k=cost_model(bounds={bounds}))", verbose=False)
+    assert torch.equal(rounds(model, prompt())[1], plain)
+
+
+def test_a_number_of_rows_that_is_new_at_this_length() -> None:
+    session = CostModel(bounds=(0, 8)).begin()
+    for tokens, rows in ((10, 1), (1000, 4)):
+        session.new_text(tokens)
+        for k in (2, 0, 2, 0):
+            session.observe(StepRecord(k, rows, (k,) * rows, (0,) * rows, rows, 0.01, 10.0, 0.0))
+    session.new_text(10)
+    assert session.most() == 8
+
+
+def test_drafts_come_back_after_a_long_bad_time() -> None:
+    session = CostModel(bounds=(0, 8)).begin()
+    session.new_text(10)
+
+    def drafted(several: int, drafts_cost: float) -> list[int]:
+        found = []
+        for _ in range(several):
+            k = session.worth([[0.6]]) if session.most() else 0
+            session.observe(StepRecord(k, 1, (k,), (0,), 1, 0.01, 10.0 * (drafts_cost if k else 1), 0.0))
+            found.append(k)
+        return found
+
+    assert 2 < sum(drafted(20_000, 3.0)) < 200, "1.6 tokens for 3 steps: hardly ever, and at most 1 % of the time is lost"
+    assert drafted(4_000, 1.1)[-20:] == [1] * 20, "1.6 tokens for 1.1 steps"

@@ -137,9 +137,12 @@ class _CostModelSession(ControllerSession):
         self.declined += 1
         if self.declined < self.patience:
             return 0
-        # Costs that were measured in a bad moment must not keep drafts away for ever: look again, ever more rarely.
-        self.declined, self.patience = 0, 2 * self.patience
-        return max(range(1, longest + 1), key=speeds.__getitem__)
+        # Costs that were measured in a bad moment must not keep drafts away for ever: look again, more and more rarely, but as often as
+        # the budget allows.
+        nearest = max(range(1, longest + 1), key=speeds.__getitem__)
+        loss = costs[nearest] * (speeds[0] - speeds[nearest]) / len(chances)  # in plain steps
+        self.declined, self.patience = 0, max(self.options.look_every, min(2 * self.patience, round(loss / self.options.budget)))
+        return nearest
 
     def observe(self, record: StepRecord) -> None:
         self.search_ms += _SEARCH_WEIGHT * (record.draft_ms - self.search_ms)
@@ -169,6 +172,7 @@ class _CostModelSession(ControllerSession):
 
     def new_weights(self) -> None:
         self.failed_trials = 0
+        self.declined, self.patience = 0, self.options.look_every
         self._begin_again()
 
     def predicted_speedup(self) -> float | None:
@@ -222,7 +226,8 @@ class _CostModelSession(ControllerSession):
             self.first.append(0)
 
     def _plain_times(self) -> Collection[float]:
-        return self.costs[self.rows].target.times.get(0, ())
+        # Nothing was measured yet where no first rounds are asked for, or where the last call had another number of rows.
+        return self.costs[self.rows].target.times.get(0, ()) if self.rows in self.costs else ()
 
     def _count_towards_look(self) -> None:
         self.since_look += 1
