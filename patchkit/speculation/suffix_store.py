@@ -6,6 +6,8 @@ token, and scanned, instead of in a suffix tree, which takes hundreds of bytes p
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ Tokens = npt.NDArray[np.int32]
 # What no token is: it ends a sequence, and the text before its first token.
 _END = -1
 # The longest suffix that is compared, and how many of the latest places are compared at all.
-_LONGEST_SUFFIX = 32
+LONGEST_SUFFIX = 32
 _MOST_PLACES = 1024
 # Places that vote for what comes next, the latest.
 _MOST_VOTES = 32
@@ -69,39 +71,72 @@ class SuffixStore:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._tokens: Tokens = np.full(1, _END, np.int32)
+        self._buffer: Tokens = np.full(256, _END, np.int32)
+        self._length = 1
         self._ends: list[int] = []  # of each sequence, where its closing `_END` is
         self._used: list[int] = []  # of each sequence, when it was used last
+        self._digests: list[bytes] = []  # of each sequence, by which it is found
         self._clock = 0
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tokens kept."""
-        return self._tokens.nbytes
+        """Bytes of the tokens kept, and of the room for more."""
+        return self._buffer.nbytes
+
+    @property
+    def largest(self) -> int:
+        """The largest token kept; -1 if there is none."""
+        return int(self._tokens.max())
 
     def sequences(self) -> list[Tokens]:
         """The sequences kept, the oldest first."""
         return [self._tokens[start + 1 : end] for start, end in itertools.pairwise([0, *self._ends])]
 
+    def by_use(self) -> list[Tokens]:
+        """The sequences kept, the one that was not used for longest first."""
+        sequences = self.sequences()
+        return [sequences[number] for number in np.argsort(self._used, kind="stable")]
+
     def add(self, sequence: Tokens) -> None:
         """Keep a finished sequence [n] int32; of one that is longer than the store, the last tokens."""
         sequence = sequence[-(self.max_tokens - 2) :]
         self._clock += 1
-        for number, kept in enumerate(self.sequences()):
-            if np.array_equal(kept, sequence):
-                self._used[number] = self._clock
-                return
-        while self._ends and len(self._tokens) + len(sequence) + 1 > self.max_tokens:
-            self._drop(self._used.index(min(self._used)))
-        self._tokens = np.concatenate([self._tokens, sequence, np.full(1, _END, np.int32)])
-        self._ends.append(len(self._tokens) - 1)
+        digest = hashlib.blake2b(sequence.tobytes(), digest_size=16).digest()
+        if digest in self._digests:
+            self._used[self._digests.index(digest)] = self._clock
+            return
+        self._make_room(len(sequence) + 1)
+        end = self._length + len(sequence)
+        if end >= len(self._buffer):
+            grown = np.full(min(2 * (end + 1), self.max_tokens), _END, np.int32)
+            grown[: self._length] = self._tokens
+            self._buffer = grown
+        self._buffer[self._length : end], self._buffer[end] = sequence, _END
+        self._length = end + 1
+        self._ends.append(end)
         self._used.append(self._clock)
+        self._digests.append(digest)
 
-    def _drop(self, number: int) -> None:
-        start, end = 0 if number == 0 else self._ends[number - 1], self._ends[number]
-        self._tokens = np.concatenate([self._tokens[: start + 1], self._tokens[end + 1 :]])
-        self._ends = [each for each in self._ends if each < end] + [each - (end - start) for each in self._ends if each > end]
-        del self._used[number]
+    @property
+    def _tokens(self) -> Tokens:
+        return self._buffer[: self._length]
+
+    def _make_room(self, tokens: int) -> None:
+        """Drop the least recently used sequences, so that there is room for so many more ``tokens``."""
+        excess = self._length + tokens - self.max_tokens
+        if excess <= 0 or not self._ends:
+            return
+        lengths = np.diff([0, *self._ends])  # with the closing `_END`
+        order = np.argsort(self._used, kind="stable")
+        dropped = order[: 1 + int(np.searchsorted(np.cumsum(lengths[order]), excess))]
+        kept = np.ones(len(lengths), bool)
+        kept[dropped] = False
+        left = self._tokens[1:][np.repeat(kept, lengths)]
+        self._length = 1 + len(left)
+        self._buffer[1 : self._length] = left
+        self._ends = np.cumsum(lengths[kept]).tolist()
+        self._used = [used for used, keep in zip(self._used, kept, strict=True) if keep]
+        self._digests = [digest for digest, keep in zip(self._digests, kept, strict=True) if keep]
 
     def continuation(self, sequence: GrowingSequence, most: int, shortest: int = 1) -> Continuation | None:
         """Tokens that followed the longest suffix of ``sequence`` wherever it came before, in the store or in the sequence itself.
@@ -113,7 +148,7 @@ class SuffixStore:
             shortest: the fewest tokens that a suffix must have.
         """
         own = sequence.tokens
-        suffix = own[1:][-_LONGEST_SUFFIX:]
+        suffix = own[1:][-LONGEST_SUFFIX:]
         if not len(suffix):
             return None
         kept, kept_lengths = _places(self._tokens, suffix)
@@ -127,14 +162,15 @@ class SuffixStore:
         kept = kept[len(kept) - min(len(kept), _MOST_VOTES - len(here)) :]
         if len(kept):
             self._clock += 1
-            self._used[int(np.searchsorted(self._ends, kept[-1]))] = self._clock
+            self._used[bisect.bisect_left(self._ends, int(kept[-1]))] = self._clock
         return self._vote(own, kept.tolist(), here.tolist(), most, matched)
 
     def _vote(self, own: Tokens, kept: list[int], here: list[int], most: int, matched: int) -> Continuation:
         found: list[int] = []
         shares: list[float] = []
+        tokens = self._tokens
         while len(found) < most:
-            nexts = [int(self._tokens[place]) for place in kept]
+            nexts = [int(tokens[place]) for place in kept]
             # A repetition shorter than what is asked for goes on into what was found.
             nexts += [int(own[place]) if place < len(own) else found[place - len(own)] for place in here]
             votes = Counter(token for token in nexts if token != _END)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchkit import patch_model
+from patchkit import patch_model, unpatch_model
 from patchkit.errors import PatchError
 from patchkit.speculation import statistics_of
 from patchkit.speculation.calibration import Calibration
@@ -20,6 +21,7 @@ from patchkit.speculation.controllers.cost_model import CostModel
 from patchkit.speculation.drafters.suffix import Suffix
 from patchkit.speculation.shared import reset_statistics
 from patchkit.speculation.statistics import StepRecord
+from patchkit.speculation.suffix_file import SuffixFile
 from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
 from patchkit.testing import tiny_model
 
@@ -98,6 +100,36 @@ def test_the_store_does_not_go_on_into_the_next_sequence() -> None:
     assert store.continuation(sequence_of([3, 7]), 5).matched == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_kept_is_what_dropping_one_by_one_keeps(seed: int) -> None:
+    chance, store = random.Random(seed), SuffixStore(1024)
+    kept: list[tuple[int, ...]] = []  # the one that was not used for longest first
+    for _ in range(300):
+        new = tuple(chance.randrange(6) for _ in range(chance.choice([0, 1, 2, 40, 300, 900, 1022, 2000])))[-1022:]
+        store.add(np.array(new, np.int32))
+        if new in kept:
+            kept.remove(new)
+        else:
+            while 1 + sum(len(each) + 1 for each in kept) + len(new) + 1 > 1024:
+                del kept[0]
+        kept.append(new)
+        assert [tuple(each.tolist()) for each in store.by_use()] == kept
+        assert sorted(each.tobytes() for each in store.sequences()) == sorted(each.tobytes() for each in store.by_use())
+        assert store.n_bytes <= 4 * 1024 and store.largest == max((max(each, default=-1) for each in kept), default=-1)
+
+
+def test_many_sequences_are_added_without_a_look_at_every_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(np, "array_equal", lambda *arrays: compared.append(arrays))
+    copied = []
+    concatenate = np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda arrays: copied.append(sum(map(len, arrays))) or concatenate(arrays))
+    store = SuffixStore(1 << 16)
+    for first in range(2000):
+        store.add(np.arange(first, first + 20, dtype=np.int32))
+    assert len(store.sequences()) == 2000 and len(compared) < 2000 and sum(copied) < 10 * 2000 * 20
+
+
 def prompt(rows: int = 1, seed: int = 3) -> torch.Tensor:
     return torch.randint(5, 90, (rows, 14), generator=torch.Generator().manual_seed(seed))
 
@@ -119,6 +151,11 @@ def test_a_second_call_drafts_from_the_first(rows: int) -> None:
         second, out = rounds(model, prompt(rows))
         assert torch.equal(out, plain)
         assert (second <= first // 2) == second_is_fast, (first, second)
+
+
+def test_a_call_is_remembered_in_a_chain_too() -> None:
+    model = patch_model(tiny_model("llama"), "speculative(draft=[suffix, prompt_lookup], k=8)", verbose=False)
+    assert rounds(model, prompt())[0] > 2 * rounds(model, prompt())[0]
 
 
 def test_an_interrupted_call_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +213,71 @@ def test_bad_files_are_refused_before_anything_is_touched(make: Any, words: str,
         patch_model(model, f"speculative(draft=suffix(scope='{tmp_path}/nowhere/file'))")
 
 
+def _written(path: Path, tokens: Any, lengths: Any) -> None:
+    metadata = {"format": "patchkit suffix 1", "model": "LlamaForCausalLM with 128 tokens"}
+    save_file({"tokens": torch.as_tensor(tokens), "lengths": torch.as_tensor(lengths)}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths"),
+    [
+        (torch.tensor([1, 2, 128], dtype=torch.int32), torch.tensor([3])),
+        (torch.tensor([1, -1, 2], dtype=torch.int32), torch.tensor([3])),
+        (torch.tensor([1, 2, 3]), torch.tensor([3])),
+        (torch.ones(2, 4, dtype=torch.int32), torch.tensor([2])),
+        (torch.ones(3, dtype=torch.int32), torch.tensor([1.0, 2.0])),
+        (torch.ones(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)),
+    ],
+)
+def test_a_damaged_file_never_reaches_the_model(tokens: torch.Tensor, lengths: torch.Tensor, tmp_path: Path) -> None:
+    _written(tmp_path / "file", tokens, lengths)
+    with pytest.raises(PatchError, match="damaged"):
+        patch_model(tiny_model("llama"), f"speculative(draft=suffix(scope='{tmp_path}/file'))")
+
+
+def test_the_file_keeps_the_order_of_use(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    store = SuffixStore(1024)
+    for first in (0, 40, 80):
+        store.add(np.arange(first, first + 30, dtype=np.int32))
+    assert store.continuation(sequence_of([4, 5]), 3) is not None
+    model = tiny_model("llama")
+    SuffixFile(str(path)).write(store, model)
+    read = SuffixFile(str(path)).read(model, 1024)
+    read.add(np.arange(940, dtype=np.int32) % 7)
+    assert [int(each[0]) for each in read.by_use()][:2] == [80, 0], "the one from 40 on was not used for longest"
+
+
+def test_a_text_is_not_lost_where_the_file_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    plain = tiny_model("llama").generate(prompt(), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model = patch_model(tiny_model("llama"), f"speculative(draft=suffix(scope='{folder}/file'), k=4)", verbose=False)
+    folder.rmdir()
+    with caplog.at_level("WARNING", "patchkit"):
+        for _ in range(2):
+            assert torch.equal(rounds(model, prompt())[1], plain)
+    assert sum("cannot be written (FileNotFoundError)" in line for line in caplog.messages) == 1
+
+
+def test_a_relative_path_is_that_of_the_folder_at_patching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = patch_model(tiny_model("llama"), "speculative(draft=suffix(scope='file'), k=4)", verbose=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rounds(model, prompt())
+    assert (tmp_path / "file").is_file() and not (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_tokens_that_a_smaller_vocabulary_does_not_have_are_forgotten() -> None:
+    model = patch_model(tiny_model("llama"), "speculative(draft=suffix, k=8)", verbose=False)
+    rounds(model, prompt())
+    model.resize_token_embeddings(100)
+    same = unpatch_model(copy.deepcopy(model))
+    wanted = same.generate(prompt(), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(rounds(model, prompt())[1], wanted)
+
+
 def test_a_file_over_its_bound_keeps_the_latest(tmp_path: Path) -> None:
     path = tmp_path / "file"
     spec = f"speculative(draft=suffix(scope='{path}', max_tokens=1024))"
@@ -189,7 +291,7 @@ def test_a_file_over_its_bound_keeps_the_latest(tmp_path: Path) -> None:
 
 
 def test_options_are_checked() -> None:
-    for wrong in (dict(scope=""), dict(scope=3), dict(shortest=0), dict(max_tokens=10)):
+    for wrong in (dict(scope=""), dict(scope=3), dict(shortest=0), dict(shortest=33), dict(max_tokens=10)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Suffix(**wrong)  # type: ignore[arg-type]
 

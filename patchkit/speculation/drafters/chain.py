@@ -75,6 +75,10 @@ class ChainSession(Session):
             if session.wants_hidden:
                 session.observe(hidden, counts)
 
+    def close(self, state: State) -> None:
+        for session in self.sessions:
+            session.close(state)
+
     def select_rows(self, rows: list[int]) -> None:
         for session in self.sessions:
             session.select_rows(rows)

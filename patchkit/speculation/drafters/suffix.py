@@ -7,17 +7,21 @@ match: drafts come with chances of acceptance, learned for each length of match,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
+from patchkit.record import Warnings
 from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 from patchkit.speculation.suffix_file import SuffixFile
-from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
+from patchkit.speculation.suffix_store import LONGEST_SUFFIX, GrowingSequence, SuffixStore
 
 if TYPE_CHECKING:
     from patchkit.anatomy.target import Target
@@ -33,8 +37,9 @@ class Suffix(Drafter, name="suffix"):
 
     Args:
         scope: "model" remembers the calls of the patched model; "call" only the call itself; anything else is the path of a file in which
-            they are kept from process to process (safetensors).
-        shortest: tokens that must agree at least.
+            they are kept from process to process (safetensors). Each call of generate replaces the file; of several processes, or
+            models, that write one file the last wins.
+        shortest: tokens that must agree at least, 1 to 32.
         max_tokens: the most tokens that are remembered, at 4 bytes each; sequences that were not used for longest are dropped.
 
     Raises:
@@ -54,6 +59,8 @@ class Suffix(Drafter, name="suffix"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
+        if self.shortest > LONGEST_SUFFIX:
+            raise ValueError(f"shortest={self.shortest}: give at most {LONGEST_SUFFIX} tokens, which is as many as are compared")
 
     def check(self, target: Target) -> None:
         if self._file is not None:
@@ -61,14 +68,14 @@ class Suffix(Drafter, name="suffix"):
 
     def prepared(self, target: Target) -> Drafter:
         store = SuffixStore(self.max_tokens) if self._file is None else self._file.read(target.model, self.max_tokens)
-        return RememberingSuffix(self, store, Calibration())
+        return RememberingSuffix(self, store, Calibration(), self._file)
 
     def begin(self, model: Any, state: State) -> Session:
         return SuffixSession(self, SuffixStore(self.max_tokens), Calibration(), state.rows)
 
     @property
     def _file(self) -> SuffixFile | None:
-        return None if self.scope in ("model", "call") else SuffixFile(self.scope)
+        return None if self.scope in ("model", "call") else SuffixFile(os.path.abspath(self.scope))
 
     def __str__(self) -> str:
         return f"suffix({self.scope})"
@@ -81,14 +88,26 @@ class RememberingSuffix(Drafter):
     options: Suffix
     store: SuffixStore
     calibration: Calibration
+    file: SuffixFile | None = None
+    warnings: Warnings = field(default_factory=Warnings)
+
+    def follow(self, model: Any) -> Drafter:
+        # After resize_token_embeddings to fewer tokens the model could not read what is remembered.
+        if self.store.largest < model.get_input_embeddings().weight.shape[0]:
+            return self
+        return dataclasses.replace(self, store=SuffixStore(self.options.max_tokens))
 
     def begin(self, model: Any, state: State) -> Session:
         store = SuffixStore(self.options.max_tokens) if self.options.scope == "call" else self.store
         return SuffixSession(self.options, store, self.calibration, state.rows, functools.partial(self._save, model))
 
     def _save(self, model: Any) -> None:
-        if self.options._file is not None:
-            self.options._file.write(self.store, model)
+        if self.file is None:
+            return
+        try:
+            self.file.write(self.store, model)
+        except (OSError, SafetensorError) as error:  # the text is generated, and must not be lost
+            self.warnings.add(f"suffix(scope={self.options.scope!r}) cannot be written ({type(error).__name__})")
 
     def __str__(self) -> str:
         return str(self.options)
