@@ -141,7 +141,9 @@ class Constraint:
         self.texts = [self.texts[row] for row in rows]
 
     def _end_of(self, tokens: list[int]) -> int:
-        return next((i for i, token in enumerate(tokens) if token in self.vocabulary.ends), len(tokens))
+        # A drafted token that only pads the model's vocabulary would be an error of the parser.
+        ends, size = self.vocabulary.ends, self.vocabulary.size
+        return next((i for i, token in enumerate(tokens) if token in ends or token >= size), len(tokens))
 
     def _allowed(self, row: int, tokens: list[int]) -> int:
         over = self.matchers[row].over

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from patchkit.grammar.processor import Grammar
 from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.judge import Verdict
 from patchkit.speculation.rows import Rows
+from patchkit.speculation.stops import KEEP_THE_ONLY_ONE
 
 # Tokens of a forced run that ends a text; a longer one is drafted first.
 _LONGEST = 128
@@ -13,6 +17,11 @@ _LONGEST = 128
 def forced_tokens(constraint: Constraint, verdict: Verdict) -> int:
     """Return how many new tokens of a round were the only ones allowed."""
     return sum(only[node] is not None for new, only in zip(verdict.tokens, constraint.only, strict=True) for node in range(len(new)))
+
+
+def grammar_decides(processors: Any) -> bool:
+    """Return whether a token that a grammar forces is chosen whatever the other processors do: none of them may forbid it."""
+    return all(isinstance(each, Grammar) or type(each).__name__ in KEEP_THE_ONLY_ONE for each in processors)
 
 
 def append_forced_end(rows: Rows, constraint: Constraint) -> list[list[int]]:

@@ -21,7 +21,7 @@ from patchkit.speculation.cached_model import CachedModel, make_cache
 from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.drafter import Proposal
 from patchkit.speculation.drafters.forced import Forced, ForcedSession
-from patchkit.speculation.forced_end import append_forced_end, forced_tokens
+from patchkit.speculation.forced_end import append_forced_end, forced_tokens, grammar_decides
 from patchkit.speculation.judge import Verdict, judge_for
 from patchkit.speculation.refusals import Call, refuse_call
 from patchkit.speculation.rows import Rows
@@ -87,8 +87,8 @@ class _Run:
         self.streamer: Any = None
         self.rows = Rows(call)
         self.judge = judge_for(self.rows, speculation.acceptance)
-        # What is returned of a text must not lack the forwards of its end.
-        self.may_skip_forwards = call.own_cache and not self.config.return_dict_in_generate
+        # What is returned of a text must not lack the forwards of its end, nor what other processors make of forced tokens.
+        self.may_skip_forwards = call.own_cache and not self.config.return_dict_in_generate and grammar_decides(call.processors)
         cache = call.model_kwargs[_compat.CACHE]
         if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
             cache = make_cache(self.model, min(self.config.max_length or 1, _MOST_ROOM))

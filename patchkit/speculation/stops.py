@@ -27,6 +27,9 @@ BY_SCORES = {
     *("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"),
 }
 
+# Those that leave a token possible where it is the only one.
+KEEP_THE_ONLY_ONE = BY_SCORES - {"SuppressTokensLogitsProcessor"} | {"RepetitionPenaltyLogitsProcessor", "ExponentialDecayLengthPenalty"}
+
 KNOWN_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
 
 

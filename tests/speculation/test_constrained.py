@@ -302,6 +302,39 @@ def test_other_processors(options: dict[str, Any], batch: int) -> None:
         assert "stock calls" not in report(model).patches[0].hits
 
 
+# k is 76; after 20 tokens only that, in the end of the text that is known.
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(forced_eos_token_id=0, max_new_tokens=12),
+        dict(min_new_tokens=45),
+        dict(suppress_tokens=[76]),
+        dict(bad_words_ids=[[76]]),
+        dict(no_repeat_ngram_size=1),
+        dict(repetition_penalty=1.7),
+    ],
+    ids=str,
+)
+def test_other_processors_may_forbid_what_is_forced(options: dict[str, Any], batch: int) -> None:
+    model = tiny_model("llama")
+    options = dict(logits_processor=[Grammar.regex('x[ab]"; the end of it is known', tiny_vocabulary())]) | options
+    wanted = tiny_text(model, batch, **options)
+    with patched(model, Speculative(draft=Silent(), k=4), verbose=False):
+        assert torch.equal(tiny_text(model, batch, **options), wanted)
+        assert "stock calls" not in report(model).patches[0].hits
+
+
+def test_drafts_beyond_the_tokens_of_the_tokenizer() -> None:
+    model = tiny_model("llama")
+    vocabulary = vocabulary_of_bytes([b"<end>", *(bytes([32 + i]) for i in range(90))], [0])
+    grammar = [Grammar.regex("[a-z ]{5,20}x|y", vocabulary)]
+    wanted = tiny_text(model, logits_processor=grammar)
+    for draft in (always(120), always(91)):
+        with patched(model, Speculative(draft=draft, k=4), verbose=False):
+            assert torch.equal(tiny_text(model, logits_processor=grammar), wanted)
+
+
 def test_scores_and_logits_are_those_of_plain_decoding() -> None:
     model = tiny_model("llama")
     options = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
