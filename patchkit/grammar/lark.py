@@ -64,18 +64,22 @@ def never_end(text: str) -> set[str]:
     """
     if "::" in text:  # llguidance's rules with parameters
         return set()
-    clean = re.sub(r"(?m)^[ \t]*(//|#|%).*$", "", text)
+    clean = _PIECES.sub(_without_comment, re.sub(r"(?m)^[ \t]*%.*$", "", text))
     heads = list(_RULE.finditer(clean))
     bodies: dict[str, list[str]] = {}
     for head, following in zip(heads, [*heads[1:], None], strict=True):
         body = clean[head.end() : len(clean) if following is None else following.start()]
-        bodies[head.group("name")] = _BODY.findall(re.sub(r"(?m)//.*$", "", body) if '"' not in body and "/" not in body else body)
+        bodies[head.group("name")] = _BODY.findall(body)
     ending: set[str] = set()
     while True:
         more = {name for name, body in bodies.items() if name not in ending and _ends(body, bodies, ending)}
         if not more:
             return set(bodies) - ending
         ending |= more
+
+
+def _without_comment(piece: re.Match[str]) -> str:
+    return "" if piece.group(0).startswith(("//", "#")) else piece.group(0)
 
 
 def _ends(body: list[str], bodies: dict[str, list[str]], ending: set[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ _SINGLE = (
 _FIXED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _FLEXIBLE = {"item_separator": ",", "key_separator": ":", "whitespace_flexible": True}
 
+_TOO_DEEP = "the schema is nested too deeply: give inner parts names in $defs, and refer to them"
+
 
 def read_schema(schema: Any) -> Any:
     """Return a schema that is given as an object or as text.
@@ -55,6 +58,8 @@ def read_schema(schema: Any) -> Any:
     if isinstance(schema, str | bytes):
         try:
             schema = json.loads(schema)
+        except RecursionError as error:
+            raise GrammarError(_TOO_DEEP) from error
         except ValueError as error:
             raise GrammarError(f"the schema is not JSON ({error}): give a JSON schema as text or as a dict") from error
     if not isinstance(schema, dict | bool):
@@ -81,7 +86,11 @@ def schema_grammar(schema: Any, whitespace: Whitespace, lenient: bool) -> str:
         raise GrammarError(
             f"the schema has unknown keywords ({', '.join(unknown)}){hint} take them out, or give lenient=True to ignore them"
         )
-    if not can_end(schema, schema):
+    try:
+        ends = can_end(schema, schema)
+    except RecursionError as error:
+        raise GrammarError(_TOO_DEEP) from error
+    if not ends:
         raise GrammarError("every text of this schema holds another of the same kind, without end: let it be null, or not required")
     options = {**(_FIXED if whitespace is None else _FLEXIBLE), "lenient": lenient}
     try:
@@ -91,29 +100,48 @@ def schema_grammar(schema: Any, whitespace: Whitespace, lenient: bool) -> str:
     return text
 
 
-def can_end(part: Any, root: Any, above: frozenset[str] = frozenset()) -> bool:
+def can_end(part: Any, root: Any) -> bool:
     """Return whether a part of a schema describes a text of finite length.
 
     Args:
         part: a schema in ``root``.
         root: the whole schema, to which references refer.
-        above: references that this one is inside of.
     """
+    ending: set[str] = set()  # references whose texts end, found one after the other
+    met: set[str] = set()
+    while True:
+        known = len(ending), len(met)
+        if _ends(part, root, ending, met):
+            return True
+        ending |= {each for each in list(met) if each not in ending and _ends(_resolved(each, root), root, ending, met)}
+        if known == (len(ending), len(met)):
+            return False
+
+
+def _ends(part: Any, root: Any, ending: set[str], met: set[str]) -> bool:
+    """Whether a part ends if only the references in ``ending`` do. What llguidance refuses as no schema is taken to end."""
     if not isinstance(part, dict):
         return part is not False
     reference = part.get("$ref")
-    if reference is not None and (reference in above or not can_end(_resolved(reference, root), root, above | {reference})):
+    if isinstance(reference, str) and reference not in ending:
+        met.add(reference)
         return False
     for name in ("anyOf", "oneOf"):
-        if isinstance(part.get(name), list) and part[name] and not any(can_end(each, root, above) for each in part[name]):
+        if _list(part, name) and not any(_ends(each, root, ending, met) for each in part[name]):
             return False
-    needed = list(part["allOf"]) if isinstance(part.get("allOf"), list) else []
-    if part.get("type") == "object":
-        properties = part.get("properties") or {}
-        needed += [properties[name] for name in part.get("required") or [] if name in properties]
-    if part.get("type") == "array" and part.get("minItems"):
-        needed += [*part.get("prefixItems", []), part.get("items", True)][: part["minItems"]]
-    return all(can_end(each, root, above) for each in needed)
+    needed, kinds = _list(part, "allOf"), part.get("type")
+    if kinds in ("object", ["object"]) and isinstance(part.get("properties"), dict):
+        needed = needed + [
+            part["properties"][name] for name in _list(part, "required") if isinstance(name, str) and name in part["properties"]
+        ]
+    least = part.get("minItems")
+    if kinds in ("array", ["array"]) and isinstance(least, int | float) and least > 0:
+        needed = needed + [*_list(part, "prefixItems"), part.get("items", True)][: math.ceil(least)]
+    return all([_ends(each, root, ending, met) for each in needed])
+
+
+def _list(part: dict[str, Any], name: str) -> list[Any]:
+    return part[name] if isinstance(part.get(name), list) else []
 
 
 def _resolved(reference: Any, root: Any) -> Any:
@@ -130,7 +158,7 @@ def _resolved(reference: Any, root: Any) -> Any:
 
 def unknown_keywords(schema: Any) -> list[str]:
     """Return the keywords of a schema and its parts that JSON Schema does not have, sorted; those that begin with x- are left out."""
-    found = {key for part in _parts(schema) for key in part if key not in _KEYWORDS and not key.startswith("x-")}
+    found = {key for part in _parts(schema) for key in map(str, part) if key not in _KEYWORDS and not key.startswith("x-")}
     return sorted(found)
 
 

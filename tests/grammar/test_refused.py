@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from typing import Any
@@ -38,6 +39,16 @@ SCHEMAS: list[tuple[Any, str]] = [
     ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "without end"),
     ({"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}, "without end"),
     ({"type": "array", "minItems": 1, "items": {"anyOf": [{"$ref": "#"}]}}, "without end"),
+    ({"type": "array", "minItems": 1.0, "items": {"$ref": "#"}}, "without end"),
+    ({"type": ["object"], "properties": {"next": {"$ref": "#"}}, "required": ["next"]}, "without end"),
+    ({"type": "array", "minItems": "2"}, "minItems"),
+    ({"type": "array", "minItems": 1, "prefixItems": 5}, "prefixItems"),
+    ({"type": "object", "required": 5}, "required"),
+    ({"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "required"),
+    ({"$ref": ["#"]}, "ref"),
+    ({1: 2}, "unknown keywords .1."),
+    (functools.reduce(lambda inner, _: {"type": "array", "minItems": 1, "items": inner}, range(400), {}), "nested too deeply|recursion"),
+    ("[" * 100_000, "nested too deeply"),
 ]
 
 
@@ -104,8 +115,12 @@ def test_which_rules_never_end() -> None:
         'start: x~0..3\nx: "a" x',
         'start: A\nA: /a"|:b/\n// x: x\n%ignore /x/',
         'start: "x: y |" start | ""',
+        'start: "a" x // after start\nx: "b"',
+        'start: "a" # start',
+        'start: "//" x /#/ "#"\nx: "b" // start |',
     ):
         assert "start" not in never_end(ends), ends
+    assert never_end('start: "a" start // | "b"') == {"start"}
     assert never_end('start: a | b\na: "x"\nb: "(" b ")"') == {"b"}
 
 
@@ -168,6 +183,16 @@ def test_schemas_that_can_end() -> None:
     tree = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}, "required": ["kids"]}
     chain = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]}
     assert all(can_end(schema, schema) for schema in (tree, chain, {}, True, {"required": ["a"]}, {"$ref": "#/nowhere/else"}))
+
+
+def test_references_are_followed_once() -> None:
+    """A definition that refers to the next one twice: 2^60 paths."""
+    both = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+    every = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)}
+    for definitions in (both, every):
+        for last, ends in (({"type": "null"}, True), ({"$ref": "#/$defs/d0"}, False)):
+            schema = {"$defs": definitions | {"d60": last}, "$ref": "#/$defs/d0"}
+            assert can_end(schema, schema) == ends
 
 
 def test_packed_tokens_are_refused() -> None:
