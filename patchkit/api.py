@@ -154,7 +154,7 @@ def refresh(model: Any) -> bool:
 
     Seldom needed: `generate`, and a forward of a prompt, look for changed weights and do this by themselves. They cannot see an edit
     through ``.data``, or by a kernel of your own, that misses all 16 values that are compared of each weight; and a `torch.compile` of
-    your own does not look.
+    your own does not look. This function derives everything again, whether or not a change is seen.
 
     Returns:
         Whether anything was out of date.
@@ -164,7 +164,7 @@ def refresh(model: Any) -> bool:
         StaleWeights: a weight has changed in a way that its int8 copy cannot follow.
         StreamError: another thread generates with this model.
     """
-    return _handle_of(model).refresh()
+    return _handle_of(model).refresh(thorough=True)
 
 
 def _drafting(chosen: list[Patch]) -> list[Patch]:

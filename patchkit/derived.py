@@ -26,21 +26,22 @@ class Derived:
 
     Args:
         sources: the weights.
-        renew: makes everything that is derived from them again.
+        renew: makes everything that is derived from them again, and returns whether anything differs from before.
     """
 
-    def __init__(self, sources: Sequence[torch.Tensor], renew: Callable[[], None]) -> None:
+    def __init__(self, sources: Sequence[torch.Tensor], renew: Callable[[], bool]) -> None:
         self.watch = WeightWatch(sources)
         self.renew = renew
 
-    def refresh(self) -> bool:
-        """Renew what is derived, if the weights have changed. Returns whether they had."""
+    def refresh(self, thorough: bool = False) -> bool:
+        """Renew what is derived, if the weights have changed, or in any case if ``thorough``. Returns whether they had."""
         with _guard:
-            if not self.watch.changes():
+            changed = bool(self.watch.changes())
+            if not changed and not thorough:
                 return False
-            self.renew()
+            differs = self.renew()
             self.watch.settle()
-            return True
+            return changed or differs
 
 
 def keep_fresh(handle: Handle, model: nn.Module, decoder: nn.Module, derived: Derived) -> None:

@@ -47,7 +47,7 @@ class Handle:
         self.final: str | None = None
         self._steps: list[Callable[[], object]] = []
         self._last: list[tuple[str, Callable[[], object]]] = []
-        self._refreshers: list[Callable[[], bool]] = []
+        self._refreshers: list[Callable[[bool], bool]] = []
 
     def for_patch(self, patch: Named) -> Handle:
         """Make a handle for one patch, with this handle's undo stack and a new record."""
@@ -130,17 +130,21 @@ class Handle:
         _require_portable(callback, "undo step")
         self._steps.append(callback)
 
-    def on_refresh(self, callback: Callable[[], bool]) -> None:
+    def on_refresh(self, callback: Callable[[bool], bool]) -> None:
         """Register the function that derives again what a patch has derived from the model's weights, for `patchkit.refresh`.
 
-        It returns whether anything was out of date.
+        It takes ``thorough``, as `refresh` does, and returns whether anything was out of date.
         """
         _require_portable(callback, "refresh step")
         self._refreshers.append(callback)
 
-    def refresh(self) -> bool:
-        """Bring what all patches have derived from the model's weights up to date. Returns whether anything was not."""
-        return any([callback() for callback in self._refreshers])
+    def refresh(self, thorough: bool = False) -> bool:
+        """Bring what all patches have derived from the model's weights up to date. Returns whether anything was not.
+
+        Args:
+            thorough: derive it again even where no sign of a change is seen.
+        """
+        return any([callback(thorough) for callback in self._refreshers])
 
     def make_final(self, why: str, discard: Callable[[], object]) -> None:
         """Discard what undoing would need, by ``discard()`` once all patches are applied; `unpatch_model` then refuses with ``why``."""
@@ -182,10 +186,10 @@ class Handle:
             ) from failures[0]
 
 
-def refresh_patches(model: Any) -> bool:
+def refresh_patches(model: Any, thorough: bool = False) -> bool:
     """Bring what patches have derived from the weights of ``model`` up to date: `Handle.refresh`. False for an unpatched model."""
     handle = vars(model).get(ATTRIBUTE)
-    return isinstance(handle, Handle) and handle.refresh()
+    return isinstance(handle, Handle) and handle.refresh(thorough)
 
 
 class _Token:

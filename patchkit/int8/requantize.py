@@ -16,26 +16,31 @@ from patchkit.int8.weight import Int8Weight
 Original = tuple[nn.Module, str, nn.Parameter]
 
 
-def requantize(originals: Sequence[Original], hits: Counter[str]) -> None:
+def requantize(originals: Sequence[Original], hits: Counter[str]) -> bool:
     """Quantise the floating-point weights again, into the int8 tensors that are in use: addresses stay, compiled code goes on.
 
     The int8 values are those of a model that is patched now. Which modules run in int8, and in which mode, is not chosen again.
+
+    Returns:
+        Whether any int8 tensor differs from before; only that is counted in ``hits``.
 
     Raises:
         StaleWeights: a weight has another shape than its int8 copy, or is no longer in memory; nothing was changed.
     """
     for module, key, original in originals:
         _refuse(module, key, original)
+    differs = False
     with torch.no_grad():
         for module, key, original in originals:
             now = _compat.parameters_of(module)[key]
             experts = int8_experts_of(module)
             if experts is not None:
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
-                _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed)))
+                differs |= _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed)))
             elif isinstance(now, Int8Weight):  # else the module was given another weight, and runs over that
-                _overwrite(now, _quantized(original, now))
-    hits["requantised"] += 1
+                differs |= _overwrite(now, _quantized(original, now))
+    hits["requantised"] += differs
+    return differs
 
 
 def _refuse(module: nn.Module, key: str, original: nn.Parameter) -> None:
@@ -60,14 +65,19 @@ def _quantized(original: nn.Parameter, now: Int8Weight) -> Int8Weight:
     return Int8Weight.quantize(original.detach().to(now.device, now.dtype), transposed=now.transposed)
 
 
-def _overwrite(weight: Int8Weight, new: Int8Weight) -> None:
-    for old, fresh in ((weight.qdata, new.qdata), (weight.scale, new.scale)):
-        with torch.inference_mode(old.is_inference()):  # such a tensor can be written to in that mode only
-            old.copy_(fresh)
+def _overwrite(weight: Int8Weight, new: Int8Weight) -> bool:
+    return any([_copy(weight.qdata, new.qdata), _copy(weight.scale, new.scale)])
 
 
-def _overwrite_experts(weights: ExpertWeights, new: ExpertWeights) -> None:
-    for expert, fresh in zip(weights.experts, new.experts, strict=True):
-        _overwrite(expert, fresh)
-    with torch.inference_mode(weights.scale.is_inference()):
-        weights.scale.copy_(new.scale)
+def _overwrite_experts(weights: ExpertWeights, new: ExpertWeights) -> bool:
+    differs = [_overwrite(expert, fresh) for expert, fresh in zip(weights.experts, new.experts, strict=True)]
+    return any([*differs, _copy(weights.scale, new.scale)])
+
+
+def _copy(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Write ``new`` to ``old`` if they differ, or else nothing, which others would take for a change. Returns whether they do."""
+    if torch.equal(old, new):
+        return False
+    with torch.inference_mode(old.is_inference()):  # such a tensor can be written to in that mode only
+        old.copy_(new)
+    return True

@@ -46,8 +46,8 @@ def adapt(module: Any, a: torch.Tensor, b: torch.Tensor, handle: Handle) -> Adap
     return adapted
 
 
-def adapt_again(every: Sequence[Adapted]) -> None:
-    """Compute W + B A again, after W has changed.
+def adapt_again(every: Sequence[Adapted]) -> bool:
+    """Compute W + B A again, after W has changed. Returns whether the sums differ from before.
 
     Raises:
         StaleWeights: a weight has another shape than before, or is no longer in memory.
@@ -58,9 +58,14 @@ def adapt_again(every: Sequence[Adapted]) -> None:
                 f"a weight of a {type(each.module).__name__} that linear adapts has another shape, or is no longer in memory: "
                 "unpatch_model(model), and patch it again"
             )
+    differs = False
     with torch.no_grad():
         for each in every:
-            parameters_of(each.module)["weight"].copy_(each.weight())
+            weight, new = parameters_of(each.module)["weight"], each.weight()
+            if not torch.equal(weight, new):  # to write the same would look like a change
+                weight.copy_(new)
+                differs = True
+    return differs
 
 
 def _remove(guard: Any) -> None:

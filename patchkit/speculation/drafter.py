@@ -160,8 +160,12 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
         """Return the drafter for this model, made once, when the patch is applied; by default the options themselves."""
         return self
 
-    def follow(self, model: Any) -> Drafter:
-        """Return the drafter for ``model``, for which this one was prepared, now that its weights or adapters have changed."""
+    def follow(self, model: Any, thorough: bool = False) -> Drafter:
+        """Return the drafter for ``model``, for which this one was prepared, now that its weights or adapters have changed.
+
+        Args:
+            thorough: they may have changed where no sign of it is seen.
+        """
         return self
 
     def outdated(self, model: Any, adapters: bool) -> str | None:

@@ -227,14 +227,20 @@ def test_int8_weights_that_were_made_in_inference_mode():
     assert torch.equal(logits(patched), logits(anew(model)))
 
 
-def test_converted_attention_follows():
-    model = tiny_model("llama")
+def _converted(model: Any) -> tuple[str, LinearState]:
+    """The name of a projection, and linear attention that adapts it."""
     target = Target(model)
     state = LinearState.start(target, "elu1", 8, 0, 16, [0, 1])
     name = f"{target.attention_layers[0].name}.q_proj"
     rows, columns = model.get_submodule(name).weight.shape
     torch.manual_seed(0)
     state.lora[name] = torch.randn(2, columns) * 0.1, torch.randn(rows, 2) * 0.1
+    return name, state
+
+
+def test_converted_attention_follows():
+    model = tiny_model("llama")
+    name, state = _converted(model)
     patched = patch_model(twin(model), LinearAttention(state_dict=state), verbose=False)
     before = logits(patched)
     model.get_submodule(name).weight.data.add_(0.1)
@@ -420,6 +426,24 @@ def test_nothing_is_stale_after_patching(spec):
     assert not refresh(model)
     generate(model)
     assert not refresh(model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "experts", "adapted", "self_draft"])
+def test_refresh_follows_an_edit_that_no_sign_shows(kind):
+    """A few values of a weight, edited through .data, are none of the 16 that are compared."""
+    model = tiny_model("qwen3_moe" if kind == "experts" else "llama")
+    patch: Any = f"speculative(draft=self_draft({INT8}))" if kind == "self_draft" else INT8
+    edited = model.model.layers[0].mlp.experts.down_proj if kind == "experts" else model.model.layers[0].mlp.up_proj.weight
+    if kind == "adapted":
+        name, state = _converted(model)
+        patch, edited = LinearAttention(state_dict=state), model.get_submodule(name).weight
+    patched = patch_model(twin(model), patch, verbose=False)
+    derives = speculation_of(patched).drafter.model if kind == "self_draft" else patched
+    before = logits(derives)
+    edited.data[..., 3, 1:4] += 2.0
+    assert torch.equal(logits(derives), before), "this edit is seen: choose another"
+    assert refresh(patched) or kind == "self_draft"
+    assert not torch.equal(logits(derives), before) and not refresh(patched)
 
 
 def test_an_unpatched_model_cannot_be_refreshed():

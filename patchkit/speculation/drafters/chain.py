@@ -41,8 +41,8 @@ class Chain(Drafter):
     def prepared(self, target: Target) -> Drafter:
         return dataclasses.replace(self, drafters=tuple(drafter.prepared(target) for drafter in self.drafters))
 
-    def follow(self, model: Any) -> Drafter:
-        return dataclasses.replace(self, drafters=tuple(drafter.follow(model) for drafter in self.drafters))
+    def follow(self, model: Any, thorough: bool = False) -> Drafter:
+        return dataclasses.replace(self, drafters=tuple(drafter.follow(model, thorough) for drafter in self.drafters))
 
     def outdated(self, model: Any, adapters: bool) -> str | None:
         found = [reason for drafter in self.drafters if (reason := drafter.outdated(model, adapters)) is not None]

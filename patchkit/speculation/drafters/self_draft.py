@@ -94,12 +94,12 @@ class View(DraftModel):
 
     weights: nn.ParameterList = field(default_factory=nn.ParameterList, repr=False)
 
-    def follow(self, model: Any) -> Drafter:
+    def follow(self, model: Any, thorough: bool = False) -> Drafter:
         own = dict(self.model.named_modules())
         for name, module in model.named_modules():
             if name in own:
                 _compat.follow_adapters(own[name], module)
-        refresh_patches(self.model)
+        refresh_patches(self.model, thorough)
         return self
 
     def outdated(self, model: Any, adapters: bool) -> str | None:

@@ -91,7 +91,7 @@ class RememberingSuffix(Drafter):
     file: SuffixFile | None = None
     warnings: Warnings = field(default_factory=Warnings)
 
-    def follow(self, model: Any) -> Drafter:
+    def follow(self, model: Any, thorough: bool = False) -> Drafter:
         # After resize_token_embeddings to fewer tokens the model could not read what is remembered.
         if self.store.largest < model.get_input_embeddings().weight.shape[0]:
             return self
