@@ -14,7 +14,9 @@ from transformers import LogitsProcessor
 
 from patchkit.grammar.library import llguidance
 from patchkit.grammar.masks import allows, apply, check_width, mask_of, only_token
+from patchkit.grammar.matcher import Matcher
 from patchkit.grammar.processor import Grammar
+from patchkit.grammar.together import Together
 from patchkit.speculation.drafter import State
 
 
@@ -22,7 +24,7 @@ class Constraint:
     """The parsers of the rows, and the masks of the current round.
 
     Args:
-        grammar: the processor that the call of `generate` was given.
+        grammars: the processors that the call of `generate` was given, of one vocabulary; all hold for every row.
         prompt: tokens of the prompt, padding included.
         rows: of the batch.
 
@@ -35,10 +37,10 @@ class Constraint:
         seconds: spent on parsing and on masks.
     """
 
-    def __init__(self, grammar: Grammar, prompt: int, rows: int) -> None:
-        self.grammar, self.prompt = grammar, prompt
-        self.vocabulary = grammar.vocabulary
-        self.matchers = grammar.matchers(rows)
+    def __init__(self, grammars: list[Grammar], prompt: int, rows: int) -> None:
+        self.prompt = prompt
+        self.vocabulary = grammars[0].vocabulary
+        self.matchers = matchers_of(grammars, rows)
         self.numbers = list(range(rows))
         self.texts: list[list[int]] = [[] for _ in range(rows)]
         self.masks = np.zeros((rows, 1, self.vocabulary.words), dtype=np.int32)
@@ -84,7 +86,9 @@ class Constraint:
         for row, (matcher, tokens) in enumerate(zip(self.matchers, drafts, strict=True)):
             matcher.fill(self.masks[row, 0])  # and raises where the parser cannot go on
             end = self._end_of(tokens)
-            if not matcher.over and end:
+            if matcher.parser is None:
+                self._fill_one_by_one(row, tokens[:end])
+            elif not matcher.over and end:
                 asked.append((matcher.parser, row * (1 + longest), tokens[:end]))
         if asked:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(
@@ -131,14 +135,28 @@ class Constraint:
             own: the row's processors.
             given: those of the call of `generate`, in the same order.
         """
-        pairs = zip(own, given, strict=True)
-        return type(own)(_RoundMasks(self, number) if each is self.grammar else processor for processor, each in pairs)
+        result = type(own)()
+        for processor, each in zip(own, given, strict=True):
+            if not isinstance(each, Grammar):
+                result.append(processor)
+            elif not any(isinstance(earlier, _RoundMasks) for earlier in result):  # one mask is of all grammars
+                result.append(_RoundMasks(self, number))
+        return result
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep these rows: the others have finished."""
         self.matchers = [self.matchers[row] for row in rows]
         self.numbers = [self.numbers[row] for row in rows]
         self.texts = [self.texts[row] for row in rows]
+
+    def _fill_one_by_one(self, row: int, tokens: list[int]) -> None:
+        matcher, masks = self.matchers[row], self.masks[row]
+        for i, token in enumerate(tokens):
+            if matcher.over or not allows(masks[i], token):
+                break
+            matcher.bring(self.texts[row] + tokens[: i + 1])
+            matcher.fill(masks[i + 1])
+        matcher.bring(self.texts[row])
 
     def _end_of(self, tokens: list[int]) -> int:
         # A drafted token that only pads the model's vocabulary would be an error of the parser.
@@ -172,6 +190,18 @@ class _RoundMasks(LogitsProcessor):
 
 
 def constraint_of(processors: Any, prompt: int, rows: int) -> Constraint | None:
-    """Return the constraint of one call of `generate`; None without a grammar, or with several, which are then asked token by token."""
+    """Return the constraint of one call of `generate`; None without a grammar, or with several of different vocabularies.
+
+    The latter are then asked token by token.
+    """
     grammars = [each for each in processors if isinstance(each, Grammar)]
-    return Constraint(grammars[0], prompt, rows) if len(grammars) == 1 else None
+    if not grammars or any(each.vocabulary is not grammars[0].vocabulary for each in grammars):
+        return None
+    return Constraint(grammars, prompt, rows)
+
+
+def matchers_of(grammars: list[Grammar], rows: int) -> list[Matcher | Together]:
+    """Return new parsers for the rows of a batch, for which all ``grammars`` hold."""
+    if len(grammars) == 1:
+        return [*grammars[0].matchers(rows)]
+    return [Together(each) for each in zip(*(grammar.matchers(rows) for grammar in grammars), strict=True)]

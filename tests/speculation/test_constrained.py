@@ -356,6 +356,41 @@ def test_two_grammars_are_both_kept() -> None:
             assert torch.equal(tiny_text(model, batch, logits_processor=both), wanted)
 
 
+SECOND = {
+    "stricter": r'\{"key": "[b-z]{5,25}", "other": true, "number": [0-9]{2,6}\}',
+    "looser": "(?s:.*)",
+    "the same": LETTERS,
+    "contrary in the middle": r'\{"key": "[a-e]{5,25}", "others.*',
+    "contrary": "[x-z]{3}",
+    "contrary at the end": r'\{"key": "[a-c]{2,9}',
+}
+
+
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("second", SECOND)
+def test_what_two_grammars_leave_is_drafted(second: str, batch: int) -> None:
+    model = tiny_model("llama")
+    grammars = [letters(), Grammar.regex(SECOND[second], tiny_vocabulary())]
+    for processors in (grammars, [*grammars[::-1], Shout()]):
+        wanted = tiny_text(model, batch, logits_processor=processors)
+        for draft in (told(wanted), Silent()):
+            with patched(model, Speculative(draft=draft, k=4), verbose=False):
+                assert torch.equal(tiny_text(model, batch, logits_processor=processors), wanted)
+                found = statistics_of(model)
+        if not second.startswith("contrary"):
+            assert found.forced >= 10 * batch and len(found.steps) < wanted.shape[1] - 12
+
+
+def test_a_seed_gives_the_same_text_under_two_grammars() -> None:
+    model = tiny_model("llama")
+    both = [letters(), Grammar.regex(SECOND["stricter"], tiny_vocabulary())]
+    for seed in range(4):
+        wanted = tiny_text(model, seed=seed, logits_processor=both)
+        with patched(model, Speculative(draft=PromptLookup(min_ngram=1), k=4), verbose=False):
+            assert torch.equal(tiny_text(model, seed=seed, logits_processor=both), wanted)
+            assert statistics_of(model).forced > 10
+
+
 def test_beams_are_served_by_the_stock_method() -> None:
     model = tiny_model("llama")
     wanted = tiny_text(model, num_beams=3)
