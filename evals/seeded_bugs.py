@@ -51,6 +51,7 @@ COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
 INT8 = ("tests/patches/test_mlp_int8.py", "tests/int8/test_weight.py", "tests/test_contract.py")
 EXACT = ("tests/speculation/test_exact.py",)
+SCHEDULED = ("tests/speculation/test_scheduler.py",)
 CONSTRAINED = ("tests/grammar/test_grammar.py", "tests/speculation/test_constrained.py")
 FAULTS, DTYPES = ("tests/faults/test_edited_models.py",), ("tests/faults/test_dtypes.py",)
 VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
@@ -162,10 +163,28 @@ BUGS = [
     Bug("of several allowed tokens the last is taken for forced", "None if bits & (bits - 1) else", "None if bits == 0 else", CONSTRAINED),
     Bug("drafts that fell are kept in the cache", "self.cache.keep(count, counts)", "self.cache.keep(count, [count] * len(counts))", EXACT),
     Bug(
-        "rows that go on take the numbers of those that ended",
-        "self.active = [self.active[row] for row in rows]",
-        "self.active = self.active[: len(rows)]",
+        "rows that go on take the places of those that ended",
+        "self.rows = [self.rows[row] for row in rows]",
+        "self.rows = self.rows[: len(rows)]",
         EXACT,
+    ),
+    Bug(
+        "a row that fills a hole leaves its keys behind",
+        "buffer[to, :, : self.seen] = buffer[row, :, : self.seen]",
+        "buffer[to, :, : self.seen] = buffer[to, :, : self.seen]",
+        SCHEDULED,
+    ),
+    Bug(
+        "a row that joins has the length of the batch",
+        "lengths = self._each_length() + other._each_length()",
+        "lengths = self._each_length() + [self.layers[0].seen]",
+        SCHEDULED,
+    ),
+    Bug(
+        "a row with a seed is drafted by draws",
+        "all(row.sampled and row.generator is None for row in self.rows)",
+        "all(row.sampled for row in self.rows)",
+        SCHEDULED,
     ),
     Bug(
         "rejected token drawn from the target",
@@ -193,8 +212,8 @@ BUGS = [
     ),
     Bug(
         "end of text overlooked inside a draft",
-        "if self.stops.after(state.tokens, row, length + count, token):",
-        "if count == len(new) and self.stops.after(state.tokens, row, length + count, token):",
+        "            if self.rows[row].finish is not None:\n",
+        "            if count == len(new) and self.rows[row].finish is not None:\n",
         EXACT,
     ),
     Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/speculation/test_generate.py",)),

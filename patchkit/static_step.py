@@ -40,7 +40,8 @@ class Sinks:
     sin: torch.Tensor
 
 
-def _room(tokens: int) -> int:
+def room_for(tokens: int) -> int:
+    """Return the room of buffers for ``tokens`` tokens, of which there are few different ones."""
     return max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
 
 
@@ -175,13 +176,17 @@ class FixedLayer(_compat.CacheLayerMixin):
         unwritable = self.is_initialized and self.keys.is_inference() and not torch.is_inference_mode_enabled()
         if tokens <= self.room and not unwritable:
             return False
-        self.room = max(self.room, _room(tokens))
+        self.enlarge(max(self.room, room_for(tokens)))
+        return True
+
+    def enlarge(self, room: int) -> None:
+        """Move to new buffers with ``room`` slots."""
+        self.room = room
         if self.is_initialized:
             keys, values = self.keys, self.values
             self.lazy_initialization(keys, values)
             self.keys[:, :, : self.seen] = keys[:, :, : self.seen]
             self.values[:, :, : self.seen] = values[:, :, : self.seen]
-        return True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store T new keys [B, G, T, K] and values [B, G, T, V]; return all so far."""
@@ -228,7 +233,7 @@ class FixedCache(_compat.Cache):
 
     def __init__(self, layers: int, tokens: int = 1) -> None:
         """Make ``layers`` layers with room for ``tokens`` tokens, which grows when it is needed."""
-        super().__init__(layers=[FixedLayer(_room(tokens)) for _ in range(layers)])
+        super().__init__(layers=[FixedLayer(room_for(tokens)) for _ in range(layers)])
         self._steps: dict[int, StepCache] = {}
         self.autocast: torch.dtype | None = None  # of the last eager forward
 

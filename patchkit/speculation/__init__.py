@@ -25,5 +25,7 @@ from patchkit.speculation.drafters.medusa import Medusa as Medusa
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup as PromptLookup
 from patchkit.speculation.drafters.self_draft import SelfDraft as SelfDraft
 from patchkit.speculation.heads import load_heads as load_heads
+from patchkit.speculation.row import Row as Row
+from patchkit.speculation.scheduler import Scheduler as Scheduler
 from patchkit.speculation.shared import reset_statistics as reset_statistics
 from patchkit.speculation.shared import statistics_of as statistics_of

@@ -34,6 +34,7 @@ class CachedModel:
         fed: number of tokens of each row in the cache, padding included.
         pads: left padding of each row, in tokens.
         ragged: rows may advance by different numbers of tokens, and trees may be verified.
+        positions: number of positions in the model's table; None for a model without one.
     """
 
     def __init__(self, model: Any, cache: Any, pads: list[int], ragged: bool, fed: int = 0) -> None:
@@ -43,6 +44,7 @@ class CachedModel:
         self.fed = [fed] * len(pads)
         self.configs, self._arguments = _compat.attention_configs(model), _compat.argument_names(model)
         self.ragged = ragged and isinstance(cache, RaggedCache) and takes_any_mask(self.configs)
+        self.positions = table_of_positions(model)
         self._rollback: str | None = None  # `rollback_of` the cache, once the prompt is in it
         self._snapshots: list[dict[str, Any]] = []  # of the layers, before the forward that may be rolled back
         self._pending: list[torch.Tensor] = []  # tokens fed since the last `keep`
@@ -155,20 +157,41 @@ class CachedModel:
             if isinstance(self.cache, RaggedCache):
                 self.cache.verifying = True
 
+    def joins(self, other: CachedModel) -> bool:
+        """Whether `join` can be called: both have been fed, and let rows advance by different numbers of tokens."""
+        return self.ragged and other.ragged and self._rollback == other._rollback == "crop"
+
+    def join(self, other: CachedModel) -> None:
+        """Go on with the rows of another cache of the same model too, after one's own."""
+        self.cache.adopt(other.cache)
+        self.fed, self.pads = self.fed + other.fed, self.pads + other.pads
+
     def select_rows(self, rows: list[int]) -> None:
-        """Keep only these rows."""
-        if self.cache is not None:
+        """Keep only these rows, in this order."""
+        if isinstance(self.cache, RaggedCache):
+            self.cache.keep_rows(rows)
+        elif self.cache is not None:
             self.cache.reorder_cache(torch.tensor(rows, device=self.model.device))  # batch_select_indices is not on all layers
         self.fed = [self.fed[row] for row in rows]
         self.pads = [self.pads[row] for row in rows]
 
 
-def make_cache(model: Any, tokens: int = 1) -> Any:
-    """Make a cache for ``model``: a `RaggedCache` with room for ``tokens`` if all layers hold keys and values only, else transformers'."""
+def table_of_positions(model: Any) -> int | None:
+    """Number of positions that a model has embeddings for; None if positions are rotary, which do not end."""
+    config = model.config.get_text_config(decoder=True)
+    return None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+
+
+def make_cache(model: Any, tokens: int = 1, compiled: bool = True) -> Any:
+    """Make a cache for ``model``: a `RaggedCache` with room for ``tokens`` if all layers hold keys and values only, else transformers'.
+
+    Args:
+        compiled: steps may be compiled, so that there should be few different rooms.
+    """
     stock = _compat.DynamicCache(config=model.config)
     plain = {_compat.DynamicLayer, _compat.DynamicSlidingWindowLayer}
     if stock.layers and {type(layer) for layer in stock.layers} <= plain:
-        return RaggedCache(len(stock.layers), tokens)
+        return RaggedCache(len(stock.layers), tokens, compiled)
     return stock
 
 

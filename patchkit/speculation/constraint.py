@@ -6,6 +6,7 @@ Shapes: R rows still generating, n drafts, W words of a mask. Mask i of a row is
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,33 +18,32 @@ from patchkit.grammar.masks import allows, apply, check_width, mask_of, only_tok
 from patchkit.grammar.matcher import Matcher
 from patchkit.grammar.processor import Grammar
 from patchkit.grammar.together import Together
+from patchkit.grammar.vocabulary import Vocabulary
 from patchkit.speculation.drafter import State
+from patchkit.speculation.stops import KEEP_THE_ONLY_ONE
 
 
 class Constraint:
-    """The parsers of the rows, and the masks of the current round.
+    """The parsers of the rows, and the masks of the current round. A row may have no grammar, and then anything may follow.
 
     Args:
-        grammars: the processors that the call of `generate` was given, of one vocabulary; all hold for every row.
-        prompt: tokens of the prompt, padding included.
-        rows: of the batch.
+        vocabulary: the tokens of all grammars.
+        matchers: [R], the parser of each row; of several at once for several grammars; None for a row without.
+        prompts: [R], tokens of each row's prompt, padding included.
 
     Attributes:
-        numbers: [R], of the rows in the batch.
         texts: [R], the tokens of each row after the prompt.
         masks: [R, 1 + n, W] int32; zeros after a draft that is not allowed.
         only: [R, 1 + n], the token where a mask allows only one.
-        applied: how often a mask was applied to all logits of a position.
-        seconds: spent on parsing and on masks.
+        applied: how often a mask was applied to all logits of a position, since somebody set it to 0.
+        seconds: spent on parsing and on masks, since then.
     """
 
-    def __init__(self, grammars: list[Grammar], prompt: int, rows: int) -> None:
-        self.prompt = prompt
-        self.vocabulary = grammars[0].vocabulary
-        self.matchers = matchers_of(grammars, rows)
-        self.numbers = list(range(rows))
-        self.texts: list[list[int]] = [[] for _ in range(rows)]
-        self.masks = np.zeros((rows, 1, self.vocabulary.words), dtype=np.int32)
+    def __init__(self, vocabulary: Vocabulary, matchers: Sequence[Matcher | Together | None], prompts: Sequence[int]) -> None:
+        self.vocabulary, self.matchers, self.prompts = vocabulary, list(matchers), list(prompts)
+        self.texts: list[list[int]] = [[] for _ in self.matchers]
+        self._readers = [_RoundMasks(self, row) for row in range(len(self.matchers))]
+        self.masks = np.zeros((len(self.matchers), 1, self.vocabulary.words), dtype=np.int32)
         self.only: list[list[int | None]] = []
         self.applied, self.seconds = 0, 0.0
         self._end_mask = mask_of(self.vocabulary.ends, self.vocabulary.words)
@@ -54,8 +54,9 @@ class Constraint:
         """Bring the parser of each row to the end of the row."""
         started = time.perf_counter()
         for row, (matcher, length) in enumerate(zip(self.matchers, state.lengths, strict=True)):
-            self.texts[row] = state.tokens[row, self.prompt : length].tolist()
-            matcher.bring(self.texts[row])
+            if matcher is not None:
+                self.texts[row] = state.tokens[row, self.prompts[row] : length].tolist()
+                matcher.bring(self.texts[row])
         self.seconds += time.perf_counter() - started
 
     def forced(self, row: int, most: int, after: list[int] | None = None) -> list[int]:
@@ -64,8 +65,10 @@ class Constraint:
         Args:
             after: drafts; None: at the end of the row, where `follow` has brought the parser.
         """
-        started = time.perf_counter()
         matcher, start = self.matchers[row], self.texts[row]
+        if matcher is None:
+            return []
+        started = time.perf_counter()
         if after:
             matcher.bring(start + after)
         found = matcher.forced(most)
@@ -84,10 +87,13 @@ class Constraint:
         self.masks = np.zeros((len(drafts), 1 + longest, self.vocabulary.words), dtype=np.int32)
         asked = []
         for row, (matcher, tokens) in enumerate(zip(self.matchers, drafts, strict=True)):
+            if matcher is None:
+                self.masks[row] = -1  # all bits: anything may follow
+                continue
             matcher.fill(self.masks[row, 0])  # and raises where the parser cannot go on
             end = self._end_of(tokens)
             if matcher.parser is None:
-                self._fill_one_by_one(row, tokens[:end])
+                self._fill_one_by_one(row, matcher, tokens[:end])
             elif not matcher.over and end:
                 asked.append((matcher.parser, row * (1 + longest), tokens[:end]))
         if asked:
@@ -95,9 +101,13 @@ class Constraint:
                 asked, self.masks.ctypes.data, 4 * self.vocabulary.words, len(drafts) * (1 + longest)
             )
             for matcher in self.matchers:
-                matcher.check()
+                if matcher is not None:
+                    matcher.check()
         counts = [self._allowed(row, tokens) for row, tokens in enumerate(drafts)]
-        self.only = [[only_token(mask) for mask in masks] for masks in self.masks]
+        self.only = [
+            [None] * (1 + longest) if matcher is None else [only_token(mask) for mask in masks]
+            for matcher, masks in zip(self.matchers, self.masks, strict=True)
+        ]
         self.seconds += time.perf_counter() - started
         return counts
 
@@ -107,8 +117,11 @@ class Constraint:
         chosen = logits.argmax(-1)
         mask = np.empty((1, self.vocabulary.words), dtype=np.int32)
         for row, (token, tokens) in enumerate(zip(chosen.tolist(), drafted.tolist(), strict=True)):
-            self.matchers[row].bring(self.texts[row] + tokens)
-            self.matchers[row].fill(mask[0])
+            matcher = self.matchers[row]
+            if matcher is None:
+                continue
+            matcher.bring(self.texts[row] + tokens)
+            matcher.fill(mask[0])
             if not allows(mask[0], token):
                 chosen[row] = apply(logits[row : row + 1].float(), mask, self.vocabulary.size).argmax(-1)[0]
         self.seconds += time.perf_counter() - started
@@ -116,7 +129,7 @@ class Constraint:
 
     def allows(self, row: int, node: int, token: int) -> bool:
         """Return whether ``token`` may follow after the first ``node`` drafts of a row."""
-        return allows(self.masks[row, node], token)
+        return self.matchers[row] is None or allows(self.masks[row, node], token)
 
     def masked(self, row: int, node: int, scores: torch.Tensor) -> torch.Tensor:
         """Return scores [1, V] with minus infinity for what may not follow after the first ``node`` drafts of a row."""
@@ -127,30 +140,44 @@ class Constraint:
         """Refuse a model with fewer logits than the tokenizer has tokens, by a `GrammarError`."""
         check_width(width, self.vocabulary.size)
 
-    def for_judging(self, number: int, own: Any, given: Any) -> Any:
-        """Return a row's processors with the masks of the current round in place of the grammar.
+    def for_judging(self, row: int, own: Any, given: Any) -> Any:
+        """Return a row's processors ``own`` with the masks of the current round in place of the grammar.
 
         Args:
-            number: of the row in the batch.
-            own: the row's processors.
-            given: those of the call of `generate`, in the same order.
+            given: the processors of the call of `generate`, in the same order.
         """
         result = type(own)()
         for processor, each in zip(own, given, strict=True):
             if not isinstance(each, Grammar):
                 result.append(processor)
-            elif not any(isinstance(earlier, _RoundMasks) for earlier in result):  # one mask is of all grammars
-                result.append(_RoundMasks(self, number))
+            elif self._readers[row] not in result:  # one mask is of all grammars
+                result.append(self._readers[row])
         return result
 
     def select_rows(self, rows: list[int]) -> None:
-        """Keep these rows: the others have finished."""
-        self.matchers = [self.matchers[row] for row in rows]
-        self.numbers = [self.numbers[row] for row in rows]
-        self.texts = [self.texts[row] for row in rows]
+        """Keep these rows, in this order: the others have finished."""
+        for name in ("matchers", "prompts", "texts", "_readers"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+        self._number_readers()
 
-    def _fill_one_by_one(self, row: int, tokens: list[int]) -> None:
-        matcher, masks = self.matchers[row], self.masks[row]
+    def join(self, other: Constraint) -> None:
+        """Constrain the rows of another constraint of the same vocabulary too, after one's own."""
+        for name in ("matchers", "prompts", "texts", "_readers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._number_readers()
+        self.applied, self.seconds = self.applied + other.applied, self.seconds + other.seconds
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no row has a grammar."""
+        return not any(matcher is not None for matcher in self.matchers)
+
+    def _number_readers(self) -> None:
+        for row, reader in enumerate(self._readers):
+            reader.constraint, reader.row = self, row
+
+    def _fill_one_by_one(self, row: int, matcher: Matcher | Together, tokens: list[int]) -> None:
+        masks = self.masks[row]
         for i, token in enumerate(tokens):
             if matcher.over or not allows(masks[i], token):
                 break
@@ -164,7 +191,10 @@ class Constraint:
         return next((i for i, token in enumerate(tokens) if token in ends or token >= size), len(tokens))
 
     def _allowed(self, row: int, tokens: list[int]) -> int:
-        over = self.matchers[row].over
+        matcher = self.matchers[row]
+        if matcher is None:
+            return len(tokens)
+        over = matcher.over
         for i, token in enumerate(tokens):
             if not allows(self.masks[row, i], token):
                 return i
@@ -179,14 +209,13 @@ class _RoundMasks(LogitsProcessor):
 
     by_row = True
 
-    def __init__(self, constraint: Constraint, number: int) -> None:
-        self.constraint, self.number = constraint, number
+    def __init__(self, constraint: Constraint, row: int) -> None:
+        self.constraint, self.row = constraint, row
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         """Return scores [1, V], masked for the position after input_ids [1, T]."""
-        constraint = self.constraint
-        row = constraint.numbers.index(self.number)
-        return constraint.masked(row, input_ids.shape[1] - constraint.prompt - len(constraint.texts[row]), scores)
+        constraint, row = self.constraint, self.row
+        return constraint.masked(row, input_ids.shape[1] - constraint.prompts[row] - len(constraint.texts[row]), scores)
 
 
 def constraint_of(processors: Any, prompt: int, rows: int) -> Constraint | None:
@@ -197,7 +226,17 @@ def constraint_of(processors: Any, prompt: int, rows: int) -> Constraint | None:
     grammars = [each for each in processors if isinstance(each, Grammar)]
     if not grammars or any(each.vocabulary is not grammars[0].vocabulary for each in grammars):
         return None
-    return Constraint(grammars, prompt, rows)
+    return Constraint(grammars[0].vocabulary, matchers_of(grammars, rows), [prompt] * rows)
+
+
+def unconstrained(vocabulary: Vocabulary, rows: int) -> Constraint:
+    """Return the constraint of ``rows`` rows without a grammar, which constrained rows can join."""
+    return Constraint(vocabulary, [None] * rows, [0] * rows)
+
+
+def other_than_grammars(processors: Any) -> bool:
+    """Whether there are processors that are not grammars."""
+    return not all(isinstance(each, Grammar) for each in processors)
 
 
 def matchers_of(grammars: list[Grammar], rows: int) -> list[Matcher | Together]:
@@ -205,3 +244,8 @@ def matchers_of(grammars: list[Grammar], rows: int) -> list[Matcher | Together]:
     if len(grammars) == 1:
         return [*grammars[0].matchers(rows)]
     return [Together(each) for each in zip(*(grammar.matchers(rows) for grammar in grammars), strict=True)]
+
+
+def grammar_decides(processors: Any) -> bool:
+    """Return whether a token that a grammar forces is chosen whatever the other processors do: none of them may forbid it."""
+    return all(isinstance(each, Grammar) or type(each).__name__ in KEEP_THE_ONLY_ONE for each in processors)

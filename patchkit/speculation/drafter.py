@@ -141,7 +141,13 @@ class Session(ABC):
         """
 
     def select_rows(self, rows: list[int]) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)
-        """Go on with these rows only: the others have finished."""
+        """Go on with these rows only, in this order: the others have finished."""
+
+    def finished(self, state: State, rows: list[int]) -> None:  # noqa: B027 (most drafters learn nothing from it)
+        """Take note that these rows have ended; ``state`` still has them, whole. `select_rows` or `close` follows."""
+
+    def join(self, other: Any) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)
+        """Go on with the rows of another session of the same drafter too, after one's own. Sessions that are `aligned` never join."""
 
     def close(self, state: State) -> None:  # noqa: B027 (nothing to do where nothing outlives the call)
         """End the call of generate, also after an error. ``state`` holds the rows that were still generating."""

@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from patchkit import _compat
 from patchkit.record import Warnings
 from patchkit.speculation.loop import speculate
-from patchkit.speculation.refusals import Unserved
+from patchkit.speculation.refusals import Call, Unserved, refuse_call
 from patchkit.speculation.shared import Speculation
 
 
@@ -35,6 +35,37 @@ def generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) ->
     speculation.hits["stock calls"] += 1
     speculation.warnings.add(f"generate runs without speculation: it does not serve {reason}")
     return stock(model, *args, **kwargs)
+
+
+def prepared_call(model: Any, *args: Any, **kwargs: Any) -> Call:
+    """Let ``model.generate`` prepare a call, without generating anything.
+
+    Raises:
+        Unserved: only the stock method can serve the call.
+    """
+    given = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments
+    extra = given.get("kwargs", {})
+    reason = "streamer=" if given.get("streamer") is not None else _why_stock(model, given, extra)
+    if reason is not None:
+        raise Unserved(reason)
+    extra = _with_stop_strings(given, extra)
+    given = {name: value for name, value in given.items() if name not in ("self", "kwargs", "streamer", "custom_generate")}
+    own_cache = _compat.cache_given(extra) is None
+    call: Call = type(model).generate(model, **given, **extra, custom_generate=functools.partial(_as_call, own_cache))
+    refuse_call(call, has_streamer=False)
+    return call
+
+
+def _as_call(
+    own_cache: bool,
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Call:
+    return Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
 
 
 def generate_plainly(model: Any, warnings: Warnings, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 from patchkit.kernels.verify_prefix import verify_prefix
 from patchkit.kernels.verify_prefix_sampled import verify_prefix_sampled
 from patchkit.speculation.acceptance import Acceptance
-from patchkit.speculation.constraint import Constraint
+from patchkit.speculation.constraint import Constraint, other_than_grammars
 from patchkit.speculation.drafter import Proposal
+from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows
 from patchkit.speculation.tree import children_of
 
@@ -44,15 +45,19 @@ class Judge(Protocol):
 
 
 def judge_for(rows: Rows, acceptance: Acceptance) -> Judge:
-    """Choose the judge of one call of `generate`: for all rows at once where no processor needs earlier tokens, otherwise row by row."""
+    """Choose the judge of a batch: for all rows at once where no processor needs earlier tokens, otherwise row by row."""
     row_by_row = RowByRow(rows, acceptance)
-    if not acceptance.lossless or rows.keeps_scores or rows.keeps_logits:
+    if not acceptance.lossless or any(row.keeps_scores or row.keeps_logits for row in rows.rows):
         return row_by_row
-    if rows.constraint is not None and not rows.sampled and len(rows.processors) == 1:
-        return Constrained(rows, rows.constraint)
-    if not rows.sampled and not len(rows.processors):
+    if rows.draws_freely:
+        return Sampled(rows, row_by_row) if rows.processors_see_scores_only else row_by_row
+    if any(row.sampled for row in rows.rows):
+        return row_by_row
+    if not any(len(row.given) for row in rows.rows):
         return Greedy(rows, row_by_row)
-    return Sampled(rows, row_by_row) if rows.sampled and rows.processors_see_scores_only else row_by_row
+    if rows.constraint is not None and not any(other_than_grammars(row.given) for row in rows.rows):
+        return Constrained(rows, rows.constraint)
+    return row_by_row
 
 
 class RowByRow:
@@ -67,7 +72,7 @@ class RowByRow:
 
     def walk(self, row: int, proposal: Proposal | None, logits: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the new tokens of one row and the nodes that they were predicted from, given its logits [T, V]."""
-        rows, state, number = self.rows, self.rows.state, self.rows.active[row]
+        state, own = self.rows.state, self.rows.rows[row]
         drafts = [] if proposal is None else proposal.tokens[row].tolist()
         children = children_of(proposal, row)
         length, node = state.lengths[row], 0
@@ -75,17 +80,16 @@ class RowByRow:
         path = [0]
         while True:
             raw = logits[node : node + 1].to(copy=True, dtype=torch.float32)
-            scores = rows.by_row[number](state.tokens[row : row + 1, : length + len(new)], raw)
-            if rows.keeps_scores:
-                rows.scores[number].append(scores[0])
-            if rows.keeps_logits:
-                rows.logits[number].append(logits[node].float())
+            scores = own.processors(state.tokens[row : row + 1, : length + len(new)], raw)
+            if own.keeps_scores:
+                own.scores.append(scores[0])
+            if own.keeps_logits:
+                own.logits.append(logits[node].float())
             token, child = self._choose(scores[0], children.get(node, []), drafts, proposal, row)
             state.tokens[row, length + len(new)] = token
             new.append(token)
-            kept = rows.scores[number] if rows.keeps_scores else None
-            rows.done[row] = rows.stops.after(state.tokens, row, length + len(new), token, kept)
-            if child is None or rows.done[row]:
+            own.finish = own.stops.after(state.tokens, row, length + len(new), token, own.scores if own.keeps_scores else None)
+            if child is None or own.finish is not None:
                 return new, path
             node = child
             path.append(node)
@@ -94,12 +98,13 @@ class RowByRow:
         self, scores: torch.Tensor, children: list[int], drafts: list[int], proposal: Proposal | None, row: int
     ) -> tuple[int, int | None]:
         """Return the token after a node with these scores [V], and the drafted node that holds it; None if no node does."""
+        own = self.rows.rows[row]
         if not self.acceptance.lossless:
             for child in children:
                 if self.acceptance.accepts(scores, drafts[child - 1]):
                     return drafts[child - 1], child
-            return self._draw(scores), None
-        if self.rows.sampled and proposal is not None and proposal.probabilities is not None and children:
+            return _draw(own, scores), None
+        if own.sampled and proposal is not None and proposal.probabilities is not None and children:
             child = children[0]
             token, draft = drafts[child - 1], proposal.probabilities[row, child - 1]
             target = scores.softmax(-1)
@@ -109,11 +114,13 @@ class RowByRow:
             # Where rounding leaves a sum of 0, target and draft are the same distribution.
             return int(torch.multinomial(rest if float(rest.sum()) > 0 else target, 1)), None
         # A deterministic draft is accepted if the target chooses the same token, which leaves greedy tokens and distributions unchanged.
-        token = self._draw(scores)
+        token = _draw(own, scores)
         return token, next((child for child in children if drafts[child - 1] == token), None)
 
-    def _draw(self, scores: torch.Tensor) -> int:
-        return int(torch.multinomial(scores.softmax(-1), 1)) if self.rows.sampled else int(scores.argmax(-1))
+
+def _draw(row: Row, scores: torch.Tensor) -> int:
+    """Choose a row's next token by its processed scores [V]."""
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=row.generator)) if row.sampled else int(scores.argmax(-1))
 
 
 class Greedy:
@@ -195,7 +202,7 @@ class Sampled:
 
     def _target(self, logits: torch.Tensor) -> torch.Tensor:
         """Distribution [R, T, V] float32 from which the target draws at each position."""
-        scores = self.rows.processors(self.rows.state.tokens[:1, :1], logits.flatten(0, 1).to(copy=True, dtype=torch.float32))
+        scores = self.rows.shared_processors(self.rows.state.tokens[:1, :1], logits.flatten(0, 1).to(copy=True, dtype=torch.float32))
         return scores.softmax(-1).view(logits.shape)
 
 

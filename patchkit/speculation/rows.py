@@ -1,76 +1,92 @@
-"""The rows of a batch in one call of `generate`: their tokens, their ends, and their logits processors."""
+"""The rows of a batch: their tokens as drafters see them, their ends, and the grammars that constrain them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from patchkit.speculation.constraint import constraint_of
+from patchkit.speculation.constraint import Constraint, constraint_of, grammar_decides
 from patchkit.speculation.drafter import State
 from patchkit.speculation.refusals import Call
+from patchkit.speculation.row import Row
 from patchkit.speculation.stops import BY_SCORES, Stops, is_by_row, processors_of
 
 
 class Rows:
-    """The R rows that are still generating, of the B rows of a batch.
+    """The R rows that are still generating.
 
     Attributes:
-        state: tokens and lengths of the R rows, as drafters see them.
-        active: [R], the index in the batch of each.
-        done: [R], whether it has ended in this round.
-        finished: [B], [length] int64, the tokens of each row of the batch; final for rows that have ended.
-        stops: the stopping criteria.
-        sampled: tokens are drawn; otherwise the most likely one is taken.
-        processors: the logits processors that `generate` was given.
-        by_row: [B], processors for each row of the batch.
-        keeps_scores, keeps_logits: `generate` was asked to return them.
-        scores, logits: [B], a list of [V] float32 for each new token of a row.
+        rows: [R], in the order of the tensors.
+        state: tokens and lengths of the R rows.
         constraint: the grammars of the rows; None if there are none.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, generator: torch.Generator | None = None) -> None:
+        """Make the rows of one call of `generate`."""
         input_ids, config = call.input_ids, call.config
-        batch, self.prompt = input_ids.shape
+        batch, prompt = input_ids.shape
         mask = call.model_kwargs.get("attention_mask")
         pads = [0] * batch if mask is None else (mask == 0).sum(1).tolist()
-        tokens = torch.nn.functional.pad(input_ids, (0, 64))
-        self.sampled = bool(config.do_sample)
-        self.state = State(tokens, [self.prompt] * batch, pads, self.distribution if self.sampled else None)
-        self.stops = Stops(call.criteria, input_ids.device)
-        self.active = list(range(batch))
-        self.done = [False] * batch
-        self.finished = list(input_ids)
-        self.processors = call.processors
-        self.constraint = constraint_of(call.processors, self.prompt, batch)
-        self.by_row = [processors_of(row, batch, self.prompt, call.processors) for row in range(batch)]
-        # A processor that may keep a state must not see what is only drafted.
-        self._while_drafting = [type(own)(each for each in own if is_by_row(each)) for own in self.by_row]
-        if self.constraint is not None:
-            self.by_row = [self.constraint.for_judging(row, own, call.processors) for row, own in enumerate(self.by_row)]
-            self.state.likeliest = self.constraint.likeliest
-        self.keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
-        self.keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
-        self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
-        self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        self.state = State(torch.nn.functional.pad(input_ids, (0, 64)), [prompt] * batch, pads)
+        self.constraint = constraint_of(call.processors, prompt, batch)
+        stops = Stops(call.criteria, input_ids.device)
+        wanted = bool(config.return_dict_in_generate)
+        self.rows = []
+        for number in range(batch):
+            own = processors_of(number, batch, prompt, call.processors)
+            # A processor that may keep a state must not see what is only drafted.
+            while_drafting = type(own)(each for each in own if is_by_row(each))
+            if self.constraint is not None:
+                own = self.constraint.for_judging(number, own, call.processors)
+            self.rows.append(
+                Row(
+                    prompt,
+                    stops,
+                    call.processors,
+                    own,
+                    while_drafting,
+                    input_ids[number],
+                    sampled=bool(config.do_sample),
+                    generator=generator,
+                    keeps_scores=bool(wanted and config.output_scores),
+                    keeps_logits=bool(wanted and config.output_logits),
+                    needs_forwards=wanted or not call.own_cache or not grammar_decides(call.processors),
+                )
+            )
+        self._set_rules()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shared_processors(self) -> Any:
+        """The processors that all rows were given; None if they were given different ones."""
+        given = self.rows[0].given
+        return given if all(row.given is given for row in self.rows) else None
 
     @property
     def processors_see_scores_only(self) -> bool:
-        """Whether no processor reads earlier tokens, so that all positions can be processed at once."""
-        return all(type(each).__name__ in BY_SCORES for each in self.processors)
+        """Whether all rows share processors of which none reads earlier tokens, so that all positions can be processed at once."""
+        shared = self.shared_processors
+        return shared is not None and all(type(each).__name__ in BY_SCORES for each in shared)
 
-    def room(self) -> int:
-        """Number of tokens that every row may still get."""
-        return min(self.stops.room(length) for length in self.state.lengths)
+    @property
+    def draws_freely(self) -> bool:
+        """Whether all rows draw their tokens, none of them from a generator of its own."""
+        return all(row.sampled and row.generator is None for row in self.rows)
+
+    def room(self) -> tuple[int, int]:
+        """The least and the largest number of tokens that a row may still get."""
+        rooms = [row.stops.room(length) for row, length in zip(self.rows, self.state.lengths, strict=True)]
+        return min(rooms), max(rooms)
 
     def last(self) -> torch.Tensor:
         """Last token [R, 1] int64 of each row, which has not been fed to the model yet."""
         tokens = self.state.tokens
         ends = torch.tensor(self.state.lengths, device=tokens.device)
         return tokens[torch.arange(len(ends), device=tokens.device), ends - 1][:, None]
-
-    def begin_round(self, tokens: int) -> None:
-        """Start a round that gives every row up to ``tokens`` new tokens."""
-        self.done = [False] * self.state.rows
-        self.reserve(tokens)
 
     def reserve(self, tokens: int) -> None:
         """Make room for up to ``tokens`` tokens behind every row."""
@@ -84,38 +100,73 @@ class Rows:
         state, length = self.state, self.state.lengths[row]
         state.tokens[row, length : length + len(new)] = torch.tensor(new, device=state.tokens.device)
         for count, token in enumerate(new, 1):
-            if self.stops.after(state.tokens, row, length + count, token):
-                self.done[row] = True
+            self.rows[row].finish = self.rows[row].stops.after(state.tokens, row, length + count, token)
+            if self.rows[row].finish is not None:
                 return new[:count]
         return new
 
-    def advance(self, row: int, tokens: int) -> None:
-        """Move the end of a row by ``tokens``; drop scores and logits beyond it."""
-        self.state.lengths[row] += tokens
-        new, number = self.state.lengths[row] - self.prompt, self.active[row]
-        del self.scores[number][new:], self.logits[number][new:]
+    def advance(self, row: int, new: list[int]) -> None:
+        """Move the end of a row behind new tokens that were written."""
+        self.state.lengths[row] += len(new)
+        self.rows[row].extend(new)
 
-    def drop_finished(self) -> list[int]:
-        """Remove the rows that have ended; return the indices, among the R, of the others."""
+    def ended(self) -> list[int]:
+        """Indices of the rows that have ended; their `Row.tokens` are set."""
+        ended = [index for index, row in enumerate(self.rows) if row.finish is not None]
+        for index in ended:
+            self.rows[index].tokens = self.state.tokens[index, : self.state.lengths[index]].clone()
+        return ended
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order."""
         state = self.state
-        for row, done in enumerate(self.done):
-            if done:
-                self.finished[self.active[row]] = state.tokens[row, : state.lengths[row]].clone()
-        rows = [row for row, done in enumerate(self.done) if not done]
-        if rows and len(rows) < state.rows:
-            state.tokens = state.tokens[rows]
-            state.lengths = [state.lengths[row] for row in rows]
-            state.pads = [state.pads[row] for row in rows]
-        self.active = [self.active[row] for row in rows]
-        return rows
+        self.rows = [self.rows[row] for row in rows]
+        state.tokens = state.tokens[rows]
+        state.lengths = [state.lengths[row] for row in rows]
+        state.pads = [state.pads[row] for row in rows]
+        self._set_rules()
+
+    def join(self, other: Rows) -> None:
+        """Append the rows of another batch. The `constraint` stays with whoever joins the grammars."""
+        state, more = self.state, other.state
+        room = max(state.tokens.shape[1], more.tokens.shape[1])
+        padded = [torch.nn.functional.pad(tokens, (0, room - tokens.shape[1])) for tokens in (state.tokens, more.tokens)]
+        state.tokens = torch.cat(padded)
+        state.lengths, state.pads = state.lengths + more.lengths, state.pads + more.pads
+        self.rows = self.rows + other.rows
+        self._set_rules()
+
+    def constrain(self, constraint: Constraint | None) -> None:
+        """Let these grammars constrain the rows; None: no row has one any more."""
+        self.constraint = constraint
+        self._set_rules()
 
     def distribution(self, drafted: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Distribution [R, V] float32 of the token after each row and its drafts [R, n], from logits [R, V]: the `State.sampler`."""
         state, logits = self.state, logits.to(copy=True, dtype=torch.float32)
         if self.processors_see_scores_only:
-            return self.processors(state.tokens[:, :1], logits).softmax(-1)
-        rows = []
-        for row, length in enumerate(state.lengths):
-            seen = torch.cat([state.tokens[row, :length], drafted[row]])
-            rows.append(self._while_drafting[self.active[row]](seen[None], logits[row : row + 1])[0])
-        return torch.stack(rows).softmax(-1)
+            return self.rows[0].given(state.tokens[:, :1], logits).softmax(-1)
+        scores = []
+        for index, (row, length) in enumerate(zip(self.rows, state.lengths, strict=True)):
+            seen = torch.cat([state.tokens[index, :length], drafted[index]])
+            scores.append(row.while_drafting(seen[None], logits[index : index + 1])[0])
+        return torch.stack(scores).softmax(-1)
+
+    def _set_rules(self) -> None:
+        """Tell drafters how tokens are chosen: drawn if all rows draw freely, otherwise the likeliest, which every row can judge.
+
+        Where a row has a generator of its own, a draw for drafting would change the text that its seed gives.
+        """
+        self.state.sampler = self.distribution if self.rows and self.draws_freely else None
+        self.state.likeliest = None if self.constraint is None else self.constraint.likeliest
+
+
+def order_after(ended: Sequence[int], rows: int) -> list[int]:
+    """Return the rows that remain when some have ended, each in its place where it can: the last ones fill the holes.
+
+    Buffers with room for all rows then move one row for each that has ended.
+    """
+    gone = set(ended)
+    count = rows - len(gone)
+    fillers = [row for row in range(count, rows) if row not in gone]
+    return [fillers.pop() if row in gone else row for row in range(count)]

@@ -129,24 +129,23 @@ class RunStatistics:
         """Append the record of one round."""
         self.steps.append(record)
 
+    def absorb(self, run: RunStatistics) -> None:
+        """Add another run: counts add up, and the largest memory is kept."""
+        self.steps += run.steps
+        for name in ("prompt_tokens", "prefill_ms", "near_ties", "near_tie_checked", "forced", "masked", "mask_us"):
+            setattr(self, name, getattr(self, name) + getattr(run, name))
+        self.memory_bytes = max(self.memory_bytes, run.memory_bytes)
+        self.plain_ms_by_rows |= run.plain_ms_by_rows
+        for name in ("drafter", "acceptance"):
+            names = [*filter(None, getattr(self, name).split("; ")), *filter(None, getattr(run, name).split("; "))]
+            setattr(self, name, "; ".join(dict.fromkeys(names)))
+
     @classmethod
     def merged(cls, runs: Iterable[RunStatistics]) -> RunStatistics:
-        """Merge several runs into one: counts add up, and the largest memory is kept."""
+        """Merge several runs into a new one."""
         result = cls()
-        drafters, acceptances = {}, {}
         for run in runs:
-            result.steps += run.steps
-            result.prompt_tokens += run.prompt_tokens
-            result.prefill_ms += run.prefill_ms
-            result.near_ties += run.near_ties
-            result.near_tie_checked += run.near_tie_checked
-            result.forced += run.forced
-            result.masked += run.masked
-            result.mask_us += run.mask_us
-            result.memory_bytes = max(result.memory_bytes, run.memory_bytes)
-            result.plain_ms_by_rows |= run.plain_ms_by_rows
-            drafters[run.drafter] = acceptances[run.acceptance] = True
-        result.drafter, result.acceptance = (", ".join(filter(None, names)) for names in (drafters, acceptances))
+            result.absorb(run)
         return result
 
     @property

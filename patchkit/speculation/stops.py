@@ -53,20 +53,22 @@ class Stops:
         """Number of tokens that a row of ``length`` tokens may still get."""
         return self.max_length - length if self.max_length is not None else 1 << 30
 
-    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> bool:
-        """Whether a row ends with its first ``length`` tokens.
+    def after(self, tokens: torch.Tensor, row: int, length: int, token: int, scores: list[torch.Tensor] | None = None) -> str | None:
+        """Return why a row ends with its first ``length`` tokens, "stop" or "length"; None if it does not.
 
         Args:
             tokens: [R, room] int64.
             token: the last of these tokens.
             scores: [V] of every new token of the row, where `generate` keeps them; criteria get them as [1, V].
         """
-        if token in self.ends or (self.max_length is not None and length >= self.max_length):
-            return True
+        if token in self.ends:
+            return "stop"
+        if self.max_length is not None and length >= self.max_length:
+            return "length"
         if not self.others:
-            return False
+            return None
         seen = None if scores is None else tuple(each[None] for each in scores)
-        return any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others)
+        return "stop" if any(bool(each(tokens[row : row + 1, :length], seen)) for each in self.others) else None
 
 
 def is_by_row(processor: Any) -> bool:

@@ -31,17 +31,19 @@ def verify(cached: CachedModel, rows: Rows, proposal: Proposal | None, compiled:
     width = tokens.shape[1]
     if compiled and isinstance(cached.cache, RaggedCache):
         rounded = min((length for length in VERIFIED_LENGTHS if length >= width), default=width)
-        if rows.stops.room(max(cached.fed)) >= rounded:  # otherwise there may be no positions beyond
+        least = min(row.stops.room(fed) for row, fed in zip(rows.rows, cached.fed, strict=True))
+        if least >= rounded:  # otherwise there may be no positions beyond
             tokens = torch.nn.functional.pad(tokens, (0, rounded - width))
     return cached.forward(tokens)[:, :width]
 
 
 def in_step(verdict: Verdict, rows: Rows) -> Verdict:
     """Cut a verdict to the smallest number of tokens of any row, for caches whose rows advance by the same number."""
-    done = rows.done
-    least = min((len(new) for new, ended in zip(verdict.tokens, done, strict=True) if not ended), default=max(map(len, verdict.tokens)))
-    # A row that ended beyond that is rolled back too: to keep only drawn ends would make ends likelier than they are.
-    rows.done = [ended and len(new) <= least for new, ended in zip(verdict.tokens, done, strict=True)]
+    pairs = list(zip(verdict.tokens, rows.rows, strict=True))
+    least = min((len(new) for new, row in pairs if row.finish is None), default=max(map(len, verdict.tokens)))
+    for new, row in pairs:
+        if len(new) > least:  # a row that ended beyond that is rolled back too: to keep drawn ends would make ends likelier than they are
+            row.finish = None
     return Verdict(
         [new[:least] for new in verdict.tokens],
         [(path + path[-1:] * least)[:least] for path in verdict.paths],

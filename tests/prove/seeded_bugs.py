@@ -212,11 +212,11 @@ def padding_not_reset(monkeypatch: Any) -> None:
 def eos_ignored_one_by_one(monkeypatch: Any) -> None:
     right = RowByRow.walk
 
-    def walk(self: Any, *args: Any) -> Any:
-        stops = self.rows.stops
+    def walk(self: Any, row: int, *args: Any) -> Any:
+        stops = self.rows.rows[row].stops
         ends, stops.ends = stops.ends, set()
         try:
-            return right(self, *args)
+            return right(self, row, *args)
         finally:
             stops.ends = ends
 

@@ -185,6 +185,16 @@ def test_batches() -> None:
     assert run.best_time_per_token() / run.run(CostModel().begin(), texts=8) >= 0.95
 
 
+def test_a_number_of_rows_that_was_not_measured_at_this_length() -> None:
+    session = CostModel().begin()
+    Simulation([0.8], DRAFT["lookup"], TARGET["flat"]).run(session, length=128)
+    session.new_text(4096)
+    for _ in range(8):
+        session.observe(StepRecord(session.choose(), 6, (0,) * 6, (0,) * 6, 6, 0.1, 5.0, 0.1))
+    session.new_text(128)  # measured with one row only
+    assert session.most() >= 0 and session.worth([[0.9, 0.9]] * 6) >= 0
+
+
 def test_predicted_speedup() -> None:
     run = Simulation([0.8], DRAFT["small"], TARGET["flat"])
     session = CostModel().begin()

@@ -75,6 +75,14 @@ class ChainSession(Session):
             if session.wants_hidden:
                 session.observe(hidden, counts)
 
+    def finished(self, state: State, rows: list[int]) -> None:
+        for session in self.sessions:
+            session.finished(state, rows)
+
+    def join(self, other: Any) -> None:
+        for session, joining in zip(self.sessions, other.sessions, strict=True):
+            session.join(joining)
+
     def close(self, state: State) -> None:
         for session in self.sessions:
             session.close(state)

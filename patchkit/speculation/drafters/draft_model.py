@@ -10,7 +10,7 @@ import torch
 
 from patchkit.anatomy.target import Target
 from patchkit.errors import StreamError, UnsupportedModel
-from patchkit.speculation.cached_model import CachedModel, keeps_own_cache, make_cache
+from patchkit.speculation.cached_model import CachedModel, keeps_own_cache, make_cache, table_of_positions
 from patchkit.speculation.drafter import Drafter, Draws, Proposal, Session, State
 from patchkit.speculation.obstacles import find_obstacle
 
@@ -85,71 +85,110 @@ def vocabulary(model: Any) -> int:
 
 
 class DraftModelSession(Session):
-    """The draft's cache, and what it drafted last."""
+    """The draft's cache, and what it drafted last.
+
+    Rows are fed to the draft when it is first asked for drafts of them, so the last rows of the batch may not be in the cache yet.
+    """
 
     def __init__(self, options: DraftModel, state: State) -> None:
         self.options = options
-        length = state.lengths[0]
         # A shortened prompt moves up: token i of the text is token i - skipped of what the draft sees.
-        self.skipped = 0
-        if options.context is not None and not any(state.pads):
-            self.skipped = max(0, length - _FIRST - options.context)
-        assert options.able is not None
-        own, ragged = options.able
-        cache = None if own else make_cache(options.model)
-        self.cached = CachedModel(options.model, cache, state.pads, ragged=not own and ragged)
-        config = options.model.config.get_text_config(decoder=True)
-        # Tables of positions end; rotary ones do not.
-        self.limit = None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
-        self.aligned = self.cached.aligned
-        self.drafts: list[list[int]] = [[] for _ in range(state.rows)]  # of the last round
+        self.skipped = [0 if any(state.pads) else _skipped(options.context, length) for length in state.lengths]
+        self.limit = table_of_positions(options.model)
+        self.cached: CachedModel | None = None
+        self.aligned = self._new_cache(state.pads).aligned
+        self.drafts: list[list[int]] = []  # of the last round, for the rows in the cache
 
     def propose(self, state: State, k: int) -> Proposal | None:
         if self.limit is not None and max(state.lengths) + k > self.limit:
             return None
         self._take_back(state)
         logits = self._catch_up(state)
+        assert self.cached is not None
         draws = Draws(state, greedy=not self.options.sample)
         for i in range(k):
             draws.draw(self.cached.forward(draws.last[:, None])[:, -1] if i else logits)
         self.drafts = draws.tokens.tolist()
         return Proposal(draws.tokens, [k] * state.rows, draws.probabilities)
 
+    def join(self, other: Any) -> None:
+        self._forget_drafts()
+        other._forget_drafts()
+        if self.cached is None or (other.cached is not None and len(self.cached.fed) < len(self.skipped)):
+            self.cached = None  # rows are in the cache in the order of the batch: read all again
+        elif other.cached is not None:
+            self.cached.join(other.cached)
+        self.skipped = self.skipped + other.skipped
+
     def select_rows(self, rows: list[int]) -> None:
-        self.cached.keep([0] * len(self.drafts))
-        self.cached.select_rows(rows)
-        self.drafts = [[] for _ in rows]
+        self._forget_drafts()
+        if self.cached is not None:
+            inside = [row for row in rows if row < len(self.cached.fed)]
+            if inside and inside == rows[: len(inside)]:
+                self.cached.select_rows(inside)
+            else:
+                self.cached = None  # a row that is not in the cache comes before one that is
+        self.skipped = [self.skipped[row] for row in rows]
+
+    def _new_cache(self, pads: list[int]) -> CachedModel:
+        assert self.options.able is not None
+        own, ragged = self.options.able
+        return CachedModel(self.options.model, None if own else make_cache(self.options.model), pads, ragged=ragged and not own)
+
+    def _forget_drafts(self) -> None:
+        """Take all drafts of the last round out of the cache."""
+        if self.cached is not None and self.cached.pending:
+            self.cached.keep([0] * len(self.cached.fed))
+        self.drafts = []
 
     def _take_back(self, state: State) -> None:
         """Of the drafts in the cache, keep those that have become part of the text."""
-        pending = self.cached.pending
-        if not pending:
+        if self.cached is None or not self.cached.pending:
             return
         counts = []
         for row, drafts in enumerate(self.drafts):
-            start = self.cached.fed[row] + self.skipped
+            start = self.cached.fed[row] + self.skipped[row]
             known = state.tokens[row, start : state.lengths[row] - 1].tolist()  # the last token is fed again, for its logits
-            counts.append(_common_prefix(drafts[:pending], known))
+            counts.append(_common_prefix(drafts[: self.cached.pending], known))
         self.cached.keep([min(counts)] * len(counts) if self.aligned else counts)
 
     def _catch_up(self, state: State) -> torch.Tensor:
         """Feed the known tokens that were not fed yet; return the logits [R, V] after the last known token."""
-        unfed = [length - self.skipped - fed for length, fed in zip(state.lengths, self.cached.fed, strict=True)]
-        first = self.cached.fed[0] == 0
-        if first and self.skipped:
-            tokens = torch.cat([state.tokens[:, :_FIRST], state.tokens[:, self.skipped + _FIRST : max(state.lengths)]], 1)
-        else:
-            tokens = state.tokens.new_zeros(state.rows, max(unfed))
-            for row, (count, length) in enumerate(zip(unfed, state.lengths, strict=True)):
-                tokens[row, :count] = state.tokens[row, length - count : length]
-        logits = self.cached.forward(tokens, only_last=len(set(unfed)) == 1)
-        self.cached.keep(unfed)
-        if first:
-            self.cached.record()
+        known = 0 if self.cached is None else len(self.cached.fed)
+        logits = [self._feed(self.cached, state, range(known))] if self.cached is not None else []
+        if known < state.rows:
+            rows = range(known, state.rows)
+            cached = self._new_cache(state.pads[known:])
+            logits.append(self._feed(cached, state, rows))
+            cached.record()
+            if self.cached is None:
+                self.cached = cached
+            else:
+                self.cached.join(cached)
+        return torch.cat(logits)
+
+    def _feed(self, cached: CachedModel, state: State, rows: range) -> torch.Tensor:
+        """Feed what the cache lacks of these rows; return the logits [rows, V] after the last known token of each."""
+        fed = [
+            [*range(_FIRST), *range(self.skipped[row] + _FIRST, state.lengths[row])]
+            if have == 0 and self.skipped[row]
+            else list(range(have + self.skipped[row], state.lengths[row]))
+            for row, have in zip(rows, cached.fed, strict=True)
+        ]
+        counts = [len(columns) for columns in fed]
+        tokens = state.tokens.new_zeros(len(rows), max(counts))
+        for index, (row, columns) in enumerate(zip(rows, fed, strict=True)):
+            tokens[index, : len(columns)] = state.tokens[row, columns]
+        logits = cached.forward(tokens, only_last=len(set(counts)) == 1)
+        cached.keep(counts)
         if logits.shape[1] == 1:
             return logits[:, 0]
-        rows = torch.arange(state.rows, device=logits.device)
-        return logits[rows, torch.tensor(unfed, device=logits.device) - 1]
+        return logits[torch.arange(len(rows), device=logits.device), torch.tensor(counts, device=logits.device) - 1]
+
+
+def _skipped(context: int | None, length: int) -> int:
+    """Number of tokens of a prompt that the draft does not see."""
+    return 0 if context is None else max(0, length - _FIRST - context)
 
 
 def _able(model: Any) -> tuple[str | None, bool]:

@@ -95,6 +95,14 @@ class _FeatureSession(Session):
             self.features[row, known : known + count - skip] = hidden[row, skip:count]
             self.known[row] = known + count - skip
 
+    def join(self, other: Any) -> None:
+        self.pads = self.pads + other.pads
+        if self.features is None or other.features is None:
+            return  # neither has seen its prompt
+        room = max(self.features.shape[1], other.features.shape[1])
+        self.features = torch.cat([F.pad(each, (0, 0, 0, room - each.shape[1])) for each in (self.features, other.features)])
+        self.first, self.known = self.first + other.first, self.known + other.known
+
     def select_rows(self, rows: list[int]) -> None:
         self.pads = [self.pads[row] for row in rows]
         if self.features is not None:
@@ -141,6 +149,11 @@ class _EagleSession(_FeatureSession):
             hidden = self.head(self.embed(draws.last[:, None]), hidden, self.memory, self._slots(self.known, step, 1))
             draws.draw(self.lm_head(hidden[:, 0]))
         return Proposal(draws.tokens, [k] * state.rows, draws.probabilities)
+
+    def join(self, other: Any) -> None:
+        super().join(other)
+        self.entered = self.entered + other.entered
+        self.memory.join(other.memory)
 
     def select_rows(self, rows: list[int]) -> None:
         super().select_rows(rows)

@@ -104,6 +104,13 @@ class ForcedSession(Session):
     def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:
         self.other.observe(hidden, counts)
 
+    def finished(self, state: State, rows: list[int]) -> None:
+        self.other.finished(state, rows)
+
+    def join(self, other: Any) -> None:
+        self.other.join(other.other)
+        self.constraint.join(other.constraint)
+
     def select_rows(self, rows: list[int]) -> None:
         self.other.select_rows(rows)
         self.constraint.select_rows(rows)

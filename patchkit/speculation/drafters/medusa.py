@@ -120,3 +120,7 @@ class _MedusaSession(Session):
     def select_rows(self, rows: list[int]) -> None:
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
+
+    def join(self, other: Any) -> None:
+        if self.hidden is not None and other.hidden is not None:
+            self.hidden = torch.cat([self.hidden, other.hidden])

@@ -65,6 +65,9 @@ class PromptLookupSession(Session):
         self.texts = [self.texts[row] for row in rows]
         self.after = [self.after[row] for row in rows]
 
+    def join(self, other: Any) -> None:
+        self.texts, self.after = self.texts + other.texts, self.after + other.after
+
     def _read(self, state: State, row: int) -> None:
         """Index what is new. The last token waits: an n-gram that ends the text has nothing after it yet."""
         text, after = self.texts[row], self.after[row]

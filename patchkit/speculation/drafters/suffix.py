@@ -151,9 +151,16 @@ class SuffixSession(Session):
         counts = [len(each) for each in found]
         return Proposal(torch.tensor(padded, device=state.tokens.device), counts, chances=chances)
 
-    def select_rows(self, rows: list[int]) -> None:
-        for row in set(range(len(self.sequences))) - set(rows):
+    def finished(self, state: State, rows: list[int]) -> None:
+        for row in rows:
+            self._read(state, row)
             self.store.add(self.sequences[row].tokens[1:].copy())
+
+    def join(self, other: Any) -> None:
+        self.sequences = self.sequences + other.sequences
+        self.drafted = self.drafted + other.drafted
+
+    def select_rows(self, rows: list[int]) -> None:
         self.sequences = [self.sequences[row] for row in rows]
         self.drafted = [self.drafted[row] for row in rows]
 

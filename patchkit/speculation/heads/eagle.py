@@ -34,6 +34,13 @@ class KeyValues:
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
             self.angles = self.head.angles(torch.arange(room, device=self.keys.device))
 
+    def join(self, other: KeyValues) -> None:
+        """Append the rows of another, and their keys and values."""
+        self.reserve(other.keys.shape[1])
+        more = (0, 0, 0, 0, 0, self.keys.shape[1] - other.keys.shape[1])
+        self.keys = torch.cat([self.keys, F.pad(other.keys, more)])
+        self.values = torch.cat([self.values, F.pad(other.values, more)])
+
     def select_rows(self, rows: list[int]) -> None:
         """Keep only these rows."""
         self.keys, self.values = self.keys[rows], self.values[rows]

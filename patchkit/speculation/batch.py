@@ -1,0 +1,341 @@
+"""A batch of rows that are generated together: `Batch`. Rows leave when they end, and other batches join.
+
+Shapes: R rows still generating, n drafts, V vocabulary. A round feeds the last known token of every row and n drafts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from patchkit import _compat
+from patchkit.handle import refresh_patches
+from patchkit.speculation.cached_model import CachedModel, make_cache
+from patchkit.speculation.constraint import Constraint, unconstrained
+from patchkit.speculation.drafter import Proposal, Session
+from patchkit.speculation.drafters.forced import Forced, ForcedSession
+from patchkit.speculation.forced_end import append_forced_end, forced_tokens
+from patchkit.speculation.judge import Verdict, judge_for
+from patchkit.speculation.refusals import Call
+from patchkit.speculation.row import Row
+from patchkit.speculation.rows import Rows, order_after
+from patchkit.speculation.shared import Speculation
+from patchkit.speculation.statistics import RunStatistics, StepRecord
+from patchkit.speculation.tree import at_most, depths, trunk
+from patchkit.speculation.verifier import accepted_hidden, in_step, keep_accepted, near_ties, verify
+from patchkit.static_step import FixedCache
+from patchkit.views import cache_bytes
+
+# The largest room, in tokens, with which a cache starts, however many may be generated.
+_MOST_ROOM = 4096
+
+# Rounds without a draft after which a warning is due.
+_IDLE_ROUNDS = 32
+
+
+class Batch:
+    """Rows, their cache, and the drafter's session.
+
+        batch = Batch(speculation, call, Rows(call))
+        while not batch.prefill(512): ...
+        while len(batch.rows): batch.round()
+
+    Args:
+        speculation: of the patched model.
+        call: of `generate`, with the prompts of all rows; `refuse_call` has let it pass.
+        rows: those of the call.
+        beside: a running batch that this one may join; a single row then lives in a spare row of its buffers, if there is one.
+
+    Attributes:
+        rows: those still generating.
+        statistics: of all rounds so far.
+    """
+
+    def __init__(self, speculation: Speculation, call: Call, rows: Rows, beside: Batch | None = None) -> None:
+        refresh_patches(call.model)
+        self.speculation, self.model = speculation, call.model
+        self.rows = rows
+        cache = call.model_kwargs[_compat.CACHE]
+        if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
+            tokens = min(call.config.max_length or 1, _MOST_ROOM)
+            spare = beside.cache.lend(tokens) if beside is not None and beside.cached.ragged and len(rows) == 1 else None
+            cache = make_cache(self.model, tokens, speculation.compiled) if spare is None else spare
+        past, state = cache.get_seq_length(), self.rows.state
+        self.cached = CachedModel(self.model, cache, list(state.pads), speculation.ragged, past)
+        drafter, constraint = speculation.drafter, self.rows.constraint
+        if constraint is not None:
+            drafter = Forced(drafter, constraint, speculation.controller.worth)
+        self.session: Session = drafter.begin(self.model, state)
+        self.cached.ragged = self.cached.ragged and not self.session.aligned
+        self.judge = judge_for(self.rows, speculation.acceptance)
+        prompt = state.lengths[0]
+        label = speculation.label if constraint is None else f"forced, {speculation.label}"
+        self.statistics = RunStatistics(
+            prompt_tokens=len(state.pads) * prompt - sum(state.pads), drafter=label, acceptance=str(speculation.acceptance)
+        )
+        self._unfed = state.tokens[:, past:prompt]
+        self._chunk = call.config.prefill_chunk_size or prompt
+        self._hidden: list[torch.Tensor] = []
+        self._is_new = True
+        self._closed = False
+
+    @property
+    def cache(self) -> Any:
+        """The cache of all rows."""
+        return self.cached.cache
+
+    @property
+    def unfed(self) -> int:
+        """Tokens of every prompt that were not fed yet."""
+        return self._unfed.shape[1]
+
+    def prefill(self, most: int | None = None) -> bool:
+        """Feed the prompt, or the next ``most`` tokens of it; return whether all of it is fed, and every row has its first token."""
+        started = time.perf_counter()
+        with self._at_work():
+            fed, size = 0, self._unfed.shape[1]
+            while fed < size and (most is None or fed < most):
+                count = min(self._chunk, size - fed, size if most is None else most - fed)
+                logits = self.cached.forward(self._unfed[:, fed : fed + count], only_last=True)
+                self.cached.keep([count] * len(self.rows))
+                fed += count
+                if self.speculation.hidden is not None:
+                    self._hidden.append(self.speculation.hidden)
+            self._unfed = self._unfed[:, fed:]
+            if not self._unfed.shape[1]:
+                self._begin(logits[:, -1:])
+        self.statistics.prefill_ms += 1000 * (time.perf_counter() - started)
+        return not self._unfed.shape[1]
+
+    def round(self) -> None:
+        """Draft, verify, accept and commit; rows that have ended leave."""
+        with self._at_work():
+            rows, controller = self.rows, self.speculation.controller
+            if self._is_new:
+                controller.new_text(max(row.prompt for row in rows.rows))
+                self._is_new = False
+            clock, members = _Clock(self.model), rows.rows
+            k = min(controller.most() if self.session.estimates else controller.choose(), self._room())
+            proposal = self._draft(k)
+            if proposal is not None and proposal.chances is not None:
+                k = controller.worth(proposal.chances)
+                proposal = at_most(proposal, k)
+            clock.mark()
+            logits = verify(self.cached, rows, proposal, self.speculation.compiled)
+            clock.mark()
+            verdict = self._commit(proposal, logits, self._accept(proposal, logits))
+            certain = isinstance(self.session, ForcedSession) and self.session.forced
+            if self.speculation.watching:
+                assert self.speculation.hidden is not None
+                self.session.observe(*accepted_hidden(self.speculation.hidden, proposal, verdict.paths))
+            self._drop(self.rows.ended())
+            emitted, count = sum(map(len, verdict.tokens)), len(members)
+            proposed = tuple(depths(proposal, count))
+            record = StepRecord(max(k, 0), count, proposed, tuple(verdict.accepted), emitted, *clock.milliseconds())
+            if not certain:  # what a grammar forces says nothing of the drafter
+                controller.observe(record)
+            self._count(record, members)
+
+    def joins(self, other: Batch) -> bool:
+        """Whether `join` can be called with another batch of the same model, whose prompts are fed."""
+        own, joining = (_unforced(batch.session) for batch in (self, other))
+        vocabularies = {id(batch.rows.constraint.vocabulary) for batch in (self, other) if batch.rows.constraint is not None}
+        return (
+            bool(len(self.rows) and len(other.rows))
+            and self.cached.joins(other.cached)
+            and type(own) is type(joining)
+            and not own.aligned
+            and len(vocabularies) <= 1
+        )
+
+    def join(self, other: Batch) -> None:
+        """Go on with the rows of another batch too, which must not be used any more; `joins` tells whether that can be done."""
+        self._wrap(other.rows.constraint)
+        other._wrap(self.rows.constraint)
+        self.session.join(other.session)
+        self.cached.join(other.cached)
+        self.rows.join(other.rows)
+        self.statistics.absorb(other.statistics)
+        self.judge = judge_for(self.rows, self.speculation.acceptance)
+        self._is_new, other._closed = True, True
+
+    def cancel(self, rows: Sequence[Row], finish: str = "cancelled") -> None:
+        """Let these rows end where they are."""
+        with self._at_work():
+            for row in rows:
+                row.finish = finish
+            self._drop(self.rows.ended())
+
+    def close(self) -> None:
+        """End the drafter's session; also after an error, when the rows that were still generating count as ended."""
+        if not self._closed:
+            self._closed = True
+            self.session.close(self.rows.state)
+
+    def abandon(self) -> None:
+        """Drop all rows, after an error."""
+        self.close()
+        self.rows.rows = []
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Hold the model for this thread, and keep its hidden states where the drafter wants them."""
+        speculation = self.speculation
+        speculation.exclusive.take(f"generate of this {type(self.model).__name__}")
+        speculation.watching, speculation.hidden = self.session.wants_hidden, None
+        try:
+            yield
+        finally:
+            speculation.watching, speculation.hidden = False, None
+            speculation.exclusive.give_back()
+
+    def _begin(self, logits: torch.Tensor) -> None:
+        """Choose the first token of every row from the logits [R, 1, V] of its prompt."""
+        self.cached.record()
+        constraint = self.rows.constraint
+        if constraint is not None:
+            constraint.follow(self.rows.state)
+            constraint.fill([[] for _ in self.rows.rows])
+        self._commit(None, logits, self._accept(None, logits), fed=False)
+        if self.speculation.watching:
+            hidden = torch.cat(self._hidden, 1)
+            self.session.observe(hidden, [hidden.shape[1]] * len(hidden))
+        self._hidden.clear()
+        self.statistics.memory_bytes = cache_bytes(self.cached.cache)
+        self._drop(self.rows.ended())
+
+    def _room(self) -> int:
+        """Return the most drafts of a round: up to the end of the row that may get most, or, where the model has no more positions or
+        the buffers would have to grow, of the row that may get least."""
+        least, most = self.rows.room()
+        spare = self.cached.cache.room - max(self.cached.fed) if self.cached.ragged else 0
+        if self.cached.positions is not None:
+            spare = min(spare, self.cached.positions - max(self.cached.fed))
+        return min(most, max(least, spare)) - 1
+
+    def _draft(self, k: int) -> Proposal | None:
+        """Draft at most ``k`` tokens for every row, as a chain where the cache cannot verify trees; None for no drafts."""
+        if isinstance(self.session, ForcedSession):
+            self.session.room = self._room()
+            return self.session.propose(self.rows.state, k)
+        proposal: Proposal | None = self.session.propose(self.rows.state, k) if k > 0 else None
+        if proposal is None:
+            return None
+        return at_most(proposal if self.cached.ragged else trunk(proposal), k)
+
+    def _accept(self, proposal: Proposal | None, logits: torch.Tensor) -> Verdict:
+        """Judge the drafts by the target's logits [R, 1 + n, V], and cut the verdict to what the cache can keep."""
+        self.rows.reserve(logits.shape[1])
+        verdict = self.judge.judge(proposal, logits)
+        if self.cached.aligned:
+            verdict = in_step(verdict, self.rows)
+        verdict.paths = [path[: len(new)] for path, new in zip(verdict.paths, verdict.tokens, strict=True)]
+        return verdict
+
+    def _commit(self, proposal: Proposal | None, logits: torch.Tensor, verdict: Verdict, fed: bool = True) -> Verdict:
+        """Make a verdict final: roll back the cache, and extend the rows.
+
+        Args:
+            fed: the last known token was fed with the drafts; False after the prompt.
+        """
+        if fed:
+            keep_accepted(self.cached, proposal, verdict)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            paths = verdict.paths if fed else [[0]] * len(verdict.paths)
+            self.statistics.near_tie_checked += sum(map(len, paths))
+            self.statistics.near_ties += near_ties(logits, paths)
+        for row, new in enumerate(verdict.tokens):
+            self.rows.advance(row, new)
+        if self.rows.constraint is not None:
+            self._end_by_grammar(self.rows.constraint, verdict)
+        return verdict
+
+    def _end_by_grammar(self, constraint: Constraint, verdict: Verdict) -> None:
+        """Count the forced tokens of a verdict, and add to it those that end a row."""
+        forced = forced_tokens(constraint, verdict)
+        for row, new in enumerate(append_forced_end(self.rows, constraint)):
+            self.rows.advance(row, new)
+            verdict.tokens[row] = verdict.tokens[row] + new
+            forced[row] += len(new)
+        for row, count in zip(self.rows.rows, forced, strict=True):
+            row.forced += count
+        self.statistics.forced += sum(forced)
+        self.statistics.masked += constraint.applied
+        self.statistics.mask_us += 1e6 * constraint.seconds
+        constraint.applied, constraint.seconds = 0, 0.0
+
+    def _drop(self, ended: list[int]) -> None:
+        """Remove rows that have ended. The last ones stay in the session, for `close`, and in the cache, for the caller of `generate`."""
+        if not ended:
+            return
+        if len(ended) == len(self.rows):
+            self.rows.rows = []
+            self.close()
+            return
+        order = order_after(ended, len(self.rows))
+        self.session.finished(self.rows.state, ended)
+        self.session.select_rows(order)
+        self.cached.select_rows(order)
+        self.rows.select(order)
+        if isinstance(self.session, ForcedSession) and self.session.constraint.is_free:
+            self.session = self.session.other
+            self.rows.constrain(None)
+        self.judge = judge_for(self.rows, self.speculation.acceptance)
+
+    def _wrap(self, like: Constraint | None) -> None:
+        """Have grammars, of no row, if ``like`` is not None: a batch with grammars is about to join."""
+        if like is None or self.rows.constraint is not None:
+            return
+        constraint = unconstrained(like.vocabulary, len(self.rows))
+        self.rows.constrain(constraint)
+        self.session = ForcedSession(self.session, constraint, self.speculation.controller.worth)
+
+    def _count(self, record: StepRecord, members: Sequence[Row]) -> None:
+        self.statistics.add(record)
+        for row, proposed, accepted in zip(members, record.proposed, record.accepted, strict=True):
+            row.rounds, row.proposed, row.accepted = row.rounds + 1, row.proposed + proposed, row.accepted + accepted
+        hits = self.speculation.hits
+        hits["rounds"] += 1
+        hits["tokens"] += record.emitted
+        hits["proposed"] += sum(record.proposed)
+        hits["accepted"] += sum(record.accepted)
+
+    def publish(self) -> None:
+        """Hand the statistics over to the patched model, and warn if many rounds had no draft at all."""
+        statistics, speculation = self.statistics, self.speculation
+        statistics.memory_bytes = max(statistics.memory_bytes, cache_bytes(self.cached.cache) + cache_bytes(self.session))
+        speculation.runs.append(statistics)
+        self.statistics = RunStatistics(drafter=statistics.drafter, acceptance=statistics.acceptance)
+        steps = statistics.steps
+        if len(steps) < _IDLE_ROUNDS or any(sum(step.proposed) for step in steps):
+            return
+        asked = any(step.k > 0 for step in steps)
+        reason = f"{speculation.label} had nothing to propose" if asked else speculation.controller.why_plain()
+        if reason is not None:
+            speculation.warnings.add(f"generate ran without drafts: {reason}")
+
+
+def _unforced(session: Session) -> Session:
+    """The drafter's own session."""
+    return session.other if isinstance(session, ForcedSession) else session
+
+
+class _Clock:
+    """A clock for one round: drafting, verification, and the rest. Each mark waits for the device."""
+
+    def __init__(self, model: Any) -> None:
+        self.device = model.device.type
+        self.marks = [time.perf_counter()]
+
+    def mark(self) -> None:
+        if self.device != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.marks.append(time.perf_counter())
+
+    def milliseconds(self) -> tuple[float, float, float]:
+        begun, drafted, verified = self.marks
+        return 1000 * (drafted - begun), 1000 * (verified - drafted), 1000 * (time.perf_counter() - verified)

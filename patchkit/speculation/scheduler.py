@@ -1,0 +1,211 @@
+"""Continuous batching: sequences join a running batch and leave it when they end (`Scheduler`).
+
+Yu et al. 2022, "Orca", https://www.usenix.org/conference/osdi22/presentation/yu. Differs from it in that a round verifies drafts, so that
+sequences advance by different numbers of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchkit.errors import PatchError
+from patchkit.speculation.batch import Batch
+from patchkit.speculation.generate import prepared_call
+from patchkit.speculation.refusals import Call, Unserved
+from patchkit.speculation.row import Row
+from patchkit.speculation.rows import Rows
+from patchkit.speculation.shared import speculation_of
+
+# Rounds after which the statistics of a batch are handed over, so that one that never ends does not grow.
+_ROUNDS = 1024
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A sequence that has no slot yet."""
+
+    call: Call
+    rows: Rows
+
+
+class Scheduler:
+    """Generates any number of sequences, up to ``slots`` of them at a time, on a model patched with `speculative`.
+
+        scheduler = Scheduler(model, slots=6)
+        rows = [scheduler.submit(ids, max_new_tokens=80) for ids in prompts]
+        scheduler.run()
+        answers = [tokenizer.decode(row.new) for row in rows]
+
+    Each sequence gets the tokens that it would get alone. Sequences share one batch where rows may advance by different numbers of tokens;
+    on other models (a streaming window, a recurrent state) each has a batch of its own, and batches take turns.
+
+    Not for several threads at once: one thread submits, steps and cancels. Without drafts, patch with ``speculative(k=0)``.
+
+    Args:
+        model: patched with `speculative`.
+        slots: sequences that are generated at the same time.
+        prefill: tokens of waiting prompts that are fed between two rounds, so that running sequences go on.
+
+    Raises:
+        PatchConflict: the model is not patched with speculative.
+        ValueError: slots or prefill below 1.
+    """
+
+    def __init__(self, model: Any, slots: int = 8, prefill: int = 512) -> None:
+        for name, value in (("slots", slots), ("prefill", prefill)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: give at least 1")
+        self.model, self.slots, self.chunk = model, slots, prefill
+        self._speculation = speculation_of(model)
+        self._waiting: deque[_Waiting] = deque()
+        self._incoming: Batch | None = None
+        self._batches: list[Batch] = []
+
+    @property
+    def waiting(self) -> int:
+        """Number of sequences of which nothing was fed yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of sequences that have a slot."""
+        return sum(len(batch.rows) for batch in self._all())
+
+    def submit(
+        self, input_ids: torch.Tensor, *, seed: int | None = None, on_tokens: Callable[[list[int]], None] | None = None, **options: Any
+    ) -> Row:
+        """Queue one sequence; `step` or `run` generates it.
+
+        Args:
+            input_ids: [T] or [1, T] int64, the prompt.
+            seed: of the sequence's own random numbers. A sampled sequence then has the tokens that ``torch.manual_seed(seed)`` and
+                ``generate`` of the unpatched model give, whatever else is generated.
+            on_tokens: called with the new tokens of each round.
+            options: of ``generate``: max_new_tokens, do_sample, logits_processor, ...
+
+        Returns:
+            The sequence: ``row.new`` are its new tokens, ``row.finish`` says why it has ended.
+
+        Raises:
+            PatchError: several prompts, or an option that only transformers' own generate serves (beams, a streamer).
+        """
+        if input_ids.ndim == 1:
+            input_ids = input_ids[None]
+        if len(input_ids) != 1:
+            raise PatchError(f"submit got {len(input_ids)} prompts: submit them one by one")
+        try:
+            call = prepared_call(self.model, input_ids, **options)
+        except Unserved as unserved:
+            raise PatchError(f"a scheduler does not serve {unserved}: call generate for that") from None
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        rows = Rows(call, generator)
+        rows.rows[0].sink = on_tokens
+        self._waiting.append(_Waiting(call, rows))
+        return rows.rows[0]
+
+    def run(self) -> None:
+        """Generate until every sequence has ended."""
+        while self.step():
+            pass
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Feed waiting prompts, and generate one round of all running sequences.
+
+        A sequence that meets an error ends with ``finish="error"``, as do those that share its batch; `Row.error` has the exception.
+
+        Returns:
+            Whether any sequence is left.
+        """
+        self._admit()
+        for batch in list(self._batches):
+            self._guarded(batch, batch.round)
+            if len(batch.statistics.steps) >= _ROUNDS:
+                batch.publish()
+        self._sweep()
+        return bool(self._batches or self._waiting or self._incoming)
+
+    def cancel(self, row: Row) -> None:
+        """End a sequence where it is; its slot is free for the next round. Does nothing to one that has ended."""
+        if row.finish is not None:
+            return
+        for waiting in self._waiting:
+            if waiting.rows.rows[0] is row:
+                row.finish = "cancelled"
+                self._waiting.remove(waiting)
+                return
+        for batch in self._all():
+            if row in batch.rows.rows:
+                batch.cancel([row])
+        self._sweep()
+
+    def close(self) -> None:
+        """Cancel every sequence."""
+        for row in [waiting.rows.rows[0] for waiting in self._waiting] + [row for batch in self._all() for row in batch.rows.rows]:
+            self.cancel(row)
+
+    def _all(self) -> list[Batch]:
+        return self._batches + ([self._incoming] if self._incoming is not None else [])
+
+    def _sweep(self) -> None:
+        """Forget batches that have no rows any more."""
+        for batch in self._all():
+            if not len(batch.rows):
+                batch.publish()
+        self._batches = [batch for batch in self._batches if len(batch.rows)]
+        if self._incoming is not None and not len(self._incoming.rows):
+            self._incoming = None
+
+    def _admit(self) -> None:
+        """Feed up to `chunk` tokens of waiting prompts, and let those that are fed join the others."""
+        left = self.chunk
+        while left > 0:
+            if self._incoming is None:
+                if not self._waiting or self.running >= self.slots:
+                    return
+                waiting = self._waiting.popleft()
+                self._incoming = self._started(waiting)
+                if self._incoming is None:
+                    continue
+            batch = self._incoming
+            before = batch.unfed
+            fed = self._guarded(batch, lambda batch=batch, left=left: batch.prefill(left))  # type: ignore[misc]
+            left -= before - batch.unfed
+            if fed and len(batch.rows):
+                self._incoming = None
+                self._place(batch)
+            self._sweep()
+
+    def _started(self, waiting: _Waiting) -> Batch | None:
+        try:
+            return Batch(self._speculation, waiting.call, waiting.rows, beside=next(iter(self._batches), None))
+        except Exception as error:
+            waiting.rows.rows[0].finish, waiting.rows.rows[0].error = "error", error
+            return None
+
+    def _place(self, batch: Batch) -> None:
+        for other in self._batches:
+            if other.joins(batch):
+                other.join(batch)
+                return
+        self._batches.append(batch)
+
+    def _guarded(self, batch: Batch, work: Callable[[], Any]) -> Any:
+        """Do a piece of a batch's work; after an error its rows have ended, and None is returned."""
+        rows = list(batch.rows.rows)
+        try:
+            return work()
+        except BaseException as error:
+            for row in rows:
+                if row.finish is None:
+                    row.finish, row.error = "error", error
+            batch.abandon()
+            if not isinstance(error, Exception):
+                self._sweep()
+                raise
+            return None

@@ -1,0 +1,275 @@
+"""Sequences that join a running batch and leave it have the tokens that they have alone; the oracle is the unpatched model's generate."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from speculation import Silent
+
+from patchkit import Speculative, patch_model, patched, unpatch_model
+from patchkit.errors import PatchConflict, PatchError
+from patchkit.models import load_model
+from patchkit.speculation import Chain, DraftModel, PromptLookup, Row, Scheduler, SelfDraft, statistics_of
+from patchkit.speculation.drafters.suffix import Suffix
+from patchkit.speculation.rows import order_after
+from patchkit.testing import tiny_model
+from patchkit.views import cache_bytes
+
+
+def prompts_of(count: int, vocabulary: int = 128, seed: int = 0) -> list[torch.Tensor]:
+    """Prompts [1, 3 to 30], some of which repeat themselves, so that lookup has drafts."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for index in range(count):
+        length = 3 + int(torch.randint(28, (), generator=generator))
+        ids = torch.randint(3, vocabulary, (1, length), generator=generator)
+        prompts.append(ids.repeat(1, 2) if index % 3 == 0 else ids)
+    return prompts
+
+
+def alone(model: Any, ids: torch.Tensor, **options: Any) -> list[int]:
+    """New tokens of the unpatched model."""
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def served(scheduler: Scheduler, requests: list[tuple[torch.Tensor, dict[str, Any]]], seed: int) -> list[Row]:
+    """Submit at random times while the scheduler is at work."""
+    chance, rows = random.Random(seed), []
+    waiting = list(requests)
+    while True:
+        while waiting and chance.random() < 0.4:
+            ids, options = waiting.pop(0)
+            rows.append(scheduler.submit(ids, pad_token_id=0, **options))
+        if not scheduler.step() and not waiting:
+            return rows
+
+
+def draft_model() -> DraftModel:
+    return DraftModel(tiny_model("qwen2"))
+
+
+DRAFTS = {
+    "lookup": lambda: PromptLookup(min_ngram=1),
+    "suffix": lambda: Suffix(scope="call"),
+    "chain": lambda: Chain((PromptLookup(min_ngram=1), draft_model())),
+    "draft model": draft_model,
+    "self draft": lambda: SelfDraft(skip_layers=(1,)),
+    "silent": Silent,
+}
+
+
+@functools.cache
+def forty() -> list[tuple[torch.Tensor, dict[str, Any], list[int]]]:
+    """Prompts, options and the greedy tokens of the unpatched model."""
+    chance, plain = random.Random(1), tiny_model("llama")
+    requests = [(ids, {"max_new_tokens": chance.randint(5, 80), "eos_token_id": 7}) for ids in prompts_of(40)]
+    return [(ids, options, alone(plain, ids, do_sample=False, **options)) for ids, options in requests]
+
+
+@pytest.mark.parametrize(("draft", "k"), [*((draft, 3) for draft in DRAFTS), ("suffix", "cost_model")])
+def test_forty_sequences_through_six_slots(draft: str, k: Any) -> None:
+    model = tiny_model("llama")
+    requests = [(ids, options) for ids, options, _ in forty()]
+    rows_fed: list[int] = []
+    with patched(model, Speculative(draft=DRAFTS[draft](), k=k), verbose=False):
+        scheduler = Scheduler(model, slots=6, prefill=24)
+        bytes_seen = []
+
+        def watch(module: Any, args: Any, kwargs: Any) -> None:
+            batches = scheduler._all()
+            count = len(kwargs["input_ids"])
+            rows_fed.append(count)
+            assert any(len(batch.rows) == count for batch in batches)
+            assert all(row.finish is None for batch in batches for row in batch.rows.rows)
+            bytes_seen.append(cache_bytes([batch.cache for batch in batches]))
+
+        hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+        rows = served(scheduler, requests, seed=2)
+        hook.remove()
+        statistics = statistics_of(model)
+    for row, (ids, _, expected) in zip(rows, forty(), strict=True):
+        assert row.error is None
+        assert row.new == expected
+        assert row.finish == ("stop" if row.new[-1] == 7 else "length")
+        assert row.tokens.tolist() == ids[0].tolist() + row.new
+    assert max(rows_fed) == 6
+    longest = max(ids.shape[1] + options["max_new_tokens"] for ids, options in requests)
+    config = model.config
+    of_token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    offsets = 6 * 8
+    assert max(bytes_seen) <= 6 * (-(-longest // 64) * 64) * of_token + offsets
+    assert statistics.emitted + 40 == sum(len(row.new) for row in rows)
+    assert sum(row.accepted for row in rows) == statistics.accepted
+    if k == 3:  # how often the other drafts depends on the clock
+        assert (statistics.accepted > 0) == (draft != "silent")
+
+
+@pytest.mark.parametrize("heads", ["eagle", "medusa"])
+def test_heads_draft_for_rows_that_join(heads: str) -> None:
+    model, tokenizer = load_model("stdlib-7m")
+    sources = [
+        "def read(path):\n",
+        "import os\n\n",
+        "class Node:\n    def __init__",
+        "for line in",
+        "return self.",
+        '"""A file',
+        "x = [",
+        "if not",
+    ]
+    requests = [(tokenizer(text, return_tensors="pt").input_ids, {"max_new_tokens": 6 + 5 * i}) for i, text in enumerate(sources)]
+    expected = [alone(model, ids, do_sample=False, **options) for ids, options in requests]
+    with patched(model, f"speculative(draft={heads}, k=3)", verbose=False):
+        rows = served(Scheduler(model, slots=3), requests, seed=0)
+        assert statistics_of(model).accepted > 0
+    assert [row.new for row in rows] == expected
+
+
+def test_rows_of_every_kind_share_a_batch() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    kinds: list[dict[str, Any]] = [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "seed": 3},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "top_k": 5, "seed": 4, "repetition_penalty": 1.2},
+        {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+        {"do_sample": False, "min_new_tokens": 9, "eos_token_id": [7, 9, 11]},
+    ]
+    requests = [(ids, {"max_new_tokens": 12 + 3 * (i % 4), **kinds[i % len(kinds)]}) for i, ids in enumerate(prompts_of(24, seed=5))]
+    with patched(model, Speculative(draft=PromptLookup(min_ngram=1), k=4), verbose=False):
+        scheduler = Scheduler(model, slots=5)
+        rows = served(scheduler, requests, seed=1)
+    for row, (ids, options) in zip(rows, requests, strict=True):
+        options = dict(options)
+        if (seed := options.pop("seed", None)) is not None:
+            torch.manual_seed(seed)
+        wanted = plain.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        if options.get("return_dict_in_generate"):
+            torch.testing.assert_close(torch.stack(row.scores), torch.cat(wanted.scores), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.stack(row.logits), torch.cat(wanted.logits), rtol=1e-4, atol=1e-4)
+            wanted = wanted.sequences
+        assert row.new == wanted[0, ids.shape[1] :].tolist()
+
+
+def test_rows_without_a_seed_are_drawn_from_the_target() -> None:
+    """Of 400 sequences of one token each, drawn in shared batches, the shares are those of the model's own distribution."""
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 9, 5, 9, 5]])
+    with torch.no_grad():
+        wanted = model(ids).logits[0, -1].float().mul(3).softmax(-1)
+    torch.manual_seed(0)
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=16)
+        rows = [scheduler.submit(ids, max_new_tokens=2, do_sample=True, temperature=1 / 3, top_k=0, pad_token_id=0) for _ in range(400)]
+        scheduler.run()
+    counts = torch.bincount(torch.tensor([row.new[0] for row in rows]), minlength=128)
+    likely = wanted > 0.01
+    error = (counts[likely] / 400 - wanted[likely]).abs()
+    assert bool((error < 4 * (wanted[likely] * (1 - wanted[likely]) / 400).sqrt()).all())
+
+
+@pytest.mark.parametrize("patches", ["streaming(sinks=2, window=10)", "linear"])
+def test_caches_that_cannot_be_joined_take_turns(patches: str) -> None:
+    model = patch_model(tiny_model("llama"), patches, verbose=False)
+    requests = [(ids, {"max_new_tokens": 10 + i}) for i, ids in enumerate(prompts_of(7))]
+    expected = [alone(model, ids, do_sample=False, **options) for ids, options in requests]
+    unpatch_model(model)
+    patch_model(model, f"{patches} + speculative(k=3)", verbose=False)
+    scheduler = Scheduler(model, slots=3)
+    most = 0
+    rows = [scheduler.submit(ids, pad_token_id=0, **options) for ids, options in requests]
+    while scheduler.step():
+        most = max(most, scheduler.running)
+    assert most == 3
+    assert [row.new for row in rows] == expected
+    unpatch_model(model)
+
+
+def test_a_cancelled_row_leaves_within_a_round_and_the_others_do_not_notice() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    requests = prompts_of(4)
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=3)
+        got: list[list[int]] = []
+        rows = [scheduler.submit(ids, max_new_tokens=40, eos_token_id=None, pad_token_id=0, on_tokens=got.append) for ids in requests]
+        for _ in range(3):
+            scheduler.step()
+        scheduler.cancel(rows[1])
+        assert (rows[1].finish, scheduler.running, scheduler.waiting) == ("cancelled", 2, 1)
+        held = len(rows[1].new)
+        scheduler.cancel(rows[1])  # again: nothing happens
+        scheduler.step()
+        assert (scheduler.running, scheduler.waiting) == (3, 0)
+        scheduler.run()
+        late = scheduler.submit(requests[0], max_new_tokens=40, pad_token_id=0)
+        scheduler.cancel(late)
+        assert not scheduler.step() and late.new == []
+    assert held == len(rows[1].new) > 0
+    for index in (0, 2, 3):
+        assert rows[index].new == alone(plain, requests[index], max_new_tokens=40, eos_token_id=None, do_sample=False)
+    assert rows[1].new == alone(plain, requests[1], max_new_tokens=held, eos_token_id=None, do_sample=False)
+    assert sum(map(len, got)) == sum(len(row.new) for row in rows)
+
+
+class Failing:
+    """A logits processor that raises after three tokens."""
+
+    by_row = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 3:
+            raise ZeroDivisionError("by the processor")
+        return scores
+
+
+def test_an_error_ends_its_batch_and_not_what_comes_after() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    first, second, third = prompts_of(3)
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=1)
+        bad = scheduler.submit(first, max_new_tokens=20, pad_token_id=0, logits_processor=[Failing()])
+        good = [scheduler.submit(ids, max_new_tokens=20, pad_token_id=0) for ids in (second, third)]
+        scheduler.run()
+        assert (bad.finish, type(bad.error)) == ("error", ZeroDivisionError) and len(bad.new) == 3
+        assert [row.new for row in good] == [alone(plain, ids, max_new_tokens=20, do_sample=False) for ids in (second, third)]
+        # The model is free again, for generate too.
+        assert alone(model, first, max_new_tokens=5) == alone(plain, first, max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"num_beams": 2}, "beam"), ({"streamer": object()}, "streamer"), ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens")],
+)
+def test_what_only_generate_serves_is_refused_at_once(options: dict[str, Any], words: str) -> None:
+    model = tiny_model("llama")
+    with patched(model, "speculative", verbose=False):
+        scheduler = Scheduler(model)
+        with pytest.raises(PatchError, match=words):
+            scheduler.submit(torch.tensor([3, 4, 5]), **options)
+        with pytest.raises(PatchError, match="one by one"):
+            scheduler.submit(torch.tensor([[3], [4]]))
+        assert not scheduler.step()
+    with pytest.raises(PatchConflict, match="not patched with speculative"):
+        Scheduler(model)
+    with pytest.raises(ValueError, match="slots=0"), patched(model, "speculative", verbose=False):
+        Scheduler(model, slots=0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_last_rows_fill_the_holes(seed: int) -> None:
+    chance = random.Random(seed)
+    rows = chance.randint(1, 9)
+    ended = chance.sample(range(rows), chance.randint(0, rows - 1))
+    order = order_after(ended, rows)
+    assert sorted(order) == [row for row in range(rows) if row not in ended]
+    moved = [row for place, row in enumerate(order) if place != row]
+    assert all(row >= len(order) for row in moved)  # so that no row is written over before it has moved
