@@ -55,6 +55,8 @@ class Batch:
         statistics: of all rounds so far.
     """
 
+    cached: CachedModel
+
     def __init__(self, speculation: Speculation, call: Call, rows: Rows, beside: Batch | None = None) -> None:
         refresh_patches(call.model)
         self.speculation, self.model = speculation, call.model
@@ -261,8 +263,8 @@ class Batch:
             self.rows.advance(row, new)
             verdict.tokens[row] = verdict.tokens[row] + new
             forced[row] += len(new)
-        for row, count in zip(self.rows.rows, forced, strict=True):
-            row.forced += count
+        for own, count in zip(self.rows.rows, forced, strict=True):
+            own.forced += count
         self.statistics.forced += sum(forced)
         self.statistics.masked += constraint.applied
         self.statistics.mask_us += 1e6 * constraint.seconds
