@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.autograd import forward_ad
 
 from patchkit._compat.declared import Names
 
-RELIED_ON: Names = {"torch:_int_mm": None, "torch.cpu:_is_vnni_supported": (), "torch._C:_len_torch_dispatch_stack": None}
+RELIED_ON: Names = {
+    "torch:_int_mm": None,
+    "torch.cpu:_is_vnni_supported": (),
+    "torch._C:_len_torch_dispatch_stack": None,
+    "torch._C:_functorch.peek_interpreter_stack": None,
+    "torch._C:_is_tracing": None,
+    "torch.autograd.forward_ad:_current_level": None,
+}
 
 
 def int8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -20,5 +29,25 @@ def has_vnni() -> bool:
 
 
 def is_dispatch_watched() -> bool:
-    """Whether a mode of torch's dispatcher is active (``TorchDispatchMode``), which wants to see every op that runs."""
-    return bool(torch._C._len_torch_dispatch_stack())
+    """Whether something wants to see every op that runs: a mode of torch's dispatcher (``TorchDispatchMode``), or a transform."""
+    return bool(torch._C._len_torch_dispatch_stack()) or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether calls are being transformed: by ``torch.func`` (vmap, jvp), forward-mode differentiation, or ``torch.jit.trace``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation goes through ``tensor``."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values, dense and by strides: no subclass, not sparse, not nested, no sign to be applied yet."""
+    return (
+        (type(tensor) is torch.Tensor or type(tensor) is nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor.is_nested
+    )

@@ -42,7 +42,7 @@ from typing import Any, overload
 
 import torch
 
-from patchkit._compat.products import is_dispatch_watched
+from patchkit._compat.products import has_tangent, is_dispatch_watched, is_plain
 from patchkit.errors import KernelError
 
 VARIABLE = "PATCHKIT_KERNELS"
@@ -103,7 +103,11 @@ class Op:
         if self.mutates and torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args):
             self._no_gradient(None)
         # The dispatcher costs 50 microseconds of Python per call. Nobody but these can want to see the call pass through it.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_dispatch_watched():
+        if torch.compiler.is_compiling():
+            return self._call(*args)
+        if torch.is_grad_enabled() or is_dispatch_watched() or _holds_wrapper(args):
+            if any(torch.is_tensor(arg) and has_tangent(arg) for arg in args):  # torch would give a derivative of zero
+                raise KernelError(f"patchkit's op {self.name} has no derivative in forward mode: unpatch_model before jvp")
             return self._call(*args)
         return self._dispatch(*args)
 
@@ -206,6 +210,11 @@ class Op:
 
     def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
         raise KernelError(f"patchkit's op {self.name} has no gradient: run it under torch.no_grad(); unpatch_model before training a model")
+
+
+def _holds_wrapper(args: tuple[Any, ...]) -> bool:
+    """Whether one of the arguments is a tensor whose memory the dispatcher has to unwrap."""
+    return any(isinstance(arg, torch.Tensor) and not is_plain(arg) for arg in args)
 
 
 @overload

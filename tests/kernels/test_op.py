@@ -193,6 +193,33 @@ def test_selection_and_no_fallback(halve, monkeypatch):
     assert halve.exact(torch.ones(2))[0].tolist() == [0.5, 0.5]
 
 
+def followed(found: Op, args: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What calls that torch transforms give, and what they should, by the name of the transform."""
+    x, rest = args[0], args[1:]
+    other = x.flip(-1)
+    yield "vmap", torch.vmap(lambda each: found(each, *rest))(torch.stack([x, other])), torch.stack([found(x, *rest), found(other, *rest)])
+    yield "trace", torch.jit.trace(lambda each: found(each, *rest), x, check_trace=False)(other), found(other, *rest)
+    yield "a sign to be applied", found(torch._neg_view(x), *rest), found(-x, *rest)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of vmap's loop, and of the age of torch.jit
+@pytest.mark.parametrize("name", ["gemv", "int8_linear"])
+def test_torch_can_follow_calls_without_gradients(name: str) -> None:
+    found = available_ops()[name]
+    args = next(iter(found.sample_inputs("cpu")))[1]
+    with torch.no_grad():
+        for transform, got, right in followed(found, args):
+            assert ratio(got, right) <= TOLERANCES[right.dtype].ratio, transform
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_derivative_in_forward_mode_is_refused(grad: bool) -> None:
+    found = available_ops()["gemv"]
+    x, *rest = next(iter(found.sample_inputs("cpu")))[1]
+    with torch.set_grad_enabled(grad), pytest.raises(KernelError, match="no derivative in forward mode"):
+        torch.func.jvp(lambda each: found(each, *rest), (x,), (x,))
+
+
 def test_an_op_that_mutates():
     @op(mutates=("x",))
     def double_in_place(x: torch.Tensor, times: int = 1) -> None:
