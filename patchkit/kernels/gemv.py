@@ -68,8 +68,8 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Number of rows up to which the native kernel serves weights of this dtype."""
-    return _MOST_ROWS[dtype]
+    """Number of rows up to which the native kernel serves weights of this dtype; 0 for a dtype that it does not serve."""
+    return _MOST_ROWS.get(dtype, 0)
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -87,12 +87,18 @@ def _kernel() -> tuple[Any, str | None]:
 
 
 def _native_refuses(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
-    if (reason := not_on_cpu(x)) is not None:
-        return reason
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
+        if (reason := not_on_cpu(tensor)) is not None:
+            return reason
+    if x.layout is not torch.strided or weight.layout is not torch.strided:
+        return "x or weight is not dense"
     if x.dtype not in _KINDS or weight.dtype is not x.dtype:
         return f"x is {x.dtype} and weight {weight.dtype}: both must be fp32, both fp16 or both bf16"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
+    # The kernel takes the sizes of the weight for all.
+    if not x.ndim or x.shape[-1] != weight.shape[-1] or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return f"x {[*x.shape]}, weight {[*weight.shape]}, bias {None if bias is None else [*bias.shape]}: no linear layer's shapes"
     rows = x.numel() // x.shape[-1]
     if rows > most_rows(weight.dtype):
         return f"{rows} rows: at most {most_rows(weight.dtype)} are served"
@@ -107,7 +113,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -
     n, k = weight.shape
     # Named, so that they live until the call is over.
     rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32)
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)  # whatever torch.set_default_device is
     addresses = rows.data_ptr(), weight.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
     _kernel()[0](*addresses, rows.numel() // k, n, k, _KINDS[weight.dtype], torch.get_num_threads())
     return y.to(x.dtype)

@@ -9,4 +9,4 @@ import torch
 
 def not_on_cpu(x: torch.Tensor, *rest: Any) -> str | None:
     """Reason why a CPU backend cannot serve x, or None."""
-    return None if x.device.type == "cpu" else f"{x.device.type} tensors: it is for a CPU"
+    return None if x.is_cpu else f"{x.device.type} tensors: it is for a CPU"

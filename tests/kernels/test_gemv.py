@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import patchkit.kernels.gemv as module
 from patchkit.kernels.gemv import gemv, most_rows, why_not
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,3 +54,18 @@ def test_an_inf_stays_in_its_row() -> None:
     found = native(x, weight)
     assert not found[1].isfinite().any()
     assert torch.equal(found[[0, 2]], right[[0, 2]])
+
+
+@pytest.mark.parametrize(("features", "bias"), [(400, None), (100, None), (200, 5), (200, 1)])
+def test_shapes_of_no_linear_layer_never_reach_the_kernel(features: int, bias: int | None) -> None:
+    args = torch.ones(2, features), torch.ones(7, 200), None if bias is None else torch.ones(bias)
+    assert "no linear layer's shapes" in str(gemv.explain(*args)["native"])
+
+
+def test_the_output_is_on_the_cpu_whatever_the_default_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(module, "_kernel", lambda: (lambda *args: given.extend(args[:4]), None))
+    x, weight = tensors(2, 7, 20, torch.float32)
+    with torch.device("meta"):
+        assert gemv.backends["native"].run(x, weight, torch.ones(7, device="cpu")).device.type == "cpu"
+    assert all(given), "an address of None is no memory to write to"
