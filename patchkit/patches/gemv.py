@@ -4,8 +4,8 @@ A step of decoding multiplies each weight matrix with one row, or with a few whe
 Such a product takes the time of reading the weights. The libraries that torch calls are made for many rows: on a processor without AMX
 they read the weights of one row at a half of what memory gives, and take twice that time for two rows.
 
-The op `gemv` reads the weights once for up to 16 rows (6 in 16 bits). More rows, calls under autograd or autocast, and weights that are
-not floating-point tensors go to the module's own forward.
+The op `gemv` reads the weights once for up to 16 rows (6 in 16 bits). More rows, calls under autograd, autocast or a transform (vmap, jvp,
+`torch.jit.trace`), and tensors that are not dense or do not fit each other go to the module's own forward.
 
 Each output is one sum in a fixed order, whatever else is in the batch. So a token's linear layers give the same bits alone, in a batch,
 and among drafts that are verified.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit._compat.products import is_plain, is_transformed
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
@@ -125,14 +126,26 @@ class _Timed:
 def _forward(hits: Counter[str], module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """`nn.Linear.forward`, through `gemv` where there are few rows."""
     weight: Any = module.weight
-    served = _is_served(input, weight)
-    if not torch.compiler.is_compiling():  # a count that changes would be its own graph for every call
+    bias: Any = module.bias
+    compiling = torch.compiler.is_compiling()
+    served = (compiling or _is_plain_call(input, weight)) and _is_served(input, weight, bias)
+    if not compiling:  # a count that changes would be its own graph for every call
         hits["products of few rows" if served else "products left to torch"] += 1
-    return gemv(input, weight, module.bias) if served else nn.Linear.forward(module, input)
+    return gemv(input, weight, bias) if served else nn.Linear.forward(module, input)
 
 
-def _is_served(x: torch.Tensor, weight: Any) -> bool:
+def _is_plain_call(x: torch.Tensor, weight: Any) -> bool:
+    return type(weight) is nn.Parameter and not is_transformed() and is_plain(x) and is_plain(weight)
+
+
+def _is_served(x: torch.Tensor, weight: Any, bias: Any) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(weight) is not nn.Parameter or x.dtype is not weight.dtype:
         return False
-    few = 0 < x.numel() // weight.shape[1] <= most_rows(weight.dtype)
-    return few and x.device.type == weight.device.type == "cpu" and weight.is_contiguous()
+    if not (x.ndim and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and (bias is None or _fits(bias, weight))):
+        return False  # torch says what is wrong with them
+    few = 0 < x.numel() <= most_rows(weight.dtype) * weight.shape[1]
+    return few and x.is_cpu and weight.is_cpu and weight.is_contiguous()
+
+
+def _fits(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    return bias.shape == weight.shape[:1] and bias.dtype is weight.dtype and bias.device == weight.device

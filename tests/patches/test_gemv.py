@@ -76,6 +76,58 @@ def test_prompts_and_training_run_as_before() -> None:
     assert set(hits(model)) == {"products left to torch"}
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of the age of torch.jit, and of sparse layouts
+@torch.no_grad()
+def test_calls_that_torch_has_to_follow_are_left_to_it() -> None:
+    plain = tiny_model("llama").lm_head
+    layer = patch_model(tiny_model("llama"), "gemv", verbose=False).lm_head
+    x, direction = torch.randn(2, 3, 1, plain.in_features, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.vmap(layer)(x), torch.vmap(plain)(x))
+    assert torch.equal(torch.func.jvp(layer, (x,), (direction,))[1], plain(direction))
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert torch.equal(traced(direction), plain(direction))
+    assert type(layer(x.as_subclass(Marked))) is Marked
+
+
+class Marked(torch.Tensor):
+    """A tensor that is not to become another kind."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_a_patched_model_may_be_cast(dtype: torch.dtype) -> None:
+    model = patch_model(tiny_model("llama"), "gemv", verbose=False).to(dtype)
+    assert logit_error(model(input_ids=ids()).logits, tiny_model("llama").to(dtype)(input_ids=ids()).logits) <= TOLERANCES[dtype].logits
+
+
+@pytest.mark.parametrize("features", [0, 32, 128, 512])
+@torch.no_grad()
+def test_inputs_and_biases_that_do_not_fit_are_refused_as_before(features: int) -> None:
+    layer = patch_model(tiny_model("llama"), "gemv", verbose=False).lm_head
+    assert layer.in_features not in (features, 0)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.ones(2, features))
+    x = torch.ones(1, layer.in_features)
+    for bias, message in ((torch.ones(5), "must match"), (torch.ones(layer.out_features, dtype=torch.bfloat16), "same dtype")):
+        layer.bias = nn.Parameter(bias)
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+    layer.bias = nn.Parameter(torch.ones(1))
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)), "torch adds one number to every output"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of sparse layouts
+@torch.no_grad()
+def test_sparse_weights_are_left_alone() -> None:
+    model = patch_model(tiny_model("llama"), "gemv", verbose=False)
+    right, layer = model(input_ids=ids()).logits, model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr())
+    assert logit_error(model(input_ids=ids()).logits, right) <= TOLERANCES[torch.float32].logits
+    unpatch_model(model)
+    patch_model(model, "gemv", verbose=False)
+    assert "not dense" in " ".join(report(model).patches[0].left_alone.values())
+
+
 def test_nothing_stays_behind() -> None:
     model = tiny_model("llama")
     before = snapshot(model)
