@@ -79,7 +79,7 @@ def accurate_blocks(
     left: dict[str, str] = {}
     for block in blocks:
         snr = block.signal_to_noise(inputs.get(block.name))
-        if min_snr is not None and snr is not None and snr < min_snr:
+        if min_snr is not None and snr is not None and not snr >= min_snr:  # nan, of a weight that is not finite, is no ratio either
             left[block.name] = f"its SNR of {snr:.1f} dB is below {min_snr:g}"
             continue
         mode = next(mode for mode, activation in ACTIVATIONS.items() if activation == block.activation)

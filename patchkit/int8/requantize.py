@@ -32,9 +32,9 @@ def requantize(originals: Sequence[Original], hits: Counter[str]) -> bool:
     differs = False
     with torch.no_grad():
         for module, key, original in originals:
-            now = _compat.parameters_of(module)[key]
+            now = _compat.parameters_of(module).get(key)
             experts = int8_experts_of(module)
-            if experts is not None:
+            if experts is not None and now is not None:
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
                 differs |= _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed)))
             elif isinstance(now, Int8Weight):  # else the module was given another weight, and runs over that
@@ -44,8 +44,10 @@ def requantize(originals: Sequence[Original], hits: Counter[str]) -> bool:
 
 
 def _refuse(module: nn.Module, key: str, original: nn.Parameter) -> None:
-    experts = int8_experts_of(module)
-    shape = _compat.parameters_of(module)[key].shape if experts is None else experts[key].shape
+    experts, now = int8_experts_of(module), _compat.parameters_of(module).get(key)
+    if experts is None and not isinstance(now, Int8Weight):
+        return  # it is left as it is
+    shape = now.shape if experts is None else experts[key].shape
     problem = None
     if original.device.type == "meta":
         problem = "is no longer in memory"

@@ -96,6 +96,21 @@ def test_int8_weights_follow_at_the_next_prompt(change):
     assert report(patched).patches[0].hits["requantised"] == 2
 
 
+def test_a_layer_that_was_given_another_weight_does_not_stop_the_others():
+    model, patched = pair()
+    mlp = patched.model.layers[0].mlp
+    for name, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):  # as structured pruning does
+        getattr(mlp, name).weight = torch.nn.Parameter(torch.ones(shape))
+    _edit(model)
+    assert refresh(patched)
+    follows, right = (each.model.layers[1].mlp.up_proj.weight.qdata for each in (patched, anew(model)))
+    assert torch.equal(follows, right) and mlp.up_proj.weight.shape == (32, 64)
+    del mlp.up_proj.weight  # a parametrization or a mask computes it instead
+    mlp.up_proj.weight = torch.ones(32, 64)
+    _edit(model)
+    assert refresh(patched) and logits(patched).isfinite().all()
+
+
 @pytest.mark.parametrize(("family", "spec"), [
     ("gpt2", INT8), ("qwen3_moe", INT8), ("gpt_oss", INT8), ("llama", "mlp_int8(mode=dynamic)"),
     ("llama", f"{INT8} + streaming(sinks=2, window=60)"), ("llama", f"{INT8} + compile(backend=eager)"),
