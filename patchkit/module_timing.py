@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,20 @@ def report_speed(
         kind, other = ("prompts", "decoding") if slower[0].startswith("256") else ("decoding", "prompts")
         advice = f"and faster with {faster[0]}. Leave the patch out where most of the time goes into {kind}, keep it for {other}"
     record.warn(f"{message}: {advice}", log=True)
+
+
+def patterns_of(modules: Any) -> tuple[str, ...] | None:
+    """Return a patch's option ``modules`` as `selected` takes it: a string is one pattern, and None stays None.
+
+    Raises:
+        ValueError: it is neither, nor strings in a list or any other iterable.
+    """
+    if modules is None:
+        return None
+    patterns = (modules,) if isinstance(modules, str) else tuple(modules) if isinstance(modules, Iterable) else ()
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"modules={modules!r}: give names or patterns such as ['*.down_proj'], or None for all")
+    return patterns
 
 
 def selected(patterns: tuple[str, ...] | None, names: list[str], kind: str, model: str) -> set[str]:

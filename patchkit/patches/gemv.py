@@ -26,7 +26,7 @@ from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, UnsupportedModel
 from patchkit.handle import Handle
 from patchkit.kernels.gemv import gemv, most_rows, why_not
-from patchkit.module_timing import report_speed, selected
+from patchkit.module_timing import patterns_of, report_speed, selected
 from patchkit.patch import Facts, Patch, Stage, register_patch
 
 
@@ -56,12 +56,7 @@ class Gemv(Patch):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.modules, str):
-            object.__setattr__(self, "modules", (self.modules,))
-        if self.modules is not None:
-            if not self.modules or not all(isinstance(name, str) for name in self.modules):
-                raise ValueError(f"modules={self.modules!r}: give names or patterns such as ['*.down_proj'], or None for all")
-            object.__setattr__(self, "modules", tuple(self.modules))
+        object.__setattr__(self, "modules", patterns_of(self.modules))
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r}: give True or False")
 

@@ -32,7 +32,7 @@ from patchkit.int8.linears import Int8Linear, make_saveable
 from patchkit.int8.requantize import requantize
 from patchkit.int8.saving import restore_weights
 from patchkit.int8.timing import choose_activations
-from patchkit.module_timing import report_speed
+from patchkit.module_timing import patterns_of, report_speed
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 
 
@@ -74,19 +74,17 @@ class MLPInt8(Patch):
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "weight_only", "dynamic"):
             raise ValueError(f"mode={self.mode!r}: give 'auto', 'weight_only' or 'dynamic'")
-        if isinstance(self.modules, str):
-            object.__setattr__(self, "modules", (self.modules,))
-        if self.modules is not None:
-            if not self.modules or not all(isinstance(name, str) for name in self.modules):
-                raise ValueError(f"modules={self.modules!r}: give names or patterns such as ['*.down_proj'], or None for all")
-            object.__setattr__(self, "modules", tuple(self.modules))
+        object.__setattr__(self, "modules", patterns_of(self.modules))
         if self.min_snr is not None and (isinstance(self.min_snr, bool) or not isinstance(self.min_snr, int | float)):
             raise ValueError(f"min_snr={self.min_snr!r}: give decibels such as 30, or None")
         for name in ("keep_original", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.calibration is not None:
-            ids = torch.as_tensor(self.calibration)
+            try:
+                ids = torch.as_tensor(self.calibration)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"calibration={self.calibration!r} ({error}): give token ids [T] or [B, T]") from None
             if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
                 raise ValueError(f"calibration of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids [T] or [B, T]")
 

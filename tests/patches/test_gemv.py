@@ -207,9 +207,10 @@ def test_slower_is_an_error_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 
 def test_options_are_checked() -> None:
-    for wrong in (dict(modules=()), dict(modules=(3,)), dict(strict=1)):
+    for wrong in (dict(modules=()), dict(modules=(3,)), dict(modules=3), dict(strict=1)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Gemv(**wrong)  # type: ignore[arg-type]
+    assert Gemv(modules=iter(["*.up_proj"])).modules == ("*.up_proj",)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="modules"):
         parse_spec("gemv(module='x')")
     assert isinstance(parse_spec("gemv")[0], Patch)

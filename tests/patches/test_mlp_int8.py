@@ -112,6 +112,14 @@ def test_modules_below_the_threshold_are_left_out():
     assert_restored(before, model)
 
 
+def test_a_module_without_a_signal_to_noise_ratio_is_below_every_threshold():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.inf
+    patch_model(model, MLPInt8(min_snr=20))
+    assert "SNR of nan dB" in report(model).patches[0].left_alone["model.layers.1.mlp.down_proj"]
+    assert len(converted(model)) == 5
+
+
 def test_the_report_gives_every_module_its_signal_to_noise_ratio():
     model = patch_model(tiny_model("llama"), MLPInt8(mode="weight_only", calibration=IDS))
     for facts in report(model).patches[0].modules.values():
@@ -446,6 +454,8 @@ def test_offloaded_weights_are_refused():
         ({"min_snr": "high"}, "decibels"),
         ({"keep_original": 1}, "True or False"),
         ({"calibration": [0.5]}, "token ids"),
+        ({"calibration": [None]}, "token ids"),
+        ({"modules": 3}, "down_proj"),
     ],
 )
 def test_wrong_options_are_refused_with_the_remedy(options, word):
