@@ -56,6 +56,8 @@ class Registered(Spelled):
         if kind is not None and folder is not None:
             cls.kind, cls.folder, cls._classes = kind, folder, {}
         if name is None:
+            if "name" in vars(cls) and _is_made_again(cls._classes.get(cls.name), cls):
+                cls._classes[cls.name] = cls
             return
         if not is_word(name):
             raise ValueError(f"{cls.kind} {name!r} cannot be written in a spec string: use a Python identifier such as 'my_{cls.kind}'")
@@ -73,6 +75,12 @@ class Registered(Spelled):
         """All classes of this kind by name, sorted."""
         import_folder(cls.folder)
         return dict(sorted(cls._classes.items()))
+
+
+def _is_made_again(holder: type[Any] | None, cls: type[Any]) -> bool:
+    """Whether ``cls`` is the class that `dataclass(slots=True)` makes in the place of ``holder``, with its fields and without its name."""
+    fields = "__dataclass_fields__"
+    return holder is not None and fields in vars(cls) and vars(holder).get(fields) is vars(cls)[fields]
 
 
 @functools.cache

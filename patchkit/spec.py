@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from patchkit.errors import PatchConflict, SpecError
 from patchkit.patch import NO_PATCH, Patch, available_patches, declared
-from patchkit.spelled import keywords_of, listed, made, refuse_unnamed, summands, unknown
+from patchkit.spelled import keywords_of, listed, made, refuse_unnamed, refusing_depth, summands, unknown
 
 T = TypeVar("T")
 
@@ -104,7 +104,8 @@ def _in_file(path: str | os.PathLike[str], read: Callable[[str], T]) -> T:
 
 
 def _parsed(text: str) -> list[Patch]:
-    return [_patch_of(node, text) for node in _terms(text, available_patches())]
+    with refusing_depth("spec"):
+        return [_patch_of(node, text) for node in _terms(text, available_patches())]
 
 
 def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
@@ -125,12 +126,13 @@ def _terms(text: str, known: Iterable[str]) -> list[ast.expr]:
 
 
 def _check_names(text: str, known: dict[str, tuple[str, ...] | None]) -> None:
-    for node in _terms(text, known):
-        name = _name_of(node, text, known)
-        options = known[name]
-        if options is not None and isinstance(node, ast.Call):
-            refuse_unnamed(name, node.args, options)
-            keywords_of(name, node, options)
+    with refusing_depth("spec"):
+        for node in _terms(text, known):
+            name = _name_of(node, text, known)
+            options = known[name]
+            if options is not None and isinstance(node, ast.Call):
+                refuse_unnamed(name, node.args, options)
+                keywords_of(name, node, options)
 
 
 def _patch_of(node: ast.expr, text: str) -> Patch:

@@ -11,10 +11,13 @@ in quotes is left to the class, which reads it with `parse_object`.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import keyword
-from collections.abc import Callable, Iterable, Mapping
+import math
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from patchkit.errors import SpecError
@@ -76,7 +79,17 @@ def parse_object(text: str, kind: str, objects: Objects[S]) -> S:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         like = next(iter(_by_name(objects)))
         raise SpecError(f"cannot read the {kind} {text!r}: {getattr(error, 'msg', error)}. Write it like '{like}'") from None
-    return _object_of(node, kind, objects)
+    with refusing_depth(kind):
+        return _object_of(node, kind, objects)
+
+
+@contextlib.contextmanager
+def refusing_depth(kind: str) -> Iterator[None]:
+    """Context in which a ``kind`` that is nested deeper than Python's stack raises a `SpecError`: Python's parser lets some pass."""
+    try:
+        yield
+    except RecursionError:
+        raise SpecError(f"cannot read the {kind}: it is nested too deep") from None
 
 
 def made(cls: type[S], node: ast.expr) -> S:
@@ -180,7 +193,8 @@ def listed(names: Iterable[str]) -> str:
 
 def is_word(text: str) -> bool:
     """Whether a spec string may write ``text`` without quotes."""
-    return text.isidentifier() and not keyword.iskeyword(text)
+    # Python normalises identifiers, so that another form of a letter would be read back as another word.
+    return text.isidentifier() and not keyword.iskeyword(text) and unicodedata.normalize("NFKC", text) == text
 
 
 def spell(value: Any) -> str:
@@ -188,13 +202,20 @@ def spell(value: Any) -> str:
     if isinstance(value, Spelled):
         return value.spec
     if isinstance(value, str):
-        return value if is_word(value) else repr(value)
+        return str.__str__(value) if is_word(value) else str.__repr__(value)
     if isinstance(value, list):
         return f"[{', '.join(spell(item) for item in value)}]"
     if isinstance(value, tuple):
         return f"({', '.join(spell(item) for item in value)}{',' if len(value) == 1 else ''})"
-    if isinstance(value, bool | int | float | dict | None):
+    if type(value) is dict:
+        return f"{{{', '.join(f'{spell(key)}: {spell(item)}' for key, item in value.items())}}}"
+    if isinstance(value, bool | dict | None):  # a dict of a class of its own has a repr of its own
         return repr(value)
+    # Subclasses, such as numpy's float64 and IntEnum, have a repr that no literal is.
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float) and not math.isnan(value):
+        return float.__repr__(value).replace("inf", "1e999")  # `inf` would be a word
     return f"<{type(value).__name__}>"
 
 

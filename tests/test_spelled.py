@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import re
 import typing
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from patchkit import Patch, StreamingLLM, available_patches, parse_spec
 from patchkit.errors import SpecError
+from patchkit.linear.state import StateDict
 from patchkit.patches.speculative import Speculative
 from patchkit.registered import Registered
+from patchkit.spec import check_spelling
 from patchkit.speculation import Adaptive, Drafter, Eagle, Fixed, Medusa, PromptLookup, SelfDraft, TopKAgree
 from patchkit.speculation.acceptance import Acceptance
 from patchkit.speculation.controllers import Controller
-from patchkit.spelled import Spelled, options_of, parse_object
+from patchkit.spelled import Spelled, is_word, options_of, parse_object, spell
 
 PATCHES = [cls for cls in available_patches().values() if cls.__module__.startswith("patchkit.")]
 KINDS = (Acceptance, Controller, Drafter)
@@ -155,6 +159,64 @@ def test_the_spec_is_written_without_quotes(given: Patch, spec: str) -> None:
 def test_bad_objects_are_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_spec(f"speculative({text})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Anything(Spelled):
+    """An object of one option, which takes any value."""
+
+    name: typing.ClassVar[str] = "anything"
+
+    value: Any = None
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), -float("inf"), (1, float("inf")), {"a": float("inf")}, {"a": "two words", 3: [True, None]}, np.float64(0.5), 1e22,
+     Colour.RED, Level.HIGH, "\ufb01x", "\u212b", "None", "1e999"],
+    ids=repr,
+)  # fmt: skip
+def test_any_value_that_a_literal_can_write_reads_back(value: Any) -> None:
+    assert parse_object(Anything(value).spec, "object", [Anything]).value == value
+
+
+def test_what_no_literal_can_write_is_shown_by_its_class() -> None:
+    assert spell(float("nan")) == "<float>" and spell({"a": 1j}) == "{a: <complex>}"
+    assert spell(StateDict(a=1)) == "<state dict>"
+    assert is_word("fix") and not is_word("\ufb01x")
+
+
+@pytest.mark.parametrize("text", ["streaming" + "()" * 1500, "streaming(refresh=" + "-" * 900 + "1)"], ids=len)
+def test_a_spec_that_is_nested_too_deep_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="nested too deep"):
+        parse_spec(text)
+    with pytest.raises(SpecError, match="nested too deep"):
+        parse_object(text, "object", available_patches)
+
+
+def test_a_long_name_that_is_nested_too_deep_is_refused_before_patches_are_imported() -> None:
+    with pytest.raises(SpecError, match="nested too deep"):
+        check_spelling("streaming" + "()" * 1500)
+
+
+def test_a_class_with_slots_is_the_one_that_a_spec_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Acceptance, "_classes", {**Acceptance.available()})
+
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Slotted(Acceptance, name="slotted"):
+        times: int = 1
+
+    assert Acceptance.available()["slotted"] is Slotted
+    made = parse_object("slotted(2)", "acceptance", Acceptance.available)
+    assert isinstance(made, Slotted) and made.times == 2 and made.spec == "slotted(times=2)"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
