@@ -117,7 +117,8 @@ class Handle:
             found = _shared.get((id(obj), name))
             if found is None or found.obj() is not obj:
                 before = getattr(obj, name, _MISSING) if original is None else original
-                found = _shared[id(obj), name] = _Shared(weakref.ref(obj), before, {})
+                forget = functools.partial(_forget, (id(obj), name))
+                found = _shared[id(obj), name] = _Shared(weakref.ref(obj, forget), before, {})
             found.values[token] = value
             setattr(obj, name, value)
         self._steps.append(functools.partial(_release, obj, name, token, found.original))
@@ -213,6 +214,13 @@ class _Shared(NamedTuple):
 
 _shared: dict[tuple[int, str], _Shared] = {}
 _shared_guard = threading.Lock()
+
+
+def _forget(key: tuple[int, str], reference: weakref.ReferenceType[Any]) -> None:
+    """Drop the entry of an object that is gone. Without the guard: garbage may be collected while this thread holds it."""
+    found = _shared.get(key)
+    if found is not None and found.obj is reference:
+        _shared.pop(key, None)
 
 
 def _release(obj: object, name: str, token: _Token, original: Any) -> None:

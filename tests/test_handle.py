@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import types
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from patchkit.errors import IrreversiblePatch, PatchError
-from patchkit.handle import Handle
+from patchkit.handle import Handle, _shared
 
 
 class Net(nn.Module):
@@ -252,3 +253,13 @@ def test_a_copy_is_undone_alone(net: Net, duplicate: Any) -> None:
     assert torch.equal(net(X), changed)
     handle.undo()
     assert torch.equal(net(X), plain)
+
+
+def test_an_object_that_is_gone_leaves_nothing_behind() -> None:
+    before = len(_shared)
+    config = nn.Identity()
+    Handle().set_shared(config, "name", "alias")
+    assert len(_shared) == before + 1
+    del config
+    gc.collect()
+    assert len(_shared) == before
