@@ -77,7 +77,7 @@ class Gemv(Patch):
         model, name = target.model, type(target.model).__name__
         if model.device.type != "cpu":
             raise UnsupportedModel(f"{name} is on {model.device.type}, and gemv is for a CPU: leave it out, or move the model first")
-        found = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+        found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         wanted = selected(self.modules, list(found), "linear layer", name)
         linears: dict[str, nn.Linear] = {}
         left: dict[str, str] = {}
@@ -85,7 +85,9 @@ class Gemv(Patch):
             weight = found[path].weight
             row = torch.empty(1, weight.shape[-1], dtype=weight.dtype, device=weight.device) if type(weight) is nn.Parameter else None
             why = f"its weight is a {type(weight).__name__}" if row is None else why_not(row, weight)
-            if "forward" in vars(found[path]):
+            if type(found[path]) is not nn.Linear:
+                why = f"it is a {type(found[path]).__name__}, which may compute something else"
+            elif "forward" in vars(found[path]):
                 why = "it has its own forward (accelerate's hooks, say)"
             if why is None:
                 linears[path] = found[path]

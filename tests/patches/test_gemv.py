@@ -185,6 +185,14 @@ def test_modules_are_chosen_by_pattern() -> None:
         patch_model(tiny_model("llama"), Gemv(modules="nothing"))
 
 
+def test_a_class_of_its_own_is_left_alone_and_reported() -> None:
+    model = tiny_model("llama")
+    nn.utils.parametrize.register_parametrization(model.model.layers[0].mlp.up_proj, "weight", nn.Identity())
+    facts = report(patch_model(model, "gemv", verbose=False)).patches[0]
+    assert facts.changed == {"linear layers": len(linears(model)) - 1}
+    assert facts.left_alone == {"model.layers.0.mlp.up_proj": "it is a ParametrizedLinear, which may compute something else"}
+
+
 def test_models_without_such_layers_are_refused() -> None:
     with pytest.raises(NothingMatched, match=r"torch.float64.*both must be"):
         patch_model(tiny_model("llama").double(), "gemv")
