@@ -45,9 +45,12 @@ def requantize(originals: Sequence[Original], hits: Counter[str]) -> bool:
 
 def _refuse(module: nn.Module, key: str, original: nn.Parameter) -> None:
     experts, now = int8_experts_of(module), _compat.parameters_of(module).get(key)
-    if experts is None and not isinstance(now, Int8Weight):
-        return  # it is left as it is
-    shape = now.shape if experts is None else experts[key].shape
+    if experts is not None:
+        shape = experts[key].shape
+    elif isinstance(now, Int8Weight):
+        shape = now.shape
+    else:
+        return  # the module runs over another weight that it was given
     problem = None
     if original.device.type == "meta":
         problem = "is no longer in memory"
