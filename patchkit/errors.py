@@ -11,6 +11,10 @@ class UnsupportedModel(PatchError):
     """This model (or this version of transformers or torch) cannot be patched exactly or usefully; the message says why."""
 
 
+class DraftError(UnsupportedModel):
+    """A draft model does not go with its target: other tokens, and no tokenizers to translate them."""
+
+
 class NothingMatched(PatchError):
     """A patch found nothing in the model that it could change."""
 

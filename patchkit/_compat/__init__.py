@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from patchkit._compat.names import and_masks as and_masks
     from patchkit._compat.peft import adapter_states as adapter_states
     from patchkit._compat.peft import follow_adapters as follow_adapters
+    from patchkit._compat.tokens import shared_tokens as shared_tokens
     from patchkit._compat.torchao import has_torchao as has_torchao
     from patchkit._compat.torchao import to_torchao as to_torchao
     from patchkit._compat.torchao import torchao_int8 as torchao_int8

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -157,7 +157,12 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
     """Options of one method of drafting: a frozen dataclass, validated in `__post_init__`, without run-time state.
 
     A subclass with ``name="name"`` is known to spec strings: `speculative(draft=name)`. Its ``example`` drafts for any model.
+
+    Attributes:
+        any_model: False if the example drafts only for a model whose tokenizer is known.
     """
+
+    any_model: ClassVar[bool] = True
 
     def check(self, target: Target) -> None:
         """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""
@@ -176,6 +181,10 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
 
     def outdated(self, model: Any, adapters: bool) -> str | None:
         """Return why drafts for ``model`` are worse since its weights have changed, or its adapters; None if they are not."""
+        return None
+
+    def note(self) -> str | None:
+        """Return what the report says of this drafter, once prepared, beyond its text; None for nothing."""
         return None
 
     @abstractmethod

@@ -45,17 +45,19 @@ def drafter_of(draft: Any, target: Target) -> Drafter:
     if isinstance(draft, nn.Module):
         return DraftModel(draft)
     if isinstance(draft, str):
-        return DraftModel(_loaded(draft, target))
+        model, tokenizer = _loaded(draft, target)
+        return DraftModel(model, draft_tokenizer=tokenizer)
     drafter: Drafter = draft
     return drafter
 
 
-def _loaded(name: str, target: Target) -> Any:
+def _loaded(name: str, target: Target) -> tuple[Any, Any]:
     try:
-        model, _ = load_model(name, target.model.dtype)
+        model, tokenizer = load_model(name, target.model.dtype)
     except ModelUnavailable as error:
         nearest = difflib.get_close_matches(name, Drafter.available(), n=1, cutoff=0.5) if is_word(name) else []
         if not nearest:
             raise
         raise ModelUnavailable(f"{error}; or did you mean the drafter {nearest[0]!r}?") from error
-    return model.to(target.model.device)
+    moved: Any = model
+    return moved.to(target.model.device), tokenizer

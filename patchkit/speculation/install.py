@@ -81,7 +81,7 @@ def install(target: Target, handle: Handle, drafter: Drafter, controller: Contro
             continue
         handle.set_attribute(model, name, functools.partial(generate_plainly, model, handle.record.warnings, name))
     handle.record.changed("generate methods")
-    handle.record.note("drafts", str(drafter))
+    handle.record.note("drafts", prepared.note() or str(drafter))
     if not acceptance.lossless:
         handle.record.warn(f"acceptance={acceptance} changes the text")
 

@@ -33,7 +33,7 @@ STREAMED = ("llama", "gpt_neox", "gemma3_text", "mixtral", "deepseek_v3", "glm",
 # The example of every drafter that spec strings can name, and other options; a drafter, its spec string, or a function that makes one.
 DRAFTERS: dict[str, Any] = {
     "another model": lambda: DraftModel(tiny_model("llama", seed=7)),
-    **{name: cls.example for name, cls in Drafter.available().items() if cls.__module__.startswith("patchkit.")},
+    **{name: cls.example for name, cls in Drafter.available().items() if cls.__module__.startswith("patchkit.") and cls.any_model},
     "window": SelfDraft("streaming(sinks=1, window=6)"),
     "int8": SelfDraft("mlp_int8(mode=weight_only)"),
     "medusa tree": Medusa(n_heads=2, init="tie", tree=((0,), (1,), (0, 0), (0, 1), (1, 0))),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import matrix
+from tiny_tokenizers import letter_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from patchkit import patched
@@ -28,9 +29,9 @@ VOCABULARY, PROMPT = 6, (1, 2, 3, 1, 2, 4, 1, 2)
 TEXTS, FEW_TEXTS = 50_000, 8_000
 
 
-def small_model(seed: int, spread: float = 0.4) -> PreTrainedModel:
+def small_model(seed: int, spread: float = 0.4, size: int = VOCABULARY) -> PreTrainedModel:
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -112,11 +113,23 @@ def drawn_texts(draft: Any, temperature: float, top_p: float, texts: int, **opti
             return counts, statistics_of(model)
 
 
+def other_tokenizer(sample: bool) -> DraftModel:
+    """A draft that lacks two of the target's tokens, has two others, and has the rest in another order."""
+    draft = small_model(1, size=VOCABULARY + 2)
+    return DraftModel(draft, sample=sample, tokenizer=letter_tokenizer("?abcde"), draft_tokenizer=letter_tokenizer("?cbaWXYZ"))
+
+
 # Functions that make a drafter, or its spec string; of every drafter that spec strings can name its example.
 DRAFTERS: dict[str, Callable[[], Any]] = {
     "another model": lambda: DraftModel(small_model(1)),
     "another model, deterministic": lambda: DraftModel(small_model(1), sample=False),
-    **{name: functools.partial(str, cls.example) for name, cls in Drafter.available().items() if cls.__module__.startswith("patchkit.")},
+    "another tokenizer": lambda: other_tokenizer(sample=True),
+    "another tokenizer, deterministic": lambda: other_tokenizer(sample=False),
+    **{
+        name: functools.partial(str, cls.example)
+        for name, cls in Drafter.available().items()
+        if cls.__module__.startswith("patchkit.") and cls.any_model
+    },
 }
 
 
@@ -129,6 +142,7 @@ WHOLE = [
 # Drafts that are drawn, by a second model and by heads, and drafts that are chosen, from the text.
 FAST = [
     ("another model", 0.7, 0.9, FEW_TEXTS),
+    ("another tokenizer", 0.7, 0.9, FEW_TEXTS),
     ("medusa", 1.0, 1.0, FEW_TEXTS),
     ("prompt_lookup", 0.8, 0.95, FEW_TEXTS),
 ]

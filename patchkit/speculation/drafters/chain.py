@@ -48,6 +48,9 @@ class Chain(Drafter):
         found = [reason for drafter in self.drafters if (reason := drafter.outdated(model, adapters)) is not None]
         return "; ".join(found) or None
 
+    def note(self) -> str | None:
+        return "; ".join(note for drafter in self.drafters if (note := drafter.note()) is not None) or None
+
     def begin(self, model: Any, state: State) -> Session:
         return ChainSession([drafter.begin(model, state) for drafter in self.drafters])
 
