@@ -24,7 +24,7 @@ from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.linear.feature_maps import available_feature_maps
 from patchkit.linear.hybrid import HybridAttention
-from patchkit.trained_for import TrainedFor, fingerprint, lm_head_weight
+from patchkit.trained_for import TrainedFor
 
 _FORMAT = "patchkit linear 1"
 _REMEDY = "Convert this model: patchkit linearize MODEL --text FILE --out STATE"
@@ -82,9 +82,7 @@ class LinearState:
                 rotation = layer.rotary.rotate(torch.eye(sizes[layer.index].head_dim), cos, sin, layer.rotary.start)
                 parts[layer.index].query_map.start_behind(rotation)
         trained_for = TrainedFor.of(target.model)
-        weight = lm_head_weight(target.model)
-        assert weight is not None
-        return cls(feature_map, window, sinks, horizon, parts, trained_for, fingerprint(weight.half()))
+        return cls(feature_map, window, sinks, horizon, parts, trained_for, trained_for.half)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors by their names in a file, and its metadata under "metadata"; `load_state` accepts this dict."""
@@ -124,7 +122,7 @@ class LinearState:
                 f"a hidden size of {wanted.hidden_size} and {wanted.vocabulary} tokens, and this one has {have.hidden_size} and "
                 f"{have.vocabulary}"
             )
-        elif have.fingerprint not in (wanted.fingerprint, self.float16_fingerprint):
+        elif have.fingerprint != self.float16_fingerprint and wanted.other_head(have):
             what = "another LM head: the sizes agree, the weights do not"
         elif (name := wanted.other_weight(have)) is not None:
             what = f"the same LM head, but another {name}"
@@ -170,6 +168,7 @@ def load_state(source: str | Path | Mapping[str, Any] | LinearState, model_or_ta
         raise PatchError(f"the metadata of {where} cannot be used ({type(error).__name__}: {error}). {_REMEDY}") from error
     if state.feature_map not in available_feature_maps():
         raise PatchError(f"{where} uses the feature map {state.feature_map!r}, which does not exist here. {_REMEDY}")
+    state.trained_for.warn_if_partial(where)
     state.check_fits(target.model)
     _fill(state, facts["layers"], tensors, where, target)
     return state

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +92,9 @@ def train_heads(
         if saved["run"] != run:
             raise PatchError(f"{checkpoint} belongs to another run ({saved['run']}): delete it, or name another checkpoint")
         # Checkpoints of a time when it was not kept have the LM head's fingerprint alone.
-        other = TrainedFor(**saved["trained_for"]).other_weight(facts) if "trained_for" in saved else None
+        known = TrainedFor(**saved["trained_for"]) if "trained_for" in saved else replace(facts, samples={})
+        known.warn_if_partial(f"the checkpoint {checkpoint}")
+        other = known.other_weight(facts)
         if other is not None:
             raise PatchError(f"{checkpoint} belongs to a model with another {other}: delete it, or name another checkpoint")
         heads.load_state_dict(saved["heads"])

@@ -8,7 +8,6 @@ match: drafts come with chances of acceptance, learned for each length of match,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from patchkit.record import Warnings
 from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
-from patchkit.speculation.suffix_file import SuffixFile
+from patchkit.speculation.suffix_file import SuffixFile, Writer
 from patchkit.speculation.suffix_store import LONGEST_SUFFIX, GrowingSequence, SuffixStore
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Suffix(Drafter, name="suffix"):
     Args:
         scope: "model" remembers the calls of the patched model; "call" only the call itself; anything else is the path of a file in which
             they are kept from process to process (safetensors). Each call of generate replaces the file; of several processes, or
-            models, that write one file the last wins.
+            models, that write one file the last wins. It belongs to the model with the weights that it was patched with.
         shortest: tokens that must agree at least, 1 to 32.
         max_tokens: the most tokens that are remembered, at 4 bytes each; sequences that were not used for longest are dropped.
 
@@ -64,11 +63,17 @@ class Suffix(Drafter, name="suffix"):
 
     def check(self, target: Target) -> None:
         if self._file is not None:
-            self._file.read(target.model, self.max_tokens)
+            # While no patch has changed the weights.
+            writer = Writer.of(target.model)
+            target.views[id(self)] = writer, self._file.read(writer, self.max_tokens)
 
     def prepared(self, target: Target) -> Drafter:
-        store = SuffixStore(self.max_tokens) if self._file is None else self._file.read(target.model, self.max_tokens)
-        return RememberingSuffix(self, store, Calibration(), self._file)
+        if self._file is None:
+            return RememberingSuffix(self, SuffixStore(self.max_tokens), Calibration())
+        if id(self) not in target.views:
+            self.check(target)
+        writer, store = target.views.pop(id(self))
+        return RememberingSuffix(self, store, Calibration(), self._file, writer)
 
     def begin(self, model: Any, state: State) -> Session:
         return SuffixSession(self, SuffixStore(self.max_tokens), Calibration(), state.rows)
@@ -89,23 +94,28 @@ class RememberingSuffix(Drafter):
     store: SuffixStore
     calibration: Calibration
     file: SuffixFile | None = None
+    writer: Writer | None = None  # where there is a file
     warnings: Warnings = field(default_factory=Warnings)
 
     def follow(self, model: Any, thorough: bool = False) -> Drafter:
+        now = None if self.writer is None else Writer.of(model)
+        if now is None or self.writer is None or now.label == self.writer.label:
+            now = self.writer
         # After resize_token_embeddings to fewer tokens the model could not read what is remembered.
-        if self.store.largest < model.get_input_embeddings().weight.shape[0]:
+        keeps = self.store.largest < model.get_input_embeddings().weight.shape[0]
+        if keeps and now is self.writer:
             return self
-        return dataclasses.replace(self, store=SuffixStore(self.options.max_tokens))
+        return dataclasses.replace(self, store=self.store if keeps else SuffixStore(self.options.max_tokens), writer=now)
 
     def begin(self, model: Any, state: State) -> Session:
         store = SuffixStore(self.options.max_tokens) if self.options.scope == "call" else self.store
-        return SuffixSession(self.options, store, self.calibration, state.rows, functools.partial(self._save, model))
+        return SuffixSession(self.options, store, self.calibration, state.rows, self._save)
 
-    def _save(self, model: Any) -> None:
-        if self.file is None:
+    def _save(self) -> None:
+        if self.file is None or self.writer is None:
             return
         try:
-            self.file.write(self.store, model)
+            self.file.write(self.store, self.writer)
         except (OSError, SafetensorError) as error:  # the text is generated, and must not be lost
             self.warnings.add(f"suffix(scope={self.options.scope!r}) cannot be written ({type(error).__name__})")
 

@@ -1,7 +1,7 @@
 """Heads that draft from a model's last hidden states: `MedusaHeads` and `EagleHead`, and their files.
 
 Heads use the model's LM head and embeddings, so a file holds little more than a layer. It names the model it was trained
-for, by sizes and by a fingerprint of the LM head, and is refused for any other.
+for, by sizes and by samples of every weight, and is refused for any other.
 """
 
 from patchkit.speculation.heads.base import Heads as Heads

@@ -56,7 +56,7 @@ class Heads(nn.Module):
         """Refuse a model that these heads were not trained for.
 
         Raises:
-            UnsupportedModel: the model has another hidden size, vocabulary, embedding size or LM head.
+            UnsupportedModel: the model has another hidden size, vocabulary, embedding size or LM head, or another weight in any layer.
         """
         have = TrainedFor.of(model)
         wanted = self.trained_for or have
@@ -66,7 +66,7 @@ class Heads(nn.Module):
             what = f"a vocabulary of {wanted.vocabulary} tokens, and this one's has {have.vocabulary}"
         elif wanted.embedding_size != have.embedding_size:
             what = f"embeddings of width {wanted.embedding_size}, and this one's have {have.embedding_size}"
-        elif wanted.fingerprint != have.fingerprint:
+        elif wanted.other_head(have):
             what = "another LM head: the sizes agree, the weights do not"
         elif (name := wanted.other_weight(have)) is not None:
             what = f"the same LM head, but another {name}"

@@ -57,6 +57,7 @@ def _loaded(path: Path, modified: int, kind: str | None, device: torch.device, d
     heads = _KINDS[metadata["kind"]](**json.loads(metadata["options"]))
     heads.load_state_dict(tensors)
     heads.trained_for = TrainedFor(**json.loads(metadata["trained_for"]))
+    heads.trained_for.warn_if_partial(f"the file of draft heads {path}")
     return heads.to(device, dtype).eval().requires_grad_(False)
 
 
