@@ -114,9 +114,9 @@ def drawn_texts(draft: Any, temperature: float, top_p: float, texts: int, **opti
 
 
 def other_tokenizer(sample: bool) -> DraftModel:
-    """A draft that lacks two of the target's tokens, has two others, and has the rest in another order."""
-    draft = small_model(1, size=VOCABULARY + 2)
-    return DraftModel(draft, sample=sample, tokenizer=letter_tokenizer("?abcde"), draft_tokenizer=letter_tokenizer("?cbaWXYZ"))
+    """A draft that lacks one of the target's tokens, has two others, and has the rest in another order."""
+    draft = small_model(3, size=VOCABULARY + 1)
+    return DraftModel(draft, sample=sample, tokenizer=letter_tokenizer("?abcde"), draft_tokenizer=letter_tokenizer("?cbadXY"))
 
 
 # Functions that make a drafter, or its spec string; of every drafter that spec strings can name its example.
