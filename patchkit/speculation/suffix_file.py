@@ -55,7 +55,7 @@ class Writer:
         return cls(type(model).__name__, int(model.config.get_text_config().vocab_size), weights)
 
     def metadata(self) -> dict[str, str]:
-        """What a file says of the model."""
+        """Metadata of a safetensors file of this model."""
         weights = {} if self.weights is None else {"trained_for": json.dumps(asdict(self.weights))}
         return {"format": _FORMAT, "model": self.label, **weights}
 

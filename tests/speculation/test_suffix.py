@@ -21,7 +21,7 @@ from patchkit.speculation.controllers.cost_model import CostModel
 from patchkit.speculation.drafters.suffix import Suffix
 from patchkit.speculation.shared import reset_statistics
 from patchkit.speculation.statistics import StepRecord
-from patchkit.speculation.suffix_file import SuffixFile
+from patchkit.speculation.suffix_file import SuffixFile, Writer
 from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
 from patchkit.testing import tiny_model
 
@@ -241,9 +241,9 @@ def test_the_file_keeps_the_order_of_use(tmp_path: Path) -> None:
     for first in (0, 40, 80):
         store.add(np.arange(first, first + 30, dtype=np.int32))
     assert store.continuation(sequence_of([4, 5]), 3) is not None
-    model = tiny_model("llama")
-    SuffixFile(str(path)).write(store, model)
-    read = SuffixFile(str(path)).read(model, 1024)
+    writer = Writer.of(tiny_model("llama"))
+    SuffixFile(str(path)).write(store, writer)
+    read = SuffixFile(str(path)).read(writer, 1024)
     read.add(np.arange(940, dtype=np.int32) % 7)
     assert [int(each[0]) for each in read.by_use()][:2] == [80, 0], "the one from 40 on was not used for longest"
 

@@ -39,11 +39,12 @@ def load_heads(path: str | Path, kind: str | None = None, device: Any = "cpu", d
     path = Path(path).expanduser()
     if not path.is_file():
         raise PatchError(f"there is no file of draft heads at {path}: train them with patchkit train-heads, or give 'bundled'")
-    return _loaded(path, path.stat().st_mtime_ns, kind, torch.device(device), dtype)
+    state = path.stat()  # the clock of a file system may be too coarse to tell two writes apart
+    return _loaded(path, (state.st_mtime_ns, state.st_size), kind, torch.device(device), dtype)
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(path: Path, modified: int, kind: str | None, device: torch.device, dtype: torch.dtype) -> Heads:
+def _loaded(path: Path, state: tuple[int, int], kind: str | None, device: torch.device, dtype: torch.dtype) -> Heads:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
