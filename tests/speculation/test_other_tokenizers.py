@@ -16,7 +16,7 @@ from tiny_tokenizers import byte_tokenizer
 from patchkit import SpecError, parse_spec, patch_model, patched, report
 from patchkit.errors import DraftError
 from patchkit.patches.speculative import Speculative
-from patchkit.speculation import Chain, DraftModel, PromptLookup, statistics_of
+from patchkit.speculation import Chain, DraftModel, PromptLookup, Scheduler, statistics_of
 from patchkit.speculation.retokenized import Retokenized
 from patchkit.speculation.row_caches import RowCaches
 from patchkit.speculation.tokenizer_pair import TokenizerPair
@@ -112,6 +112,22 @@ def test_a_draft_with_a_window_serves_a_batch() -> None:
     wanted = text_of(target, 3)
     with patched(target, Speculative(draft=DraftModel(draft, tokenizer=PLAIN, draft_tokenizer=PAIRS, context=10), k=3), verbose=False):
         assert torch.equal(text_of(target, 3), wanted) and statistics_of(target).proposed > 0
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen3_next"))
+def test_rows_that_join_a_batch_get_their_drafts(family: str) -> None:
+    target, draft = model_for(PLAIN), model_for(PAIRS, family, seed=3)
+    options: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    texts = [torch.tensor([PLAIN(text)["input_ids"]]) for text in ("def f(x):", "the", "a (b) the c", "x = 1 # the", "y")]
+    lengths = (12, 30, 9, 25, 16)
+    wanted = [target.generate(ids, max_new_tokens=new, **options)[0] for ids, new in zip(texts, lengths, strict=True)]
+    drafter = DraftModel(draft, tokenizer=PLAIN, draft_tokenizer=PAIRS)
+    with patched(target, Speculative(draft=drafter, k=3), verbose=False):
+        scheduler = Scheduler(target, slots=3)
+        rows = [scheduler.submit(ids, max_new_tokens=new, **options) for ids, new in zip(texts, lengths, strict=True)]
+        scheduler.run()
+        assert [row.new for row in rows] == [each[ids.shape[1] :].tolist() for ids, each in zip(texts, wanted, strict=True)]
+        assert statistics_of(target).proposed > 0
 
 
 def test_a_seed_gives_the_same_text_with_deterministic_drafts() -> None:
@@ -238,11 +254,16 @@ def test_caches_follow_texts_whose_end_changes(family: str) -> None:
     for step in range(14):
         for row in ids:
             back = rng.randrange(0, 12 if step == 9 else 4)  # further back than what is held
-            del row[len(row) - back :]
+            del row[max(len(row) - back, 3) :]
             row += [rng.randrange(3, 128) for _ in range(rng.randint(1, 6))]
         if step == 5:
             caches.select_rows([0, 2])
             ids = [ids[0], ids[2]]
+        if step == 7:
+            other = RowCaches(model, 1, own=False, ragged=not own_rows)
+            other.feed([[5, 9, 4, 7, 11]])
+            caches.join(other)
+            ids.append([5, 9, 4, 7, 11])
         found = caches.feed(ids)
         for row, drafted in zip(found, ids, strict=True):
             assert torch.allclose(row, forward(torch.tensor([drafted])).logits[0, -1], atol=1e-4)
