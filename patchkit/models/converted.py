@@ -6,6 +6,7 @@ only if all hashes still match; else it is converted again. It is created by one
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -30,6 +31,8 @@ WRITE_ERRORS = (OSError, SafetensorError)
 _LIST = "patchkit.json"
 _UNFINISHED = ".unfinished-"
 _ABANDONED_AFTER_S = 24 * 3600.0
+# Renames that are tried while other processes replace the same copy.
+_ATTEMPTS = 16
 
 
 def keep(file: Path, write: Callable[[Path], None]) -> Path | None:
@@ -97,26 +100,25 @@ def _move(made: Path, copy: Path, made_from: str) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
-    try:
-        os.replace(made, copy)
-        return
-    except OSError:
-        # A non-empty directory is in the way: another process has just made it, or it is outdated.
-        if is_intact(copy, made_from):
+    for _ in range(_ATTEMPTS):
+        try:
+            os.replace(made, copy)
             return
-        if not copy.exists():
-            raise
-    aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=copy.parent))
-    try:
-        # Processes that have the old one open can still use it. An empty directory may be replaced.
-        os.replace(copy, aside)
-        os.replace(made, copy)
-    except OSError:
-        # Another process did the same, and was faster.
-        if not is_intact(copy, made_from):
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            # A non-empty directory is in the way: another process has just made it, or it is outdated.
+            if is_intact(copy, made_from):
+                return
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=copy.parent))
+        try:
+            # Processes that have the old one open can still use it. An empty directory may be replaced.
+            os.replace(copy, aside)
+        except FileNotFoundError:  # another process has just moved it
+            continue
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    raise OSError(f"{copy} is replaced again and again by other processes")
 
 
 def _remove_abandoned(folder: Path) -> None:
