@@ -17,9 +17,13 @@ from patchkit.int8.weight import Int8Weight
 from patchkit.record import Warnings
 
 
-def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear | Int8Experts]) -> None:
-    """Record the number of converted blocks and their modes, and install a hook that counts forwards."""
-    for what, kind in (("feed-forward linears", Int8Linear), ("layers of fused experts", Int8Experts)):
+def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear | Int8Experts], linears: str) -> None:
+    """Record the number of converted blocks and their modes, and install a hook that counts forwards.
+
+    Args:
+        linears: name of the linear layers among them.
+    """
+    for what, kind in ((linears, Int8Linear), ("layers of fused experts", Int8Experts)):
         count = sum(isinstance(block, kind) for block in blocks)
         if count:
             handle.record.changed(what, count)

@@ -1,15 +1,15 @@
-"""The blocks of a model that `mlp_int8` converts, and every reason to leave one alone or to refuse the model."""
+"""The blocks of a model that int8 patches convert, and every reason to leave one alone or to refuse the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
 from patchkit import _compat
 from patchkit.anatomy.target import Target
-from patchkit.errors import NothingMatched
+from patchkit.errors import NothingMatched, PatchError
 from patchkit.int8.experts import Int8Experts
 from patchkit.int8.linears import Int8Linear
 from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight
@@ -17,9 +17,13 @@ from patchkit.int8.timing import ACTIVATIONS
 from patchkit.module_timing import selected
 from patchkit.record import Record
 
+# Feed-forward blocks; these and the projections of attention; and the head too.
+Scope = Literal["mlp", "all", "all+head"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+
 
 class FoundBlocks(NamedTuple):
-    """Feed-forward modules of one model.
+    """Modules of one model that can be converted.
 
     Attributes:
         linears: modules with one 2-D weight.
@@ -32,8 +36,8 @@ class FoundBlocks(NamedTuple):
     left: dict[str, str]
 
 
-def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks:
-    """Find the blocks whose names match ``patterns``; None for all.
+def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope = "mlp") -> FoundBlocks:
+    """Find the blocks of this scope whose names match ``patterns``; None for all.
 
     Raises:
         NothingMatched: no block can be converted.
@@ -42,12 +46,20 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks
     found = target.feed_forward
     name = type(target.model).__name__
     left = dict(found.left_alone)
-    wanted = selected(patterns, [*found.linears, *found.experts], "feed-forward linear", name)
+    candidates = dict(found.linears)
+    if scope != "mlp":
+        candidates |= _projections(target, left)
+    if scope == "all+head":
+        candidates |= _head(target, left)
+    kind = "feed-forward linear" if scope == "mlp" else "linear layer"
+    wanted = selected(patterns, [*candidates, *found.experts], kind, name)
     linears = []
-    for path in [path for path in found.linears if path in wanted]:
-        obstacle = obstacle_of(found.linears[path])
+    for path in [path for path in candidates if path in wanted]:
+        obstacle = obstacle_of(candidates[path])
         if obstacle is None:
-            linears.append(Int8Linear(path, found.linears[path]))
+            module = candidates[path]
+            is_head = module is target.model.get_output_embeddings()
+            linears.append(Int8Linear(path, module, is_head, is_head and module.weight is target.model.get_input_embeddings().weight))
         else:
             left[path] = obstacle
     experts = {path: module for path, module in found.experts.items() if path in wanted and not left_experts(path, module, left)}
@@ -57,11 +69,41 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None) -> FoundBlocks
             or _compat.packed_gguf(target.model)
             or "its decoder layers hold no linear layer outside attention"
         )
-        raise NothingMatched(f"{name} has no feed-forward linear that can be converted ({reasons})")
+        raise NothingMatched(f"{name} has no {kind} that can be converted ({reasons})")
     for path, module in [*((block.name, block.module) for block in linears), *experts.items()]:
         for key, weight in module.named_parameters(recurse=False):
             refuse_weight(f"{path}.{key}", weight)
     return FoundBlocks(linears, experts, left)
+
+
+def _projections(target: Target, left: dict[str, str]) -> dict[str, Any]:
+    """The linear layers inside attention, by name; why there are none goes into ``left``."""
+    try:
+        layers = target.attention_layers
+    except PatchError as error:
+        left["attention"] = str(error)
+        return {}
+    names = {module: path for path, module in target.model.named_modules()}
+    return {names[module]: module for layer in layers for module in _linears(layer.module)}
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.Linear | _compat.Conv1D):
+        yield module
+        return
+    for name, child in module.named_children():
+        # Of a LoRA layer, only the base; adapters are trained and small.
+        if not hasattr(module, "base_layer") or name == "base_layer":
+            yield from _linears(child)
+
+
+def _head(target: Target, left: dict[str, str]) -> dict[str, Any]:
+    head = target.model.get_output_embeddings()
+    name = next((path for path, module in target.model.named_modules() if module is head), "lm_head")
+    if not isinstance(head, nn.Linear):
+        left[name] = f"the head is a {type(head).__name__}"
+        return {}
+    return {name: head}
 
 
 def accurate_blocks(
@@ -79,6 +121,9 @@ def accurate_blocks(
     left: dict[str, str] = {}
     for block in blocks:
         snr = block.signal_to_noise(inputs.get(block.name))
+        if isinstance(block, Int8Linear) and block.is_head and snr is not None:
+            changed, of = block.changed_choices(inputs[block.name])
+            record.measured("head", f"{snr:.1f} dB; another likeliest token at {changed} of {of} positions")
         if min_snr is not None and snr is not None and not snr >= min_snr:  # nan, of a weight that is not finite, is no ratio either
             left[block.name] = f"its SNR of {snr:.1f} dB is below {min_snr:g}"
             continue
@@ -86,7 +131,7 @@ def accurate_blocks(
         record.describe(block.name, mode=mode, snr_db=None if snr is None else round(snr, 2), shape=block.shape)
         kept.append(block)
     if not kept:
-        raise NothingMatched(f"every feed-forward module has an SNR below min_snr={min_snr:g} dB: give a lower one, or leave it out")
+        raise NothingMatched(f"every module has an SNR below min_snr={min_snr:g} dB: give a lower one, or leave it out")
     ratios = [facts["snr_db"] for facts in record.modules.values() if facts["snr_db"] is not None]
     if ratios:
         record.measured("SNR", f"{min(ratios):.1f} to {max(ratios):.1f} dB")

@@ -21,11 +21,13 @@ class Int8Linear:
 
     Attributes:
         transposed: the module is a `Conv1D`, which keeps its weight as [in, out].
+        is_head: the module is the model's LM head.
+        shared: the original weight is the embeddings' too, which stay as they are.
         fixed: the kind of activation of a weight that torchao has quantised; None for other weights.
     """
 
-    def __init__(self, name: str, module: Any) -> None:
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: Any, is_head: bool = False, shared: bool = False) -> None:
+        self.name, self.module, self.is_head, self.shared = name, module, is_head, shared
         self.transposed = isinstance(module, _compat.Conv1D)
         self.original: nn.Parameter = module.weight
         adopted = _compat.torchao_int8(module.weight)
@@ -87,14 +89,20 @@ class Int8Linear:
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         return decibels(self.run_original(x), self.run(x))
 
+    def changed_choices(self, inputs: tuple[Any, ...]) -> tuple[int, int]:
+        """Of the rows of ``inputs``, the number whose largest output is another one over the int8 weight, and the number of rows."""
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        return int((self.run_original(x).argmax(-1) != self.run(x).argmax(-1)).sum()), len(x)
+
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
         """Put the int8 weight into the module, and append the replaced parameter to ``originals``."""
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
         _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)
         saved: Any = save_torchao
-        if self.transposed:
-            saved = functools.partial(save_plain, "weight", self.original if keep_original else None, self.weight)
+        if self.transposed or self.is_head:
+            # Of a shared weight a checkpoint has one copy, which is the embeddings'.
+            saved = functools.partial(save_plain, "weight", self.original if keep_original or self.shared else None, self.weight)
         handle.state_dict_hook(self.module, saved)
 
 

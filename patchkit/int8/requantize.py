@@ -58,7 +58,7 @@ def _refuse(module: nn.Module, key: str, original: nn.Parameter) -> None:
         problem = f"has the shape {tuple(original.shape)} instead of {tuple(shape)}"
     if problem is not None:
         raise StaleWeights(
-            f"the {key} of a {type(module).__name__} {problem}, so mlp_int8 cannot quantise it again: load the weights in the shape "
+            f"the {key} of a {type(module).__name__} {problem}, so int8 cannot quantise it again: load the weights in the shape "
             "that they had and call patchkit.refresh(model), or unpatch_model(model) and patch it again"
         )
 

@@ -5,34 +5,24 @@
 2. Each stays in its `nn.Linear` (or `Conv1D`) as an `Int8Weight`, which runs the op `int8_linear`. Fused experts run the op
    `int8_experts_linear` through transformers' experts interface.
 3. Attention, embeddings, the head, routers and norms are not changed: most bytes are in the feed-forward blocks, and rounding harms
-   them least.
+   them least. `int8` (`patchkit.patches.int8`) converts attention and the head too.
 4. `save_pretrained` writes a torchao checkpoint (`Int8Tensor`), which stock transformers loads. Patching that model takes over the same
    int8 values.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.definitions import rounded_logits
-from patchkit.derived import Derived, keep_fresh
 from patchkit.handle import Handle
-from patchkit.int8.calibration import calibrated_inputs
-from patchkit.int8.counting import count_products
-from patchkit.int8.experts import Int8Experts
-from patchkit.int8.find_blocks import accurate_blocks, find_blocks
-from patchkit.int8.linears import Int8Linear, make_saveable
-from patchkit.int8.requantize import requantize
-from patchkit.int8.saving import restore_weights
-from patchkit.int8.timing import choose_activations
-from patchkit.module_timing import patterns_of, report_speed
+from patchkit.int8.find_blocks import Scope, find_blocks
+from patchkit.int8.install import install
+from patchkit.module_timing import patterns_of
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 
 
@@ -63,6 +53,8 @@ class MLPInt8(Patch):
         source="[torchao](https://github.com/pytorch/ao) (format); Dettmers et al. 2022, "
         "[2208.07339](https://arxiv.org/abs/2208.07339) (why not attention)",
     )
+
+    scope: ClassVar[Scope] = "mlp"
 
     mode: Literal["auto", "weight_only", "dynamic"] = "auto"
     keep_original: bool = True
@@ -100,34 +92,7 @@ class MLPInt8(Patch):
         return [cls(mode=mode) for mode in ("auto", "dynamic", "weight_only")]
 
     def check(self, target: Target) -> None:
-        find_blocks(target, self.modules)
+        find_blocks(target, self.modules, self.scope)
 
-    @torch.no_grad()
     def apply(self, target: Target, handle: Handle) -> None:
-        found = find_blocks(target, self.modules)
-        inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, self.calibration)
-        blocks: list[Int8Linear | Int8Experts] = [
-            *found.linears,
-            *(Int8Experts.quantized(name, module) for name, module in found.experts.items()),
-        ]
-        choose_activations(self.mode, blocks)
-        kept, too_noisy = accurate_blocks(blocks, inputs, self.min_snr, handle.record)
-        for what, why in (found.left | too_noisy).items():
-            handle.record.left_alone(what, why)
-        report_speed("mlp_int8", kept, handle.record, self.strict, (1, 256), "leave the patch out unless you want the memory")
-
-        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
-        handle.on_undo(functools.partial(restore_weights, originals))
-        for block in kept:
-            block.install(handle, originals, self.keep_original)
-        count_products(_compat.decoder_of(target.model), handle, kept)
-        make_saveable(target.model, handle, [block for block in kept if isinstance(block, Int8Linear) and not block.transposed])
-        if self.keep_original:
-            renew = functools.partial(requantize, originals, handle.record.hits)
-            derived = Derived([original for _, _, original in originals], renew)
-            keep_fresh(handle, target.model, _compat.decoder_of(target.model), derived)
-        else:
-            handle.make_final(
-                "mlp_int8(keep_original=False) has freed the floating-point weights, so the model stays patched: load it again",
-                originals.clear,
-            )
+        install(target, handle, self, find_blocks(target, self.modules, self.scope))

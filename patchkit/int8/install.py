@@ -1,0 +1,77 @@
+"""The edits of the int8 patches on a model: weights, counters, checkpoints, and the way back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.anatomy.target import Target
+from patchkit.derived import Derived, keep_fresh
+from patchkit.handle import Handle
+from patchkit.int8.calibration import calibrated_inputs
+from patchkit.int8.counting import count_products
+from patchkit.int8.experts import Int8Experts
+from patchkit.int8.find_blocks import FoundBlocks, Scope, accurate_blocks
+from patchkit.int8.linears import Int8Linear, make_saveable
+from patchkit.int8.requantize import requantize
+from patchkit.int8.saving import restore_weights
+from patchkit.int8.timing import choose_activations
+from patchkit.module_timing import report_speed
+
+_TRIED_TOKENS = 2
+
+
+class Options(Protocol):
+    """The options of the int8 patches."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Scope: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def keep_original(self) -> bool: ...
+    @property
+    def min_snr(self) -> float | None: ...
+    @property
+    def calibration(self) -> Any: ...
+    @property
+    def strict(self) -> bool: ...
+
+
+@torch.no_grad()
+def install(target: Target, handle: Handle, options: Options, found: FoundBlocks) -> None:
+    """Give the blocks found int8 weights, and try the model once, so that an error undoes everything here and not in a user's call."""
+    inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, options.calibration)
+    blocks: list[Int8Linear | Int8Experts] = [
+        *found.linears,
+        *(Int8Experts.quantized(name, module) for name, module in found.experts.items()),
+    ]
+    choose_activations(options.mode, blocks)
+    kept, too_noisy = accurate_blocks(blocks, inputs, options.min_snr, handle.record)
+    for what, why in (found.left | too_noisy).items():
+        handle.record.left_alone(what, why)
+    report_speed(options.name, kept, handle.record, options.strict, (1, 256), "leave the patch out unless you want the memory")
+
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    handle.on_undo(functools.partial(restore_weights, originals))
+    for block in kept:
+        block.install(handle, originals, options.keep_original)
+    target.forward(torch.zeros(1, _TRIED_TOKENS, dtype=torch.int64, device=target.model.device))
+    count_products(_compat.decoder_of(target.model), handle, kept, "feed-forward linears" if options.scope == "mlp" else "linear layers")
+    saved = [block for block in kept if isinstance(block, Int8Linear) and not block.transposed and not block.is_head]
+    make_saveable(target.model, handle, saved)
+    if options.keep_original:
+        renew = functools.partial(requantize, originals, handle.record.hits)
+        derived = Derived([original for _, _, original in originals], renew)
+        keep_fresh(handle, target.model, _compat.decoder_of(target.model), derived)
+    else:
+        handle.make_final(
+            f"{options.name}(keep_original=False) has freed the floating-point weights, so the model stays patched: load it again",
+            originals.clear,
+        )
