@@ -29,10 +29,10 @@ from patchkit import (
     report,
     unpatch_model,
 )
-from patchkit.int8 import timing
+from patchkit.int8 import install, timing
 from patchkit.int8.experts import int8_experts_of
 from patchkit.int8.weight import Int8Weight
-from patchkit.patches import mlp_int8
+from patchkit.patch import Stage
 from patchkit.testing import assert_restored, snapshot, tiny_model
 from patchkit.views import twin
 
@@ -371,7 +371,7 @@ def test_an_error_in_a_later_patch_keeps_the_originals(monkeypatch):
 
     model = tiny_model("llama")
     before = snapshot(model)
-    monkeypatch.setattr(StreamingLLM, "stage", mlp_int8.Stage.COMPILE)
+    monkeypatch.setattr(StreamingLLM, "stage", Stage.COMPILE)
     monkeypatch.setattr(StreamingLLM, "apply", lambda self, target, handle: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         patch_model(model, MLPInt8(keep_original=False), "streaming(window=8)")
@@ -425,7 +425,7 @@ def test_views_of_one_model_choose_alike_and_other_models_for_themselves(monkeyp
         return found
 
     all_take(monkeypatch, lambda blocks, rows: (9.0, next(costs)))
-    monkeypatch.setattr(mlp_int8, "report_speed", lambda *args: None)
+    monkeypatch.setattr(install, "report_speed", lambda *args: None)
     first, second = tiny_model("llama"), tiny_model("llama")
     view = twin(first)
     assert modes(first) == modes(view) == modes(first) == {"weight_only"}  # measured once
