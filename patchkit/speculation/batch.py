@@ -25,8 +25,8 @@ from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows, order_after
 from patchkit.speculation.shared import Speculation
 from patchkit.speculation.statistics import RunStatistics, StepRecord
-from patchkit.speculation.tree import at_most, depths, trunk
-from patchkit.speculation.verifier import accepted_hidden, in_step, keep_accepted, near_ties, verify
+from patchkit.speculation.tree import at_most, chain_chances, depths, trunk
+from patchkit.speculation.verifier import accepted_hidden, in_step, keep_accepted, near_ties, show_logits, verify
 from patchkit.static_step import FixedCache
 from patchkit.views import cache_bytes
 
@@ -71,6 +71,7 @@ class Batch:
         drafter, constraint = speculation.drafter, self.rows.constraint
         if constraint is not None:
             drafter = Forced(drafter, constraint, speculation.controller.worth)
+        state.trees = self.cached.ragged and constraint is None
         self.session: Session = drafter.begin(self.model, state)
         self.cached.ragged = self.cached.ragged and not self.session.aligned
         self.judge = judge_for(self.rows, speculation.acceptance)
@@ -124,11 +125,12 @@ class Batch:
             k = min(controller.most() if self.session.estimates else controller.choose(), self._room())
             proposal = self._draft(k)
             if proposal is not None and proposal.chances is not None:
-                k = controller.worth(proposal.chances)
+                k = controller.worth(chain_chances(proposal))
                 proposal = at_most(proposal, k)
             clock.mark()
             logits = verify(self.cached, rows, proposal, self.speculation.compiled)
             clock.mark()
+            show_logits(self.session, rows, proposal, logits)
             verdict = self._commit(proposal, logits, self._accept(proposal, logits))
             certain = isinstance(self.session, ForcedSession) and self.session.forced
             if self.speculation.watching:
@@ -202,6 +204,7 @@ class Batch:
         if constraint is not None:
             constraint.follow(self.rows.state)
             constraint.fill([[] for _ in self.rows.rows])
+        show_logits(self.session, self.rows, None, logits)
         self._commit(None, logits, self._accept(None, logits), fed=False)
         if self.speculation.watching:
             hidden = torch.cat(self._hidden, 1)

@@ -67,8 +67,8 @@ class CachedModel:
         Args:
             tokens: [R, T] int64.
             only_last: compute logits of the last token only, where the model can leave the others out.
-            depths: [T] int64, of a tree, the distance of each node from the first; None for a chain.
-            ancestors: [T, T] bool, of a tree, whether node j is on node i's path, itself included; None for a chain.
+            depths: [R or 1, T] int64, of trees, the distance of each node from the first; None for chains.
+            ancestors: [R or 1, T, T] bool, of trees, whether node j is on node i's path, itself included; None for chains.
 
         Returns:
             Logits [R, T or 1, V].

@@ -29,6 +29,7 @@ class State:
             the sequences and ``drafted`` [R, n] would be drawn, given logits [R, V], with the run's temperature, top-p and so on.
         likeliest: None where any token may follow; else ``likeliest(drafted, logits)`` is the likeliest token [R] that the grammar allows
             there.
+        trees: trees can be verified. Elsewhere the path through the first children of a tree is, so a chain is the better proposal.
     """
 
     tokens: torch.Tensor
@@ -36,6 +37,7 @@ class State:
     pads: list[int]
     sampler: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     likeliest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    trees: bool = True
 
     @property
     def greedy(self) -> bool:
@@ -61,15 +63,17 @@ class Proposal:
         counts: of each row, how many of its n tokens are proposed; the rest is filler.
         probabilities: [R, n, V] float32, the distribution each token was drawn from; None if the tokens are a deterministic choice.
         parents: None for a chain. For a tree, node i follows node ``parents[i] < i``, or the last known token if that is -1; trees are
-            deterministic choices, and have all n nodes in every row.
-        chances: of each row, the estimated probability that each of its drafts is accepted when those before it are; None without
-            estimates. Controllers that know costs cut a round by them (`ControllerSession.worth`).
+            deterministic choices. One tuple is the tree of every row, all n nodes of it; a list has a tuple of n for each row, of which
+            filler is ignored.
+        chances: of each row, the estimated probability that each of its drafts is accepted when the draft that it follows is; None
+            without estimates. Controllers that know costs cut a round by them (`ControllerSession.worth`) to its first drafts, so
+            the best come first.
     """
 
     tokens: torch.Tensor
     counts: list[int]
     probabilities: torch.Tensor | None = None
-    parents: tuple[int, ...] | None = None
+    parents: tuple[int, ...] | list[tuple[int, ...]] | None = None
     chances: list[list[float]] | None = None
 
 
@@ -123,6 +127,8 @@ class Session(ABC):
 
     # Whether `observe` is wanted, which has the target's last hidden states kept.
     wants_hidden: bool = False
+    # Whether `observe_logits` is wanted.
+    wants_logits: bool = False
     # Whether the rows of a batch have to advance by the same number of tokens.
     aligned: bool = False
     # Whether proposals come with chances, so that the controller may ask for many drafts and keep those that pay.
@@ -138,6 +144,17 @@ class Session(ABC):
         Args:
             hidden: the last hidden states [R, T, D] of the T tokens fed.
             counts: of each row, how many of these tokens are part of the text.
+        """
+
+    def observe_logits(self, tokens: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:  # noqa: B027 (as above)
+        """Take note of the target's logits after each token that was fed, before it is known which are accepted.
+
+        The first call is the last token of the prompt.
+
+        Args:
+            tokens: [R, T] int64, the last known token of each row and its drafts.
+            logits: [R, T, V], before processors; they must not be changed.
+            counts: of each row, how many of these tokens it has; the rest is filler.
         """
 
     def select_rows(self, rows: list[int]) -> None:  # noqa: B027 (nothing to do where nothing is kept by row)

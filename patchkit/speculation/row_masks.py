@@ -23,20 +23,20 @@ def slot_positions(
     Args:
         slots: [S] int64.
         first: [R, 1] int64, slot of each row's first new token.
-        offsets: [T] int64, distances of the new tokens from the first.
-        ancestors: [T, T] bool, of a tree: node j is on node i's path, itself included; None for a chain.
+        offsets: [T] int64, distances of the new tokens from the first; of trees [R or 1, T].
+        ancestors: [R or 1, T, T] bool, of trees: node j is on node i's path, itself included; None for chains.
 
     Returns:
         Positions [R or 1, S] int64; and [R, T, S] bool, the slots that each node may see, or None for a chain.
     """
     if ancestors is None:
         return slots[None], None
-    count = len(offsets)
+    rows, count = len(first), offsets.shape[-1]
     node = slots[None] - first  # [R, S] the node of the tree that is in the slot
     inside = (node >= 0) & (node < count)
     node = node.clamp(0, count - 1)
-    positions = torch.where(inside, first + offsets[node], slots[None])
-    on_path = ancestors[:, node].transpose(0, 1)  # [R, T, S]
+    positions = torch.where(inside, first + offsets.expand(rows, -1).gather(1, node), slots[None])
+    on_path = ancestors.expand(rows, -1, -1).gather(2, node[:, None].expand(-1, count, -1))  # [R, T, S]
     return positions, on_path | ~inside[:, None]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from patchkit.speculation.cached_model import CachedModel
-from patchkit.speculation.drafter import Proposal
+from patchkit.speculation.drafter import Proposal, Session
 from patchkit.speculation.judge import Verdict
 from patchkit.speculation.ragged_cache import VERIFIED_LENGTHS, RaggedCache
 from patchkit.speculation.rows import Rows
@@ -26,7 +26,7 @@ def verify(cached: CachedModel, rows: Rows, proposal: Proposal | None, compiled:
         return cached.forward(last)
     tokens = torch.cat([last, proposal.tokens], 1)
     if proposal.parents is not None:
-        depths, ancestors = tree_shape(proposal.parents, tokens.device)
+        depths, ancestors = tree_shape(proposal, tokens.device)
         return cached.forward(tokens, depths=depths, ancestors=ancestors)
     width = tokens.shape[1]
     if compiled and isinstance(cached.cache, RaggedCache):
@@ -35,6 +35,13 @@ def verify(cached: CachedModel, rows: Rows, proposal: Proposal | None, compiled:
         if least >= rounded:  # otherwise there may be no positions beyond
             tokens = torch.nn.functional.pad(tokens, (0, rounded - width))
     return cached.forward(tokens)[:, :width]
+
+
+def show_logits(session: Session, rows: Rows, proposal: Proposal | None, logits: torch.Tensor) -> None:
+    """Show a session that wants them the logits [R, 1 + n, V] of a verification, before its verdict moves the ends of the rows."""
+    if session.wants_logits:
+        tokens = rows.last() if proposal is None else torch.cat([rows.last(), proposal.tokens], 1)
+        session.observe_logits(tokens, logits, [1] * len(tokens) if proposal is None else [1 + count for count in proposal.counts])
 
 
 def in_step(verdict: Verdict, rows: Rows) -> Verdict:

@@ -71,10 +71,11 @@ DRAFTS: dict[str, Any] = {
     "medusa": "medusa",
     "model": "stdlib-1m-draft",
     "suffix": "suffix",
+    "token recycling": "token_recycling",
     "lookup, then eagle": ["prompt_lookup", "eagle"],
 }
 FAST = [("user", "eagle"), ("call", "prompt lookup"), ("emoji", "model"), ("list of records", "lookup, then eagle"), ("quoted", "medusa")]
-FAST += [("call", "suffix")]
+FAST += [("call", "suffix"), ("user", "token recycling")]
 CASES = [(name, draft, PROMPTS[:1]) for name, draft in FAST]
 CASES += [matrix(name, draft, PROMPTS) for name in SCHEMAS for draft in ("forced only", "eagle", "model")]
 

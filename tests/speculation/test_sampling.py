@@ -24,6 +24,7 @@ from patchkit.speculation import statistics_of
 from patchkit.speculation.drafter import Drafter
 from patchkit.speculation.drafters.draft_model import DraftModel
 from patchkit.speculation.drafters.prompt_lookup import PromptLookup
+from patchkit.speculation.drafters.token_recycling import TokenRecycling
 
 VOCABULARY, PROMPT = 6, (1, 2, 3, 1, 2, 4, 1, 2)
 TEXTS, FEW_TEXTS = 50_000, 8_000
@@ -139,12 +140,13 @@ WHOLE = [
     for drafter in DRAFTERS
     for temperature, top_p in (SETTINGS if drafter in ("another model", "medusa", "eagle") else [(0.8, 0.95)])
 ]
-# Drafts that are drawn, by a second model and by heads, and drafts that are chosen, from the text.
+# Drafts that are drawn, by a second model and by heads, and drafts that are chosen, from the text and as trees.
 FAST = [
     ("another model", 0.7, 0.9, FEW_TEXTS),
     ("another tokenizer", 0.7, 0.9, FEW_TEXTS),
     ("medusa", 1.0, 1.0, FEW_TEXTS),
     ("prompt_lookup", 0.8, 0.95, FEW_TEXTS),
+    ("token_recycling", 0.8, 0.95, FEW_TEXTS),
 ]
 
 
@@ -203,7 +205,7 @@ def test_one_text_alone_has_the_distribution_too() -> None:
     assert excess < 4
 
 
-@pytest.mark.parametrize("draft", [lambda: PromptLookup(min_ngram=1), lambda: DraftModel(small_model(1), sample=False)])
+@pytest.mark.parametrize("draft", [lambda: PromptLookup(min_ngram=1), lambda: DraftModel(small_model(1), sample=False), TokenRecycling])
 def test_a_seed_gives_the_same_text_with_deterministic_drafts(draft: Callable[[], Any]) -> None:
     model = small_model(0)
     options = dict(do_sample=True, temperature=0.9, top_p=0.9, max_new_tokens=60, eos_token_id=None)

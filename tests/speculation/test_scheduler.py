@@ -15,6 +15,7 @@ from patchkit.errors import PatchConflict, PatchError
 from patchkit.models import load_model
 from patchkit.speculation import Chain, DraftModel, PromptLookup, Row, Scheduler, SelfDraft, statistics_of
 from patchkit.speculation.drafters.suffix import Suffix
+from patchkit.speculation.drafters.token_recycling import TokenRecycling
 from patchkit.speculation.rows import order_after
 from patchkit.testing import tiny_model
 from patchkit.views import cache_bytes
@@ -59,6 +60,7 @@ DRAFTS = {
     "chain": lambda: Chain((PromptLookup(min_ngram=1), draft_model())),
     "draft model": draft_model,
     "self draft": lambda: SelfDraft(skip_layers=(1,)),
+    "token recycling": TokenRecycling,
     "silent": Silent,
 }
 

@@ -64,6 +64,7 @@ class ChainSession(Session):
     def __init__(self, sessions: list[Session]) -> None:
         self.sessions = sessions
         self.wants_hidden = any(session.wants_hidden for session in sessions)
+        self.wants_logits = any(session.wants_logits for session in sessions)
         self.aligned = any(session.aligned for session in sessions)
 
     def propose(self, state: State, k: int) -> Proposal | None:
@@ -89,6 +90,11 @@ class ChainSession(Session):
     def close(self, state: State) -> None:
         for session in self.sessions:
             session.close(state)
+
+    def observe_logits(self, tokens: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
+        for session in self.sessions:
+            if session.wants_logits:
+                session.observe_logits(tokens, logits, counts)
 
     def select_rows(self, rows: list[int]) -> None:
         for session in self.sessions:

@@ -49,7 +49,8 @@ class ForcedSession(Session):
 
     def __init__(self, other: Session, constraint: Constraint, worth: Worth) -> None:
         self.other, self.constraint, self.worth = other, constraint, worth
-        self.wants_hidden, self.aligned, self.estimates = other.wants_hidden, other.aligned, other.estimates
+        self.wants_hidden, self.wants_logits = other.wants_hidden, other.wants_logits
+        self.aligned, self.estimates = other.aligned, other.estimates
         self.forced, self.room = False, 0
 
     def propose(self, state: State, k: int) -> Proposal | None:
@@ -110,6 +111,9 @@ class ForcedSession(Session):
     def join(self, other: Any) -> None:
         self.other.join(other.other)
         self.constraint.join(other.constraint)
+
+    def observe_logits(self, tokens: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
+        self.other.observe_logits(tokens, logits, counts)
 
     def select_rows(self, rows: list[int]) -> None:
         self.other.select_rows(rows)
