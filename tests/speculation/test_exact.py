@@ -73,7 +73,7 @@ def test_greedy_text_is_the_same(family: str, drafter: str, batch: int, new: int
 
 @pytest.mark.parametrize(
     ("family", "drafter", "batch", "new"),
-    list(in_turns(STREAMED, ("another model", "prompt_lookup", "window", "medusa", "eagle"))),
+    list(in_turns(STREAMED, ("another model", "prompt_lookup", "window", "medusa", "eagle", "token_recycling"))),
 )
 def test_greedy_text_of_a_stream_is_the_same(family: str, drafter: str, batch: int, new: int) -> None:
     speculate_like_plain(family, DRAFTERS[drafter], batch, new, streaming=True)
@@ -141,8 +141,9 @@ def test_finished_rows_leave_the_batch() -> None:
     assert rows[0] == 4 and rows[-1] < 4 and rows == sorted(rows, reverse=True)
 
 
+@pytest.mark.parametrize(("draft", "least"), [("stdlib-1m-draft", 1.5), ("eagle", 2.5), ("eagle(tree=chain, heads=bundled)", 2.2)])
 @pytest.mark.parametrize(("count", "new"), [(3, 64), matrix(50, 256)])
-def test_prompts_of_the_bundled_pair(count: int, new: int) -> None:
+def test_prompts_of_the_bundled_models(count: int, new: int, draft: str, least: float) -> None:
     from patchkit.measure.stdlib_text import read_texts, stdlib_files
     from patchkit.models import load_model
 
@@ -152,7 +153,7 @@ def test_prompts_of_the_bundled_pair(count: int, new: int) -> None:
     prompts = torch.tensor([ids[:64] for ids in texts])
     options = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     wanted = target.generate(input_ids=prompts, **options)
-    with patched(target, Speculative(draft="stdlib-1m-draft", k=3), verbose=False):
+    with patched(target, Speculative(draft=draft, k=3), verbose=False):
         got = target.generate(input_ids=prompts, **options)
-        assert statistics_of(target).tokens_per_target_step > 1.5
+        assert statistics_of(target).tokens_per_target_step > least
     assert torch.equal(got, wanted)

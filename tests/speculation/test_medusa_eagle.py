@@ -9,10 +9,12 @@ import torch.nn.functional as F
 
 from patchkit.anatomy.target import Target
 from patchkit.errors import PatchError, UnsupportedModel
+from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
-from patchkit.speculation.drafters.eagle import Eagle
+from patchkit.speculation.drafters.eagle import Eagle, PreparedEagle
 from patchkit.speculation.drafters.medusa import Medusa
 from patchkit.speculation.heads import EagleHead, MedusaHeads
+from patchkit.speculation.tree import parents_of
 from patchkit.testing import tiny_model
 from patchkit.training.heads import last_hidden_states
 
@@ -30,10 +32,18 @@ def _eagle_head(model: Any = MODEL, seed: int = 0) -> EagleHead:
     return head.eval().requires_grad_(False)
 
 
+class Unmoved(Calibration):
+    """Learns nothing, so that proposals depend on the text alone."""
+
+    def add(self, kind: Any, accepted: bool) -> None:
+        return
+
+
 DRAFTERS: dict[str, Drafter] = {
     "medusa": Medusa(MedusaHeads.start(MODEL, 4, "random")),
     "medusa tree": Medusa(MedusaHeads.start(MODEL, 3, "random"), tree=((0,), (1,), (0, 0), (0, 2), (0, 0, 0))),
-    "eagle": Eagle(_eagle_head()),
+    "eagle": Eagle(_eagle_head(), tree="chain"),
+    "eagle tree": PreparedEagle(_eagle_head(), calibration=Unmoved()),
     "lite": Eagle(alpha=0.7),
 }
 
@@ -88,7 +98,7 @@ def test_rejected_tokens_leave_no_trace(name: str, sampled: bool) -> None:
     fresh = _begun(DRAFTERS[name], text, known - 1)
     one, other = (_propose(s, _state(text, [known], [0], sampled)) for s in (session, fresh))
     assert torch.equal(one.tokens, other.tokens)
-    if sampled and name != "medusa tree":
+    if sampled and "tree" not in name:
         torch.testing.assert_close(one.probabilities, other.probabilities, atol=1e-5, rtol=1e-4)
     else:
         assert one.probabilities is None
@@ -111,7 +121,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_batch(name: str) -> None:
         fed = torch.randn(len(rows), 5, hidden.shape[2])
         for i, row in enumerate(rows):
             single = _propose(alone[row], _state(columns[row : row + 1], [known[i]], [pads[row]]))
-            assert torch.equal(single.tokens[0], proposal.tokens[i]) and single.parents == proposal.parents
+            assert torch.equal(single.tokens[0], proposal.tokens[i]) and parents_of(single, 0) == parents_of(proposal, i)
             fed[i, : accepted[i] + 1] = hidden[row, known[i] - 1 : known[i] + accepted[i]]
             alone[row].observe(fed[i : i + 1], [accepted[i] + 1])
         together.observe(fed, [count + 1 for count in accepted])
@@ -121,7 +131,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_batch(name: str) -> None:
             rows, known = [rows[i] for i in keep], [known[i] for i in keep]
 
 
-@pytest.mark.parametrize("name", [name for name in DRAFTERS if name != "medusa tree"])
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if "tree" not in name])
 def test_tokens_are_drawn_from_the_probabilities(name: str) -> None:
     text = _texts(1, 12)
     state = _state(text, [12], [0], sampled=True)
@@ -180,6 +190,36 @@ def test_eagle_computes_what_its_equations_say() -> None:
         features = torch.cat([features, _reference(head, MODEL.get_input_embeddings()(following), features)[-1:]])
         drafted.append(int(MODEL.lm_head(features[-1]).argmax()))
     assert _propose(session, _state(text, [12], [0])).tokens[0].tolist() == drafted
+
+
+@pytest.mark.parametrize("sharp", [1, 20, 60])
+@pytest.mark.parametrize("prompt", [7, 11])
+def test_the_tree_of_eagle_holds_the_likeliest_of_all_paths(sharp: float, prompt: int) -> None:
+    """Against every path of the four likeliest tokens after each other, each computed by one causal pass."""
+    head, text, nodes = _eagle_head(), _texts(1, 12)[:, : prompt + 1], 4
+    session, true = _begun(DRAFTERS["eagle tree"], text, prompt), _fed(text)[0, :prompt]
+    session.lm_head = lambda hidden: sharp * MODEL.lm_head(hidden)  # type: ignore[attr-defined]
+    found: dict[tuple[int, ...], float] = {}
+
+    def follow(path: tuple[int, ...], features: torch.Tensor, probability: float) -> None:
+        following = torch.tensor([*text[0, 1:].tolist(), *path])
+        features = torch.cat([features, _reference(head, MODEL.get_input_embeddings()(following), features)[-1:]])
+        best = (sharp * MODEL.lm_head(features[-1])).softmax(-1).topk(nodes)
+        for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            found[(*path, token)] = probability * chance
+            if len(path) + 1 < nodes:
+                follow((*path, token), features, probability * chance)
+
+    follow((), true, 1.0)
+    proposal = _propose(session, _state(text, [prompt + 1], [0]), nodes)
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(proposal.tokens[0].tolist(), parents_of(proposal, 0), strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    assert paths == sorted(found, key=lambda path: -found[path])[:nodes]
+    assert sharp == 1 or len(paths[-1]) > 1
+    assert proposal.chances is not None
+    probabilities = [found[path] / (found[path[:-1]] if len(path) > 1 else 1) for path in paths]
+    assert proposal.chances[0] == pytest.approx(probabilities, abs=1e-4)
 
 
 def test_training_sees_what_drafting_computes() -> None:
@@ -263,6 +303,7 @@ def test_nothing_is_proposed_before_anything_was_seen(name: str) -> None:
     "make, says",
     [
         (lambda: Eagle(alpha=float("nan")), "alpha"),
+        (lambda: Eagle(tree="static"), "tree"),  # type: ignore[arg-type]
         (lambda: Medusa(init="zero"), "init"),  # type: ignore[arg-type]
         (lambda: Medusa(n_heads=0), "at least one"),
         (lambda: Medusa(tree=()), "no node"),

@@ -94,7 +94,8 @@ class _CostModelSession(ControllerSession):
         self.since_look = self.looks = 0
         self.trial_rounds = self.trial_end = self.failed_trials = 0
         self.trial_loss = 0.0  # of the last one, in plain steps
-        self.search_ms = 0.0  # of the drafter, running mean
+        self.search_ms = 0.0  # of the drafter when it was asked for chances, running mean
+        self.asked = False  # it was, for the next round
         self.declined, self.patience = 0, options.look_every  # proposals of which nothing was kept, and how many until one is tried
         self.tokens = [1.0] * (self.largest + 1)  # expected of a round of K, per row
         self.speeds = [1.0] * (self.largest + 1)  # tokens per millisecond
@@ -111,11 +112,10 @@ class _CostModelSession(ControllerSession):
         return best
 
     def most(self) -> int:
-        if self.first:
-            return self.first[0]
-        plain = self._plain_times()
         # A drafter whose search costs something, compared with a step, is asked only where acceptance by position says that it pays.
-        return self.choose() if plain and self.search_ms > _FREE * min(plain) else self.largest
+        most = self.choose() if self.first or self._search_costs() else self.largest
+        self.asked = most > 0
+        return most
 
     def worth(self, chances: Sequence[Sequence[float]]) -> int:
         """Number of drafts with the best expected tokens per millisecond, by the chances given and the costs measured."""
@@ -125,6 +125,7 @@ class _CostModelSession(ControllerSession):
         curve, survive = self.costs[self.rows].target, [1.0] * len(chances)
         # As measured, where it was: libraries may take longer for two rows than for four, which the curve, as it never falls, hides.
         costs = [curve.typical[n] if len(curve.times.get(n, ())) > 1 else curve.at[n] for n in range(longest + 1)]
+        costs = [self.search_ms + each for each in costs]  # the search has been paid for, whatever is verified of it
         expected, speeds = float(len(chances)), [len(chances) / costs[0]]
         for n in range(longest):
             survive = [each * (row[n] if n < len(row) else 0.0) for each, row in zip(survive, chances, strict=True)]
@@ -145,7 +146,8 @@ class _CostModelSession(ControllerSession):
         return nearest
 
     def observe(self, record: StepRecord) -> None:
-        self.search_ms += _SEARCH_WEIGHT * (record.draft_ms - self.search_ms)
+        if self.asked:
+            self.search_ms += _SEARCH_WEIGHT * (record.draft_ms - self.search_ms)
         if record.rows < self.rows:  # rows with fewer accepted drafts remain
             self._discount(_REMEMBERED_AT_NEW_TEXT)
         self.rows = record.rows
@@ -182,6 +184,8 @@ class _CostModelSession(ControllerSession):
 
     def _learn(self, record: StepRecord) -> None:
         if record.k == 0:
+            if self.asked and self.accepted and self._search_costs():
+                self.accepted[0].add(False)  # a search that was paid for found nothing that is worth verifying
             return
         self.has_proposal.add(record.longest > 0)
         for proposed, accepted in zip(record.proposed, record.accepted, strict=True):
@@ -228,6 +232,10 @@ class _CostModelSession(ControllerSession):
     def _plain_times(self) -> Collection[float]:
         # Nothing was measured yet where no first rounds are asked for, or where the last call had another number of rows.
         return self.costs[self.rows].target.times.get(0, ()) if self.rows in self.costs else ()
+
+    def _search_costs(self) -> bool:
+        plain = self._plain_times()
+        return bool(plain) and self.search_ms > _FREE * min(plain)
 
     def _count_towards_look(self) -> None:
         self.since_look += 1

@@ -104,7 +104,15 @@ class EagleHead(Heads):
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, -1)
         return self.norm_out(x + self.down(F.silu(gate) * up))
 
-    def forward(self, embedded: torch.Tensor, features: torch.Tensor, memory: KeyValues, slots: slice | torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        embedded: torch.Tensor,
+        features: torch.Tensor,
+        memory: KeyValues,
+        slots: slice | torch.Tensor,
+        positions: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the next hidden states [R, T, D].
 
         Args:
@@ -112,9 +120,11 @@ class EagleHead(Heads):
             features: [R, T, D], the hidden state at each position.
             memory: keys and values with room for every slot; written at ``slots``.
             slots: slots of the T positions, a slice if R = 1, otherwise [R, T] int64. A position sees the slots up to its own.
+            positions: [R, T] int64, where they are not the slots: in trees.
+            visible: [R, T, S] bool, which of the first S slots each position sees, its own included; None for those up to its own.
         """
         x = self.layer_input(embedded, features)
-        queries, keys, values = self.project(x, memory.angles[slots])
+        queries, keys, values = self.project(x, memory.angles[slots if positions is None else positions])
         rows, steps = x.shape[:2]
         if isinstance(slots, slice):
             at: Any = (slice(None), slots)
@@ -122,8 +132,8 @@ class EagleHead(Heads):
             mask = None if steps == 1 else torch.arange(seen, device=x.device) <= torch.arange(slots.start, seen, device=x.device)[:, None]
         else:
             at = (torch.arange(rows, device=x.device)[:, None], slots)
-            seen = int(slots.max()) + 1
-            mask = (torch.arange(seen, device=x.device) <= slots[..., None])[:, None]
+            seen = int(slots.max()) + 1 if visible is None else visible.shape[-1]
+            mask = (torch.arange(seen, device=x.device) <= slots[..., None] if visible is None else visible)[:, None]
         memory.keys[at], memory.values[at] = keys, values
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
