@@ -62,6 +62,28 @@ class Continuation:
     matched: int
 
 
+@dataclass
+class Places:
+    """Places that a continuation is read from.
+
+    Attributes:
+        kept, here: indices of the next token, in the store and in the sequence itself.
+        matched: length of the suffix that came before in all of them, tokens that were found since included.
+        found: these tokens.
+    """
+
+    kept: list[int]
+    here: list[int]
+    matched: int
+    found: tuple[int, ...] = ()
+
+    def after(self, token: int, nexts: list[int]) -> Places:
+        """The places that have ``token`` next, one further; ``nexts`` are the tokens of all places."""
+        kept = [place + 1 for place, each in zip(self.kept, nexts, strict=False) if each == token]
+        here = [place + 1 for place, each in zip(self.here, nexts[len(self.kept) :], strict=True) if each == token]
+        return Places(kept, here, self.matched + 1, (*self.found, token))
+
+
 class SuffixStore:
     """Finished sequences, the least recently used of which are dropped beyond a bound.
 
@@ -138,13 +160,10 @@ class SuffixStore:
         self._used = [used for used, keep in zip(self._used, kept, strict=True) if keep]
         self._digests = [digest for digest, keep in zip(self._digests, kept, strict=True) if keep]
 
-    def continuation(self, sequence: GrowingSequence, most: int, shortest: int = 1) -> Continuation | None:
-        """Tokens that followed the longest suffix of ``sequence`` wherever it came before, in the store or in the sequence itself.
-
-        The places with the longest common suffix vote for each token; of tokens with as many votes the one of the latest place is taken.
+    def places(self, sequence: GrowingSequence, shortest: int = 1) -> Places | None:
+        """Places where the longest suffix of ``sequence`` came before, in the store or in the sequence itself; None if there are none.
 
         Args:
-            most: the largest number of tokens to return.
             shortest: the fewest tokens that a suffix must have.
         """
         own = sequence.tokens
@@ -163,26 +182,37 @@ class SuffixStore:
         if len(kept):
             self._clock += 1
             self._used[bisect.bisect_left(self._ends, int(kept[-1]))] = self._clock
-        return self._vote(own, kept.tolist(), here.tolist(), most, matched)
+        return Places(kept.tolist(), here.tolist(), matched)
 
-    def _vote(self, own: Tokens, kept: list[int], here: list[int], most: int, matched: int) -> Continuation:
-        found: list[int] = []
-        shares: list[float] = []
+    def following(self, sequence: GrowingSequence, places: Places) -> list[tuple[int, float, Places]]:
+        """Tokens at these places, each with its share of the places and the places after it.
+
+        The token with the most votes comes first; of tokens with as many votes the one of the latest place.
+        """
+        own = sequence.tokens
         tokens = self._tokens
-        while len(found) < most:
-            nexts = [int(tokens[place]) for place in kept]
-            # A repetition shorter than what is asked for goes on into what was found.
-            nexts += [int(own[place]) if place < len(own) else found[place - len(own)] for place in here]
-            votes = Counter(token for token in nexts if token != _END)
-            if not votes:
-                break
-            highest = max(votes.values())
-            token = next(each for each in reversed(nexts) if votes.get(each) == highest)
-            found.append(token)
-            shares.append(highest / len(nexts))
-            kept = [place + 1 for place, each in zip(kept, nexts, strict=False) if each == token]
-            here = [place + 1 for place, each in zip(here, nexts[len(nexts) - len(here) :], strict=True) if each == token]
-        return Continuation(found, shares, matched)
+        nexts = [int(tokens[place]) for place in places.kept]
+        # A repetition shorter than what is asked for goes on into what was found.
+        nexts += [int(own[place]) if place < len(own) else places.found[place - len(own)] for place in places.here]
+        votes = Counter(token for token in reversed(nexts) if token != _END)
+        return [(token, count / len(nexts), places.after(token, nexts)) for token, count in votes.most_common()]
+
+    def continuation(self, sequence: GrowingSequence, most: int, shortest: int = 1) -> Continuation | None:
+        """Tokens that followed the longest suffix of ``sequence``, each the one with the most votes.
+
+        Args:
+            most: the largest number of tokens to return.
+            shortest: the fewest tokens that a suffix must have.
+        """
+        places = self.places(sequence, shortest)
+        if places is None:
+            return None
+        result = Continuation([], [], places.matched)
+        while len(result.tokens) < most and (following := self.following(sequence, places)):
+            token, share, places = following[0]
+            result.tokens.append(token)
+            result.shares.append(share)
+        return result
 
 
 def _places(tokens: Tokens, suffix: Tokens) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:

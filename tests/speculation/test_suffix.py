@@ -18,11 +18,13 @@ from patchkit.errors import PatchError
 from patchkit.speculation import statistics_of
 from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.controllers.cost_model import CostModel
-from patchkit.speculation.drafters.suffix import Suffix
+from patchkit.speculation.drafter import Proposal, State
+from patchkit.speculation.drafters.suffix import Suffix, SuffixSession
 from patchkit.speculation.shared import reset_statistics
 from patchkit.speculation.statistics import StepRecord
 from patchkit.speculation.suffix_file import SuffixFile, Writer
 from patchkit.speculation.suffix_store import GrowingSequence, SuffixStore
+from patchkit.speculation.tree import parents_of
 from patchkit.testing import tiny_model
 
 
@@ -77,6 +79,48 @@ def test_the_store_finds_what_a_search_of_every_place_finds(seed: int) -> None:
     else:
         assert found is not None
         assert (found.tokens, found.shares, found.matched) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_votes_are_those_of_all_places(seed: int) -> None:
+    chance = random.Random(seed)
+    kept = [[chance.randrange(3) for _ in range(12)] for _ in range(2)]
+    own = [chance.randrange(3) for _ in range(15)]
+    store, sequence = SuffixStore(4096), sequence_of(own)
+    for tokens in kept:
+        store.add(np.array(tokens, np.int32))
+    places = store.places(sequence)
+    assert places is not None
+    texts = [*(each.tolist() for each in store.sequences()), own]
+    ending = own[-places.matched :]
+    ends = [
+        (text, end)
+        for text in texts
+        for end in range(places.matched, len(text) + (text is not own))
+        if text[end - places.matched : end] == ending
+    ]
+    votes = Counter(text[end] for text, end in ends if end < len(text))
+    found = store.following(sequence, places)
+    assert {token: share for token, share, _ in found} == {token: count / len(ends) for token, count in votes.items()}
+    assert [share for _, share, _ in found] == sorted((share for _, share, _ in found), reverse=True)
+
+
+def drafts(text: list[int], k: int, trees: bool = True) -> Proposal:
+    session = SuffixSession(Suffix(), SuffixStore(1024), Calibration(), 1)
+    proposal = session.propose(State(torch.tensor([text]), [len(text)], [0], trees=trees), k)
+    assert proposal is not None
+    return proposal
+
+
+def test_a_tie_is_drafted_as_a_tree_and_a_rare_token_is_not() -> None:
+    tie = [1, 2, 3, 9, 1, 2, 4, 8, 1, 2]
+    tree, chain = drafts(tie, 4), drafts(tie, 4, trees=False)
+    first = [token for token, parent in zip(tree.tokens[0].tolist(), parents_of(tree, 0), strict=True) if parent == -1]
+    assert first == [4, 3], "the latest first"
+    assert chain.parents is None and chain.tokens[0].tolist() == [4, 8, 1, 2]
+    often = [8, 1, 2, 4, 7, 1, 2, 4, 6, 1, 2, 4, 8, 1, 2, 4, 9, 1, 2, 3, 5, 1, 2]
+    tree = drafts(often, 8)
+    assert [token for token, parent in zip(tree.tokens[0].tolist(), parents_of(tree, 0), strict=True) if parent == -1] == [4]
 
 
 def test_sequences_that_were_not_used_for_longest_go_first() -> None:
@@ -355,3 +399,28 @@ def test_drafts_come_back_after_a_long_bad_time() -> None:
 
     assert 2 < sum(drafted(20_000, 3.0)) < 200, "1.6 tokens for 3 steps: hardly ever, and at most 1 % of the time is lost"
     assert drafted(4_000, 1.1)[-20:] == [1] * 20, "1.6 tokens for 1.1 steps"
+
+
+@pytest.mark.parametrize(("draft_ms", "asked"), [(0.01, 1.0), (5.0, 0.2)])
+def test_a_search_that_costs_is_not_made_for_drafts_that_are_always_cut(draft_ms: float, asked: float) -> None:
+    session = CostModel(bounds=(0, 8)).begin()
+    session.new_text(10)
+    searches = 0
+    for _ in range(400):
+        k = session.most()
+        searches += k > 0
+        kept = session.worth([[0.1] * k]) if k else 0
+        session.observe(StepRecord(kept, 1, (kept,), (0,), 1, draft_ms if k else 0.0, 18.0 if kept else 10.0, 0.0))
+    assert searches / 400 <= asked and (asked < 1 or searches > 390)
+
+
+def test_a_search_that_was_paid_for_is_worth_more_drafts() -> None:
+    kept = []
+    for draft_ms in (0.0, 20.0):
+        session = CostModel(bounds=(0, 8)).begin()
+        session.new_text(10)
+        for k, ms in [(8, 24.0), (4, 14.0), (2, 12.0), (1, 11.0), (0, 10.0)] * 20:
+            asked = session.most()
+            session.observe(StepRecord(k, 1, (k,), (k,), 1 + k, draft_ms if asked else 0.0, ms, 0.0))
+        kept.append(session.worth([[0.75] * 8]))
+    assert kept == [3, 7], "2.7 tokens for 12.5 ms, or 3.6 for 17.8; with 20 ms that were spent already the latter is faster"

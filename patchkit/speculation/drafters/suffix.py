@@ -1,26 +1,27 @@
 """Suffix drafting: what followed the end of the sequence wherever it came before, in this call or in earlier ones, is proposed.
 
-Hu et al. 2024, "SuffixDecoding", https://arxiv.org/abs/2411.04975. Differs from it in that a chain is proposed, not a tree, that sequences
-are scanned instead of kept in a tree (`patchkit.speculation.suffix_store`), and that the number of drafts is not a multiple of the
-match: drafts come with chances of acceptance, learned for each length of match, and the controller keeps those that pay.
+Hu et al. 2024, "SuffixDecoding", https://arxiv.org/abs/2411.04975. Differs from it in that sequences are scanned instead of
+kept in a tree (`patchkit.speculation.suffix_store`), that tokens with few votes are left out, and that the number of drafts is not a
+multiple of the match: drafts come with chances of acceptance, learned for each length of match, and the controller keeps those that pay.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from patchkit.record import Warnings
+from patchkit.speculation.best_first import Tree, best_tree, proposal_of
 from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.drafter import Drafter, Proposal, Session, State
 from patchkit.speculation.suffix_file import SuffixFile, Writer
-from patchkit.speculation.suffix_store import LONGEST_SUFFIX, GrowingSequence, SuffixStore
+from patchkit.speculation.suffix_store import LONGEST_SUFFIX, GrowingSequence, Places, SuffixStore
 
 if TYPE_CHECKING:
     from patchkit.anatomy.target import Target
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 # Acceptance before anything was learned, by the shortest match that it holds for; less where the places found do not agree.
 _PRIORS = ((1, 0.25), (2, 0.4), (3, 0.5), (4, 0.65), (6, 0.8), (10, 0.9))
 _AGREED, _MOSTLY_AGREED = 0.95, 0.6
+_FACTORS = (0.4, 0.75, 1.0)
+# The same of tokens with fewer votes than the first.
+_OFTEN, _SELDOM = 0.3, 0.15
+_BRANCH_FACTORS = (0.1, 0.2, 0.35)
+
+# Share of the first token's votes from which another token is drafted beside it.
+_NEAR = 1 / 3
+
+# Length of the match, whether another token has more votes, and the share of the places: each in three steps or a few.
+_Kind = tuple[int, bool, int]
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,10 @@ class RememberingSuffix(Drafter):
 
 @dataclass
 class _Drafted:
-    """The last drafts of one row: where they begin in its sequence, and the kind of each for the calibration."""
+    """The last drafts of one row, and where they begin in its sequence."""
 
     start: int
-    tokens: list[int]
-    kinds: list[tuple[int, int]]
+    tree: Tree
 
 
 class SuffixSession(Session):
@@ -145,21 +155,26 @@ class SuffixSession(Session):
         self.drafted: list[_Drafted | None] = [None] * rows
 
     def propose(self, state: State, k: int) -> Proposal | None:
-        found, chances = [], []
-        for row, sequence in enumerate(self.sequences):
-            self._read(state, row)
-            continuation = self.store.continuation(sequence, k, self.options.shortest)
-            tokens = [] if continuation is None else continuation.tokens
-            kinds = [] if continuation is None else [_kind(continuation.matched + i, share) for i, share in enumerate(continuation.shares)]
-            self.drafted[row] = _Drafted(sequence.length, tokens, kinds)
-            found.append(tokens)
-            chances.append([self.calibration.chance(kind, _prior(kind)) for kind in kinds])
-        longest = max(map(len, found))
-        if not longest:
-            return None
-        padded = [each + [0] * (longest - len(each)) for each in found]
-        counts = [len(each) for each in found]
-        return Proposal(torch.tensor(padded, device=state.tokens.device), counts, chances=chances)
+        trees = [self._tree(state, row, k) for row in range(state.rows)]
+        return proposal_of(trees, state.tokens.device)
+
+    def _tree(self, state: State, row: int, k: int) -> Tree:
+        self._read(state, row)
+        sequence = self.sequences[row]
+        places = self.store.places(sequence, self.options.shortest)
+        if places is None:
+            return Tree()
+        tree = best_tree(places, functools.partial(self._children, sequence), k, chain=not state.trees)
+        self.drafted[row] = _Drafted(sequence.length, tree)
+        return tree
+
+    def _children(self, sequence: GrowingSequence, places: Places) -> Iterator[tuple[int, _Kind, float, Places]]:
+        following = self.store.following(sequence, places)
+        for rank, (token, share, after) in enumerate(following):
+            if share < _NEAR * following[0][1]:
+                return
+            kind = _kind(places.matched, share, rank)
+            yield token, kind, self.calibration.chance(kind, _prior(kind)), after
 
     def finished(self, state: State, rows: list[int]) -> None:
         for row in rows:
@@ -186,19 +201,20 @@ class SuffixSession(Session):
         sequence, drafted = self.sequences[row], self.drafted[row]
         new = state.tokens[row, state.pads[row] + sequence.length : state.lengths[row]].tolist()
         if drafted is not None and drafted.start == sequence.length:
-            for draft, kind, token in zip(drafted.tokens, drafted.kinds, new, strict=False):
-                self.calibration.add(kind, draft == token)
-                if draft != token:
-                    break
+            for node, accepted in drafted.tree.outcomes(new):
+                self.calibration.add(drafted.tree.kinds[node], accepted)
         self.drafted[row] = None
         sequence.extend(new)
 
 
-def _kind(matched: int, share: float) -> tuple[int, int]:
-    """Drafts whose acceptance is estimated together: by the length of the match before them, and the agreement of the places found."""
+def _kind(matched: int, share: float, rank: int) -> _Kind:
+    """Drafts whose acceptance is estimated together: by length of the match, first token or another one, and share of the places."""
     shortest = max(least for least, _ in _PRIORS if least <= matched)
-    return shortest, (share > _MOSTLY_AGREED) + (share > _AGREED)
+    if rank:
+        return shortest, True, (share > _SELDOM) + (share > _OFTEN)
+    return shortest, False, (share > _MOSTLY_AGREED) + (share > _AGREED)
 
 
-def _prior(kind: tuple[int, int]) -> float:
-    return dict(_PRIORS)[kind[0]] * (0.4, 0.75, 1.0)[kind[1]]
+def _prior(kind: _Kind) -> float:
+    shortest, branch, agreement = kind
+    return dict(_PRIORS)[shortest] * (_BRANCH_FACTORS if branch else _FACTORS)[agreement]
