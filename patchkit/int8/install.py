@@ -25,7 +25,7 @@ from patchkit.module_timing import report_speed
 _TRIED_TOKENS = 2
 
 
-class Options(Protocol):
+class Int8Options(Protocol):
     """The options of the int8 patches."""
 
     @property
@@ -45,7 +45,7 @@ class Options(Protocol):
 
 
 @torch.no_grad()
-def install(target: Target, handle: Handle, options: Options, found: FoundBlocks) -> None:
+def install(target: Target, handle: Handle, options: Int8Options, found: FoundBlocks) -> None:
     """Give the blocks found int8 weights, and try the model once, so that an error undoes everything here and not in a user's call."""
     inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, options.calibration)
     blocks: list[Int8Linear | Int8Experts] = [
