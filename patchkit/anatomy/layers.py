@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from patchkit.anatomy.rotary import Rotary
+from patchkit.errors import NothingMatched
 
 # An `AttentionLayer.obstacle` that matters only to patches that move keys.
 BAKED_IN = "positions are baked into its keys or values (learned, sinusoidal, or normalised after rotation), so kept keys cannot move"
@@ -81,3 +82,16 @@ class Subject(Protocol):
     @property
     def attention_layers(self) -> list[AttentionLayer]: ...
     def forward(self, ids: torch.Tensor) -> None: ...
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return the list of a model's decoder layers.
+
+    Raises:
+        NothingMatched: there is no list of as many modules as the config has layers.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise NothingMatched(f"{type(model).__name__} has no list of {depth} decoder layers")

@@ -28,6 +28,7 @@ class HeadsKind(str, Enum):
     """Which heads to train."""
 
     eagle = "eagle"
+    eagle3 = "eagle3"
     medusa = "medusa"
 
 

@@ -127,6 +127,8 @@ class Session(ABC):
 
     # Whether `observe` is wanted, which has the target's last hidden states kept.
     wants_hidden: bool = False
+    # Decoder layers, by index, whose outputs `observe` gets behind the last hidden states.
+    layers: tuple[int, ...] = ()
     # Whether `observe_logits` is wanted.
     wants_logits: bool = False
     # Whether the rows of a batch have to advance by the same number of tokens.
@@ -142,7 +144,8 @@ class Session(ABC):
         """Take note of a target forward; the first call is the prompt, padding included.
 
         Args:
-            hidden: the last hidden states [R, T, D] of the T tokens fed.
+            hidden: [R, T, D], the last hidden states of the T tokens fed; with `layers`, [R, T, (1 + len(layers)) D], and the outputs of
+                these layers behind them.
             counts: of each row, how many of these tokens are part of the text.
         """
 
@@ -180,6 +183,11 @@ class Drafter(Registered, ABC, kind="drafter", folder="patchkit.speculation.draf
     """
 
     any_model: ClassVar[bool] = True
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers, by index, whose outputs sessions of this drafter, once prepared, ask for (`Session.layers`)."""
+        return ()
 
     def check(self, target: Target) -> None:
         """Refuse a model that this drafter cannot serve, by raising a `PatchError`. Must not touch the model."""

@@ -16,9 +16,12 @@ class EagleChain(FeatureSession):
 
     def __init__(self, head: EagleHead, model: Any, state: State):
         super().__init__(model.get_output_embeddings(), state)
-        self.head, self.embed = head, model.get_input_embeddings()
+        self.head, self.embed, self.layers = head, model.get_input_embeddings(), head.layers
         self.memory = KeyValues(head, state.rows)
         self.entered = [0] * state.rows  # slots whose keys and values come from the model's own hidden states
+
+    def features_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head.features(hidden)
 
     @torch.no_grad()
     def propose(self, state: State, k: int) -> Proposal | None:

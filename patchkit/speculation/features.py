@@ -11,9 +11,13 @@ from patchkit.speculation.drafter import Session, State
 
 
 class FeatureSession(Session):
-    """Keeps the hidden states of each row's text: slot s of row r is of the token in column ``first[r] + s``."""
+    """Keeps features of each row's text: slot s of row r is of the token in column ``first[r] + s``."""
 
     wants_hidden = True
+
+    def features_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the features [R, T, D] of hidden states as `observe` gets them; by default the last hidden states."""
+        return hidden
 
     def __init__(self, lm_head: Any, state: State):
         self.lm_head = lm_head
@@ -24,6 +28,7 @@ class FeatureSession(Session):
 
     @torch.no_grad()
     def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:
+        hidden = self.features_of(hidden)
         skipped = [0] * len(counts)
         if self.features is None:
             # A prompt of which a cache held the beginning is known from where it was fed.

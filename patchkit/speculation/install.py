@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.layers import decoder_layers
 from patchkit.anatomy.target import Target
 from patchkit.attention import alias_of, has_own_mask, original_name, set_alias
 from patchkit.errors import PatchConflict, UnsupportedModel
@@ -64,6 +66,7 @@ def install(target: Target, handle: Handle, drafter: Drafter, controller: Contro
         handle.record.warnings,
         tuple(aliased),
         compiled=any(patch.stage is Stage.COMPILE for patch in target.patches),
+        layers=prepared.layers,
         weights=WeightWatch(model),
     )
     assert speculation.weights is not None
@@ -74,6 +77,11 @@ def install(target: Target, handle: Handle, drafter: Drafter, controller: Contro
             set_alias(handle, config, alias_of(original_name(config)))
     for module in (model, target.decoder):
         keep_speculation(handle, module, speculation)
+    if prepared.layers:
+        layers = decoder_layers(model)
+        for index in prepared.layers:
+            keep_speculation(handle, layers[index], speculation)
+            handle.hook(layers[index], functools.partial(_keep_output, index))
     handle.hook(target.decoder, _keep_hidden)
     handle.set_attribute(model, "generate", functools.partial(generate, model, speculation))
     for name in _compat.continuous_batching(model):
@@ -86,7 +94,15 @@ def install(target: Target, handle: Handle, drafter: Drafter, controller: Contro
         handle.record.warn(f"acceptance={acceptance} changes the text")
 
 
+def _keep_output(index: int, layer: nn.Module, args: Any, output: Any) -> None:
+    speculation = speculation_of(layer)
+    if speculation.watching:
+        speculation.outputs[index] = output[0] if isinstance(output, tuple) else output
+
+
 def _keep_hidden(decoder: nn.Module, args: Any, output: Any) -> None:
     speculation = speculation_of(decoder)
     if speculation.watching:
-        speculation.hidden = output[0]
+        outputs = [speculation.outputs[index] for index in speculation.layers]
+        speculation.hidden = torch.cat([output[0], *outputs], -1) if outputs else output[0]
+        speculation.outputs.clear()

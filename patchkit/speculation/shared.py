@@ -39,7 +39,9 @@ class Speculation:
         aliased: attention implementations whose alias the model's configs name.
         compiled: forwards of `VERIFIED_LENGTHS` tokens are compiled steps.
         watching: the decoder's hook keeps hidden states.
-        hidden: [R, T, D], the hidden states of the last forward; None while not watching.
+        hidden: [R, T, D], the hidden states of the last forward, with the outputs of `layers` behind them; None while not watching.
+        layers: decoder layers, by index, whose outputs are kept too.
+        outputs: of these layers in the current forward, [R, T, D] each.
         weights: tells whether the model's weights have changed since the last call.
     """
 
@@ -56,6 +58,8 @@ class Speculation:
     runs: deque[RunStatistics] = field(default_factory=functools.partial(deque, maxlen=_MOST_RUNS))
     watching: bool = False
     hidden: torch.Tensor | None = None
+    layers: tuple[int, ...] = ()
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     weights: WeightWatch | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -19,14 +19,15 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from patchkit.anatomy.layers import decoder_layers
 from patchkit.errors import PatchError
 from patchkit.speculation.heads import EagleHead, Heads, MedusaHeads, TrainedFor
-from patchkit.training.heads_loss import accepted_by_position, last_hidden_states, loss_of
+from patchkit.training.heads_loss import accepted_by_position, hidden_states, layers_of, loss_of
 from patchkit.training.muon import optimizers_of
 from patchkit.views import evaluating, frozen
 
 # Share of positions that are scored, sampled for each step: logits over the vocabulary cost more than EAGLE's layer.
-_SCORED = {"medusa": 1.0, "eagle": 0.25}
+_SCORED = {"medusa": 1.0, "eagle": 0.25, "eagle3": 0.25}
 _ALONE = 0.4  # share of EAGLE's steps, the first ones, that continue the model's features only, which costs less
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 # With ``minutes``, this many steps are timed first; until then the run has practically no end.
@@ -36,7 +37,7 @@ _TIMED_STEPS, _UNTIMED_STEPS = 8, 10**9
 def train_heads(
     model: Any,
     tokens: torch.Tensor,
-    kind: Literal["medusa", "eagle"] = "eagle",
+    kind: Literal["medusa", "eagle", "eagle3"] = "eagle",
     steps: int = 1000,
     *,
     depth: int = 4,
@@ -52,6 +53,8 @@ def train_heads(
     """Train draft heads for ``model``, which is not changed.
 
     Args:
+        kind: "medusa"; "eagle", which continues the last hidden states; or "eagle3", which continues the outputs of a low, a middle and a
+            high layer, and is not asked to reproduce hidden states (Li et al. 2025, https://arxiv.org/abs/2503.01840).
         tokens: one sequence [n] int, from which pieces are cut at random, or sequences [N, n >= length].
         depth: Medusa's number of heads; for EAGLE, the number of its own consecutive features that it learns to continue from.
         batch, length: sequences per step, and tokens per sequence.
@@ -67,8 +70,8 @@ def train_heads(
         PatchError: options or tokens that cannot be used, or a checkpoint of another run.
         KeyboardInterrupt: SIGINT or SIGTERM was received; the current step is finished first.
     """
-    if kind not in ("medusa", "eagle"):
-        raise PatchError(f"there are no {kind!r} heads: use kind='medusa' or kind='eagle'")
+    if kind not in _SCORED:
+        raise PatchError(f"there are no {kind!r} heads: use kind='medusa', kind='eagle' or kind='eagle3'")
     if min(steps, depth, batch) < 1 or length < depth + 3 or not 0 <= on_policy <= 1:
         raise PatchError("steps, depth and batch must be at least 1, length at least depth + 3, and on_policy between 0 and 1")
     if tokens.shape[-1] < length:
@@ -76,7 +79,11 @@ def train_heads(
     facts = TrainedFor.of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = MedusaHeads(facts.hidden_size, depth) if kind == "medusa" else EagleHead(facts.hidden_size, facts.embedding_size)
+        heads: Heads
+        if kind == "medusa":
+            heads = MedusaHeads(facts.hidden_size, depth)
+        else:
+            heads = EagleHead(facts.hidden_size, facts.embedding_size, layers=three_layers(model) if kind == "eagle3" else None)
     heads.trained_for = facts
     heads.to(model.get_output_embeddings().weight.device)
     optimizers = optimizers_of(heads, peak)
@@ -122,16 +129,17 @@ def train_heads(
             texts = _texts(tokens, batch, length, random).to(model.device)
             if torch.rand((), generator=random) < on_policy:
                 texts = _continued(model, texts)
-            hidden = last_hidden_states(model, texts)
+            hidden = hidden_states(model, texts, layers_of(heads))
             if step == 0 and isinstance(heads, EagleHead):  # start at the features' own mean and spread
-                heads.norm_out.weight.data.copy_(hidden.float().flatten(0, 1).std(0))
-                heads.norm_out.bias.data.copy_(hidden.float().flatten(0, 1).mean(0))
+                last = hidden[..., : facts.hidden_size].float().flatten(0, 1)
+                heads.norm_out.weight.data.copy_(last.std(0))
+                heads.norm_out.bias.data.copy_(last.mean(0))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
             # While steps are being timed, both kinds alternate.
             alone = step % 2 == 0 if steps == _UNTIMED_STEPS else step < _ALONE * steps
-            now = 1 if kind == "eagle" and alone else depth
+            now = 1 if kind != "medusa" and alone else depth
             positions = torch.randperm(length - depth, generator=random)[: math.ceil((length - depth) * _SCORED[kind])]
             loss, agrees = loss_of(heads, model, texts, hidden, now, positions.to(model.device))
             loss.backward()
@@ -157,6 +165,13 @@ def train_heads(
                 raise KeyboardInterrupt(f"stopped after {step} steps of training{kept}")
     bar.close()
     return heads.eval().requires_grad_(False)
+
+
+def three_layers(model: Any) -> tuple[int, ...]:
+    """Return the indices of a low, a middle and a high decoder layer, whose outputs EAGLE-3's heads read; fewer of a model with fewer."""
+    depth = len(decoder_layers(model))
+    high = depth - 3 if depth >= 8 else depth - 1
+    return tuple(sorted({min(2, (depth - 1) // 3), depth // 2, high}))
 
 
 @contextlib.contextmanager

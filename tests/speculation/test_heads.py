@@ -17,7 +17,7 @@ from patchkit.errors import PatchError, UnsupportedModel
 from patchkit.models import load_model
 from patchkit.speculation.heads import EagleHead, Heads, MedusaHeads, TrainedFor, load_heads
 from patchkit.testing import tiny_model
-from patchkit.training.heads import accepted_by_position, last_hidden_states, loss_of, train_heads
+from patchkit.training.heads import accepted_by_position, hidden_states, loss_of, three_layers, train_heads
 
 
 def _model(**changes: Any) -> LlamaForCausalLM:
@@ -48,7 +48,7 @@ def test_random_medusa_heads_differ_and_are_seeded() -> None:
     assert torch.equal(one, two) and not torch.allclose(one, other) and not torch.allclose(one[:, 0], one[:, 1])
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_come_back_from_a_file(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     model = _model()
@@ -60,7 +60,8 @@ def test_heads_come_back_from_a_file(kind: Any, dtype: torch.dtype, tmp_path: Pa
         assert torch.equal(loaded.state_dict()[name], tensor.to(dtype).float())
     loaded.check_fits(model)
     loaded.check_fits(copy.deepcopy(model).to(torch.bfloat16))  # the same model in another precision
-    with pytest.raises(PatchError, match=f"holds {kind} heads"):
+    held = kind.removesuffix("3")
+    with pytest.raises(PatchError, match=f"holds {held} heads"):
         load_heads(tmp_path / "heads.safetensors", "eagle" if kind == "medusa" else "medusa")
 
 
@@ -72,7 +73,7 @@ def test_heads_come_back_from_a_file(kind: Any, dtype: torch.dtype, tmp_path: Pa
         (dict(initializer_range=0.2), "another LM head"),
     ],
 )
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle3"])
 def test_heads_are_refused_for_another_model(kind: Any, other: dict[str, Any], says: str) -> None:
     heads = train_heads(_model(), _texts(), kind, steps=1, depth=1, batch=2, length=16, progress=False)
     with pytest.raises(UnsupportedModel, match=says + ".*train-heads"):
@@ -95,12 +96,13 @@ def test_untrained_heads_are_not_saved(tmp_path: Path) -> None:
         EagleHead(32, 32).save(tmp_path / "heads.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle3"])
 def test_training_teaches(kind: Any) -> None:
     """A model whose greedy choice is a function of its last token is soon foreseen, and comes out as it went in."""
     model, texts = _model(), _texts()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hidden, positions = last_hidden_states(model, texts[:16]), torch.arange(20)
+    layers = three_layers(model) if kind == "eagle3" else ()
+    hidden, positions = hidden_states(model, texts[:16], layers), torch.arange(20)
 
     def measured(steps: int) -> tuple[float, torch.Tensor]:
         heads = train_heads(model, texts, kind, steps, depth=2, batch=16, length=24, progress=False)
@@ -189,5 +191,5 @@ def test_bundled_heads_belong_to_the_bundled_model(kind: str, least: float) -> N
     written = model.generate(input_ids=prompt, max_new_tokens=64, do_sample=False)
     positions = torch.arange(prompt.shape[1] - 1, written.shape[1] - 3)
     with torch.no_grad():
-        _, agrees = loss_of(heads, model, written, last_hidden_states(model, written), 2, positions)
+        _, agrees = loss_of(heads, model, written, hidden_states(model, written), 2, positions)
     assert accepted_by_position(agrees)[0] > least

@@ -16,7 +16,7 @@ from patchkit.speculation.drafters.medusa import Medusa
 from patchkit.speculation.heads import EagleHead, MedusaHeads
 from patchkit.speculation.tree import parents_of
 from patchkit.testing import tiny_model
-from patchkit.training.heads import last_hidden_states
+from patchkit.training.heads import hidden_states
 
 MODEL = tiny_model("llama")
 VOCABULARY = MODEL.config.vocab_size
@@ -62,7 +62,7 @@ def _state(tokens: torch.Tensor, lengths: list[int], pads: list[int], sampled: b
 
 def _fed(tokens: torch.Tensor) -> torch.Tensor:
     """Hidden states of texts without padding."""
-    return last_hidden_states(MODEL, tokens)
+    return hidden_states(MODEL, tokens)
 
 
 def _begun(drafter: Drafter, text: torch.Tensor, prompt: int, hidden: torch.Tensor | None = None) -> Session:

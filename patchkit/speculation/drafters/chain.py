@@ -51,6 +51,10 @@ class Chain(Drafter):
     def note(self) -> str | None:
         return "; ".join(note for drafter in self.drafters if (note := drafter.note()) is not None) or None
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for drafter in self.drafters for layer in drafter.layers}))
+
     def begin(self, model: Any, state: State) -> Session:
         return ChainSession([drafter.begin(model, state) for drafter in self.drafters])
 
@@ -66,6 +70,7 @@ class ChainSession(Session):
         self.wants_hidden = any(session.wants_hidden for session in sessions)
         self.wants_logits = any(session.wants_logits for session in sessions)
         self.aligned = any(session.aligned for session in sessions)
+        self.layers = tuple(sorted({layer for session in sessions for layer in session.layers}))
 
     def propose(self, state: State, k: int) -> Proposal | None:
         for session in self.sessions:
@@ -77,7 +82,14 @@ class ChainSession(Session):
     def observe(self, hidden: torch.Tensor, counts: list[int]) -> None:
         for session in self.sessions:
             if session.wants_hidden:
-                session.observe(hidden, counts)
+                session.observe(self._wanted(hidden, session.layers), counts)
+
+    def _wanted(self, hidden: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+        """Of hidden states as `observe` gets them, those for a session that asks for these layers."""
+        if layers == self.layers:
+            return hidden
+        chunks = hidden.chunk(1 + len(self.layers), -1)
+        return torch.cat([chunks[0], *(chunks[1 + self.layers.index(layer)] for layer in layers)], -1)
 
     def finished(self, state: State, rows: list[int]) -> None:
         for session in self.sessions:

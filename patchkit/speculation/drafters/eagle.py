@@ -54,6 +54,10 @@ class Eagle(Drafter, name="eagle"):
         if self.tree not in ("dynamic", "chain"):
             raise ValueError(f"tree={self.tree!r}: give 'dynamic' or 'chain'")
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.heads.layers if isinstance(self.heads, EagleHead) else ()
+
     def check(self, target: Target) -> None:
         """Refuse a model that the head was not trained for, or without an LM head and embeddings to share."""
         TrainedFor.of(target.model)

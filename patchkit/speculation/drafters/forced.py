@@ -51,6 +51,7 @@ class ForcedSession(Session):
         self.other, self.constraint, self.worth = other, constraint, worth
         self.wants_hidden, self.wants_logits = other.wants_hidden, other.wants_logits
         self.aligned, self.estimates = other.aligned, other.estimates
+        self.layers = other.layers
         self.forced, self.room = False, 0
 
     def propose(self, state: State, k: int) -> Proposal | None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.layers import decoder_layers
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchError
 from patchkit.handle import refresh_patches
@@ -145,11 +146,8 @@ def _layers(model: Any, indices: tuple[int, ...]) -> Iterator[tuple[nn.ModuleLis
     Raises:
         NothingMatched: there is no such list, or no such layer; or it is the first, by which transformers counts tokens.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    if not lists:
-        raise NothingMatched(f"{type(model).__name__} has no list of {depth} decoder layers to skip layers of")
+    layers = decoder_layers(model)
     for index in indices:
-        if not 0 < index < depth:
-            raise NothingMatched(f"skip_layers={list(indices)}: give indices from 1 to {depth - 1}")
-        yield lists[0], index
+        if not 0 < index < len(layers):
+            raise NothingMatched(f"skip_layers={list(indices)}: give indices from 1 to {len(layers) - 1}")
+        yield layers, index

@@ -5,6 +5,7 @@ Shapes: R rows, T positions, N heads, D hidden size, E embedding size, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,16 +57,30 @@ class EagleHead(Heads):
         hidden_size, embedding_size: D and E.
         n_heads: attention heads; default one for every 64 dimensions.
         intermediate_size: of the gated MLP; default 8/3 D, rounded up to a multiple of 32.
+        layers: indices of decoder layers whose outputs, joined by a linear map, are the features in place of the last hidden states: the
+            features of EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840); None for the last hidden states.
     """
 
     kind = "eagle"
 
-    def __init__(self, hidden_size: int, embedding_size: int, n_heads: int | None = None, intermediate_size: int | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        embedding_size: int,
+        n_heads: int | None = None,
+        intermediate_size: int | None = None,
+        layers: Sequence[int] | None = None,
+    ):
         n_heads = n_heads or next(n for n in range(max(1, hidden_size // 64), 0, -1) if hidden_size % (2 * n) == 0)
         intermediate_size = intermediate_size or -(-8 * hidden_size // 96) * 32
         super().__init__({
-            "hidden_size": hidden_size, "embedding_size": embedding_size, "n_heads": n_heads, "intermediate_size": intermediate_size
+            "hidden_size": hidden_size, "embedding_size": embedding_size, "n_heads": n_heads, "intermediate_size": intermediate_size,
+            **({"layers": list(layers)} if layers else {}),
         })  # fmt: skip
+        self.layers = tuple(layers or ())
+        if self.layers:
+            self.norm_layers = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in self.layers)
+            self.fuse = nn.Linear(len(self.layers) * hidden_size, hidden_size, bias=False)
         self.n_heads, self.head_size = n_heads, hidden_size // n_heads
         self.norm_embedding = nn.LayerNorm(embedding_size)
         self.norm_feature = nn.LayerNorm(hidden_size)
@@ -79,6 +94,18 @@ class EagleHead(Heads):
         self.norm_out = nn.LayerNorm(hidden_size)
         nn.init.zeros_(self.attended.weight)
         nn.init.zeros_(self.down.weight)
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Features [..., D] that the head continues.
+
+        Args:
+            hidden: [..., D], the last hidden states; with `layers`, [..., (1 + len(layers)) D], these and the layers' outputs.
+        """
+        size = self.options["hidden_size"]
+        if not self.layers:
+            return hidden[..., :size]
+        outputs = hidden[..., size:].split(size, -1)
+        return self.fuse(torch.cat([norm(output) for norm, output in zip(self.norm_layers, outputs, strict=True)], -1))
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations [..., 1, d/2] complex64 of queries and keys by positions [...]."""
