@@ -67,6 +67,9 @@ DECODED = (
     "mlp_int8",
     "mlp_int8 + compile",
     "gemv + mlp_int8 + compile",
+    "gemv + int8",
+    "int8(scope='all+head')",
+    "int8(scope='all+head') + compile",
     "streaming(window=508) + mlp_int8 + compile",
 )
 NEW_TOKENS = 96
