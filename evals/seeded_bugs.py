@@ -187,6 +187,30 @@ BUGS = [
         SCHEDULED,
     ),
     Bug(
+        "the best paths of a tree are the least likely",
+        "heapq.heappush(waiting, (-probability * chance,",
+        "heapq.heappush(waiting, (probability * chance,",
+        ("tests/speculation/test_trees.py",),
+    ),
+    Bug(
+        "a token that comes twice has its last successors",
+        "self._matrix.numpy()[tokens.cpu().numpy()[::-1], : likeliest.shape[1]] = likeliest.cpu().numpy()[::-1]",
+        "self._matrix.numpy()[tokens.cpu().numpy(), : likeliest.shape[1]] = likeliest.cpu().numpy()",
+        ("tests/speculation/test_token_recycling.py",),
+    ),
+    Bug(
+        "heads get the outputs of three layers in another order",
+        "outputs = [speculation.outputs[index] for index in speculation.layers]",
+        "outputs = [speculation.outputs[index] for index in reversed(speculation.layers)]",
+        ("tests/speculation/test_eagle3.py",),
+    ),
+    Bug(
+        "embeddings that share the head's weight are rounded in a checkpoint",
+        "self.original if keep_original or self.shared else None",
+        "self.original if keep_original else None",
+        ("tests/patches/test_int8.py",),
+    ),
+    Bug(
         "rejected token drawn from the target",
         "weights = torch.where(((accepted < counts) & residual.any(1))",
         "weights = torch.where(((accepted > counts) & residual.any(1))",

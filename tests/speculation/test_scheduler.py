@@ -158,6 +158,21 @@ def test_rows_of_every_kind_share_a_batch() -> None:
         assert row.new == wanted[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("draft", ["lookup", "draft model"])
+def test_a_seed_gives_the_text_of_the_unpatched_model_whatever_drafts(draft: str) -> None:
+    """A drawn draft would use up random numbers, and the rejection rule would choose other tokens."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 20, "eos_token_id": None}
+    with patched(model, Speculative(draft=DRAFTS[draft](), k=3), verbose=False):
+        scheduler = Scheduler(model, slots=3)
+        rows = [scheduler.submit(ids, seed=seed, pad_token_id=0, **options) for seed, ids in enumerate(prompts_of(6))]
+        scheduler.run()
+        assert statistics_of(model).accepted > 0
+    for seed, (row, ids) in enumerate(zip(rows, prompts_of(6), strict=True)):
+        torch.manual_seed(seed)
+        assert row.new == alone(plain, ids, **options)
+
+
 def test_rows_without_a_seed_are_drawn_from_the_target() -> None:
     """Of 400 sequences of one token each, drawn in shared batches, the shares are those of the model's own distribution."""
     model = tiny_model("llama")
