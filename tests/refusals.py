@@ -46,6 +46,10 @@ REFUSED: dict[str, dict[str, str]] = {
         "mpt": "ALiBi",
         **({} if _GPTJ_CALLS_THE_INTERFACE else {"gptj": _OUTSIDE}),
     },
+    "prefix_cache": {
+        "jamba": "fed in blocks it gives other logits than fed as a whole",
+        "mamba": "it keeps recurrent states only",
+    },
     "mlp_int8": {"mamba": "no feed-forward linear that can be converted"},
     "speculative": {
         "jamba": "a forward of several tokens gives other logits than one token at a time",

@@ -23,6 +23,7 @@ FLOORS = (
     {"patch"},
     {"spec"},
     {"attention_function", "static_step", "int8"},
+    {"prefix"},
     {"streaming", "speculation"},
     {"linear", "compiled"},
     {"patches"},

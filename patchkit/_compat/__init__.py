@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from patchkit._compat.calls import by_name as by_name
     from patchkit._compat.calls import cache_given as cache_given
     from patchkit._compat.calls import cache_of as cache_of
+    from patchkit._compat.calls import has_states_only as has_states_only
     from patchkit._compat.calls import is_paged as is_paged
     from patchkit._compat.calls import speaks_old_names as speaks_old_names
     from patchkit._compat.calls import supports_dynamic_cache as supports_dynamic_cache
@@ -49,11 +50,13 @@ if TYPE_CHECKING:
     from patchkit._compat.experts import is_expert_parallel as is_expert_parallel
     from patchkit._compat.experts import on_experts_interface as on_experts_interface
     from patchkit._compat.experts import register_experts as register_experts
+    from patchkit._compat.generate import PREFILL as PREFILL
     from patchkit._compat.generate import PREPARE_CACHE as PREPARE_CACHE
     from patchkit._compat.generate import calling_processors as calling_processors
     from patchkit._compat.generate import mask_length as mask_length
     from patchkit._compat.generate import padding_token as padding_token
     from patchkit._compat.generate import prepare_stock_cache as prepare_stock_cache
+    from patchkit._compat.generate import stock_prefill as stock_prefill
     from patchkit._compat.gguf import forget_quantizer as forget_quantizer
     from patchkit._compat.gguf import forget_title as forget_title
     from patchkit._compat.gguf import gguf_options as gguf_options

@@ -59,6 +59,12 @@ def takes_tokens_back(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) if declared is None else bool(declared)
 
 
+def has_states_only(cache: Any) -> bool:
+    """Whether all layers of a `DynamicCache` hold recurrent states only, and so do not know how many tokens they have seen."""
+    recurrent = [isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer) for layer in cache.layers]
+    return bool(recurrent) and all(recurrent)
+
+
 def supports_dynamic_cache(model: Any) -> bool:
     """Whether ``model`` takes a `DynamicCache`, as almost all do, or has a cache class of its own."""
     return bool(type(model)._supports_default_dynamic_cache())

@@ -16,6 +16,7 @@ RELIED_ON: Names = {
         "batch_size",
         "max_cache_length",
     ),
+    "transformers.generation:GenerationMixin._prefill": ("self", "input_ids", "generation_config", "model_kwargs"),
     "transformers.generation:GenerationMixin.generate": frozenset({"custom_generate"}),
     "transformers:GenerationConfig._pad_token_tensor": None,
     "transformers:LogitsProcessorList.__call__": ("self", "input_ids", "scores"),
@@ -26,6 +27,9 @@ MAY_BE_MISSING = {"_mask_length": "only transformers from 5.24 on keeps the leng
 # The method with which `generate` makes the cache of a call. A patch puts its own in its place.
 PREPARE_CACHE = "_prepare_cache_for_generation"
 
+# The method with which `generate` feeds a prompt, once the cache is made.
+PREFILL = "_prefill"
+
 # That of whoever asks for it, the processor's, and the list's.
 _MOST_FRAMES = 3
 
@@ -33,6 +37,11 @@ _MOST_FRAMES = 3
 def prepare_stock_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Put the cache that ``model`` would use unpatched into ``model_kwargs`` (``GenerationMixin._prepare_cache_for_generation``)."""
     return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+
+
+def stock_prefill(model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Feed what the cache in ``model_kwargs`` does not hold of ``input_ids`` [B, L], as unpatched (``GenerationMixin._prefill``)."""
+    return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def padding_token(generation_config: Any) -> int | None:

@@ -56,8 +56,10 @@ def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def is_new_sequence(kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of a forward hold no cache, or an empty one."""
+    """Whether the arguments of a forward hold no cache, or an empty one, or one that `prefix_cache` has just filled."""
     cache = kwargs.get(_compat.CACHE)
+    if cache is not None and vars(cache).pop("just_thawed", False):
+        return True
     return cache is None or cache.get_seq_length() == 0
 
 

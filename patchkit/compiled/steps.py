@@ -150,12 +150,12 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     kwargs = {name: value for name, value in _compat.by_name(decoder, args, kwargs).items() if value is not None}
     if runtime is None and wants_cache(decoder, kwargs):
         kwargs[_compat.CACHE] = FixedCache(steps.cache_layers)
+    if is_new_sequence(kwargs):
+        steps.forget_if_changed()
     step, reason = step_of(decoder, kwargs)
     if step is None:
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         steps.count_eager(reason, 0 if inputs is None else inputs.shape[1])
-        if is_new_sequence(kwargs):
-            steps.forget_if_changed()
         if isinstance(kwargs.get(_compat.CACHE), StreamingCache | FixedCache):
             kwargs[_compat.CACHE].autocast = None if inputs is None else autocast_of(inputs.device)
         return type(decoder).forward(decoder, **kwargs)

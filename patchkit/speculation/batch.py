@@ -20,6 +20,7 @@ from patchkit.speculation.drafter import Proposal, Session
 from patchkit.speculation.drafters.forced import Forced, ForcedSession
 from patchkit.speculation.forced_end import append_forced_end, forced_tokens
 from patchkit.speculation.judge import Verdict, judge_for
+from patchkit.speculation.prefixed import prefixed_prompts
 from patchkit.speculation.refusals import Call
 from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows, order_after
@@ -80,9 +81,10 @@ class Batch:
         self.statistics = RunStatistics(
             prompt_tokens=len(state.pads) * prompt - sum(state.pads), drafter=label, acceptance=str(speculation.acceptance)
         )
-        self._unfed = state.tokens[:, past:prompt]
+        self._prefixed = prefixed_prompts(self.model, state, self.cached, self.session.wants_hidden)
+        self._hidden: list[torch.Tensor] = [] if self._prefixed is None else self._prefixed.kept()
+        self._unfed = state.tokens[:, self.cached.fed[0] : prompt]
         self._chunk = call.config.prefill_chunk_size or prompt
-        self._hidden: list[torch.Tensor] = []
         self._is_new = True
         self._closed = False
 
@@ -97,17 +99,29 @@ class Batch:
         return self._unfed.shape[1]
 
     def prefill(self, most: int | None = None) -> bool:
-        """Feed the prompt, or the next ``most`` tokens of it; return whether all of it is fed, and every row has its first token."""
+        """Feed the prompt, or the next ``most`` tokens of it; return whether all of it is fed, and every row has its first token.
+
+        Under `prefix_cache`, forwards end at its borders instead, and so at fixed places of the prompt: up to a block more is fed.
+        """
         started = time.perf_counter()
         with self._at_work():
+            if self._prefixed is not None and len(self.rows) > 1 and not self.cached.fed[0]:
+                self._hidden += self._prefixed.feed_rows(self.cached, lambda: self.speculation.hidden)
+                self._unfed = self._unfed[:, self.cached.fed[0] :]
             fed, size = 0, self._unfed.shape[1]
             while fed < size and (most is None or fed < most):
-                count = min(self._chunk, size - fed, size if most is None else most - fed)
+                count = min(self._chunk, size - fed)
+                if self._prefixed is not None:
+                    count = self._prefixed.piece(self.cached.fed[0], count)
+                elif most is not None:
+                    count = min(count, most - fed)
                 logits = self.cached.forward(self._unfed[:, fed : fed + count], only_last=True)
                 self.cached.keep([count] * len(self.rows))
                 fed += count
                 if self.speculation.hidden is not None:
                     self._hidden.append(self.speculation.hidden)
+                if self._prefixed is not None:
+                    self._prefixed.keep(self.cache, self.cached.fed[0], self._hidden)
             self._unfed = self._unfed[:, fed:]
             if not self._unfed.shape[1]:
                 self._begin(logits[:, -1:])

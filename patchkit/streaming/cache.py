@@ -18,13 +18,14 @@ stream, and nothing depends on a Python integer that changes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from patchkit import _compat
 from patchkit.errors import StreamError
+from patchkit.prefix.snapshot import state_as_whole
 from patchkit.static_step import StepCache
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.make_layer import StreamLayerWithState, make_layer
@@ -47,6 +48,7 @@ def writable(value: Any) -> Any:
     return value
 
 
+@state_as_whole
 class StreamingCache(_compat.Cache):
     """A cache of `StreamLayer` objects, and transformers' own layers where the model has others.
 
@@ -139,6 +141,27 @@ class StreamingCache(_compat.Cache):
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+    @property
+    def can_append_rows(self) -> bool:
+        """Whether `append_rows` can be called: no layer is transformers' own, or holds states of its kind."""
+        return all(isinstance(layer, StreamLayer) and not isinstance(layer, StreamLayerWithState) for layer in self.layers)
+
+    def append_rows(self, others: Sequence[StreamingCache]) -> None:
+        """Append the rows of other caches of this model, which have seen as many tokens, without padding."""
+        parts = [other._by_row() for other in others]
+        self._select(lambda x: torch.cat([x, *(next(part) for part in parts)]), lambda layer: None)
+
+    def _by_row(self) -> Iterator[torch.Tensor]:
+        """Every tensor with a batch dimension, in the order of `_select`."""
+        found: list[torch.Tensor] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._select(note, lambda layer: None)
+        return iter(found)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda layer: type(layer).reorder_cache(layer, beam_idx))
