@@ -76,7 +76,7 @@ class WeightWatch:
         else:
             tensors, adapters = self.watched, ()
         self._held = {id(tensor) for tensor in tensors}
-        parts = [part for tensor in tensors for part in _parts(tensor)]
+        parts = [part for tensor in tensors for part in parts_of(tensor)]
         pointers = [_pointer(part) for part in parts]
         places = tuple((at, _compat.version_of(part), part.device) for part, at in zip(parts, pointers, strict=True))
         shapes = tuple((part.shape, part.dtype) for part in parts)
@@ -99,7 +99,7 @@ class WeightWatch:
         before = self._settled
         if self.stepped or before is None or isinstance(self.watched, nn.Module):
             return self.stepped
-        parts = [part for tensor in self.watched for part in _parts(tensor)]
+        parts = [part for tensor in self.watched for part in parts_of(tensor)]
         return before.places is not None and before.places != tuple((_pointer(p), _compat.version_of(p), p.device) for p in parts)
 
     @property
@@ -127,13 +127,13 @@ class WeightWatch:
         _open(self)
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory of their own that a tensor of a subclass is made of; any other tensor itself."""
     if type(tensor) is nn.Parameter or type(tensor) is torch.Tensor or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
     else:
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            yield from parts_of(getattr(tensor, name))
 
 
 def _pointer(tensor: torch.Tensor) -> int:

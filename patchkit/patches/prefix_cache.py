@@ -17,6 +17,7 @@ What it does to a model: `patchkit.prefix.generate` in transformers' own `genera
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from patchkit.errors import UnsupportedModel
 from patchkit.freshness import WeightWatch
 from patchkit.handle import Handle
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
+from patchkit.prefix.disk import DiskTier
 from patchkit.prefix.generate import prefill
 from patchkit.prefix.probe import find_obstacle_to_blocks
 from patchkit.prefix.shared import Prefixes, keep_prefixes
@@ -44,8 +46,11 @@ class PrefixCache(Patch):
     Args:
         max_bytes: the largest number of bytes that is kept, token ids included: a whole number, or text in KiB, MiB, GiB or TiB
             (powers of 1024) such as "2GiB".
+        disk: a folder where blocks are kept too, for later processes and for others that run now; None for none. Only blocks of caches
+            that keep all keys are written, not states.
         block: tokens of a block. Only whole blocks are kept, so up to ``block`` tokens of each hit are fed again. Small blocks cost
             time on a miss, because a forward of few tokens is less efficient; for states, each border that is kept costs all their bytes.
+        disk_bytes: the largest number of bytes of the files in ``disk``.
 
     Raises:
         ValueError: an option out of range.
@@ -63,10 +68,19 @@ class PrefixCache(Patch):
     )
 
     max_bytes: Any = 2**31
+    disk: str | None = None
     block: int = 512
+    disk_bytes: Any = 2**34
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_bytes", _bytes("max_bytes", self.max_bytes))
+        object.__setattr__(self, "disk_bytes", _bytes("disk_bytes", self.disk_bytes))
+        if self.disk is not None:
+            if not isinstance(self.disk, str | os.PathLike) or not os.fspath(self.disk):
+                raise ValueError(f"disk={self.disk!r}: give the path of a folder, or None")
+            object.__setattr__(self, "disk", os.fspath(self.disk))
+            if os.path.isfile(self.disk):
+                raise ValueError(f"disk={self.disk!r} is a file: give the path of a folder")
         if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 2:
             raise ValueError(f"block={self.block!r}: give a whole number of tokens, at least 2")
 
@@ -80,10 +94,12 @@ class PrefixCache(Patch):
 
     def apply(self, target: Target, handle: Handle) -> None:
         model = target.model
-        specs = " + ".join(patch.spec for patch in target.patches)
+        specs = " + ".join(patch.spec for patch in target.patches if patch is not self)
         watch = WeightWatch(model)
         handle.on_undo(watch.close)
-        prefixes = Prefixes(model, self.block, self.max_bytes, specs, handle.record.hits, handle.record.warnings, watch)
+        hits, warnings = handle.record.hits, handle.record.warnings
+        disk = None if self.disk is None else DiskTier(self.disk, self.disk_bytes, hits, warnings)
+        prefixes = Prefixes(model, self.block, self.max_bytes, specs, hits, warnings, watch, disk)
         handle.on_undo(prefixes.clear)
         keep_prefixes(handle, prefixes)
         handle.set_attribute(model, _compat.PREFILL, functools.partial(prefill, model, prefixes))

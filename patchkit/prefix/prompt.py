@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 
+from patchkit.prefix.disk import DiskSpace
 from patchkit.prefix.radix import Node, blocks_of
 from patchkit.prefix.snapshot import FrozenBlock, freeze, has_state, size_of, thaw
 from patchkit.prefix.store import PrefixStore
@@ -25,6 +27,7 @@ class Prompt:
         block: tokens between borders.
         cache: an empty cache, of the kind that will be fed.
         pinned: what is kept of it may not be evicted.
+        disk: where blocks are read that are not in the store, and written; None for nowhere. Blocks with states are not.
 
     Attributes:
         past: number of tokens whose cache is kept.
@@ -32,12 +35,24 @@ class Prompt:
         hidden: [1, past, D], hidden states of these tokens where they are kept, else None.
     """
 
-    def __init__(self, store: PrefixStore, namespace: Hashable, ids: list[int], block: int, cache: Any, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        store: PrefixStore,
+        namespace: Hashable,
+        ids: list[int],
+        block: int,
+        cache: Any,
+        *,
+        pinned: bool = False,
+        disk: DiskSpace | None = None,
+    ) -> None:
         self.store, self.namespace, self.block = store, namespace, block
         self.last = (len(ids) - 1) // block * block
         self._blocks = blocks_of(ids, block, self.last // block)
         self._has_state, self._pinned = has_state(cache), pinned
+        self._disk = None if self._has_state else disk
         path = store.find(namespace, self._blocks)
+        path += self._read(path[-1] if path else None, len(path))
         self._known = len(path)  # blocks that were seen before: where the next prompt may branch off too
         usable = [i for i, node in enumerate(path, 1) if not self._has_state or node.value.state is not None]
         self._found = path[: usable[-1]] if usable else []
@@ -78,9 +93,24 @@ class Prompt:
             self._keeps = False
             return
         self._node = node
+        if self._disk is not None:
+            self._disk.write(self._blocks[:number], node.value)
         if wanted and node.value.state is None:
             self.store.fill(node, size_of(cache, start, fed, True, hidden), lambda: make(with_state=True))
         self._pin_last(fed)
+
+    def _read(self, node: Node | None, known: int) -> list[Node]:
+        """Read the blocks behind the ``known`` first ones from the disk, and keep them behind ``node``."""
+        found = list[Node]()
+        for number in range(known + 1, len(self._blocks) + 1):
+            value = None if self._disk is None else self._disk.read(self._blocks[:number])
+            if value is None:
+                break
+            node = self.store.put(self.namespace, node, self._blocks[number - 1], value.size, functools.partial(_value, value))
+            if node is None:
+                break
+            found.append(node)
+        return found
 
     def _keeps_state(self, number: int) -> bool:
         """Whether states are kept behind block ``number``: the last one, 1, 2, 4, 8, ..., and where prompts branch off."""
@@ -89,3 +119,7 @@ class Prompt:
     def _pin_last(self, fed: int) -> None:
         if self._pinned and fed and fed == self.last and self._node is not None:
             self.store.pin(self._node)
+
+
+def _value(value: FrozenBlock) -> FrozenBlock:
+    return value

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import platform
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,8 +16,9 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import PatchConflict
-from patchkit.freshness import WeightWatch
+from patchkit.freshness import WeightWatch, parts_of
 from patchkit.handle import Handle
+from patchkit.prefix.disk import DiskSpace, DiskTier, weights_hash
 from patchkit.prefix.prompt import Prompt
 from patchkit.prefix.snapshot import is_served
 from patchkit.prefix.store import PrefixStore
@@ -33,6 +37,7 @@ class Prefixes:
         block: tokens between two borders.
         specs: the patches of the model, as spec strings.
         hits: run-time counters of the patch.
+        disk: a folder where blocks without states are kept too; None for none.
         salt: what is kept under one salt is not found under another.
     """
 
@@ -43,20 +48,22 @@ class Prefixes:
     hits: Counter[str]
     warnings: Warnings
     weights: WeightWatch
+    disk: DiskTier | None = None
     salt: str = ""
     pinning: bool = False
     store: PrefixStore = field(init=False)
     _stamp: Any = None
+    _weights: tuple[Any, str] = (None, "")  # a stamp, and the hash of all weights at that time
 
     def __post_init__(self) -> None:
         self.store = PrefixStore(self.max_bytes, self.hits)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("store", "_stamp")}
+        return {name: value for name, value in vars(self).items() if name not in ("store", "_stamp", "_weights")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._stamp = None
+        self._stamp, self._weights = None, (None, "")
         self.store = PrefixStore(self.max_bytes, self.hits)
         self.hits["bytes"] = 0
 
@@ -67,7 +74,7 @@ class Prefixes:
             namespace: what `namespace` gives.
             cache: an empty cache, of the kind that will be fed.
         """
-        prompt = Prompt(self.store, namespace, ids, self.block, cache, pinned=self.pinning)
+        prompt = Prompt(self.store, namespace, ids, self.block, cache, pinned=self.pinning, disk=self._disk_space(namespace))
         self.hits["lookups"] += 1
         self.hits["hits"] += prompt.past > 0
         self.hits["prompt tokens"] += len(ids)
@@ -102,6 +109,18 @@ class Prefixes:
             return "training mode with dropout, where no two forwards are equal"
         return None
 
+    def _disk_space(self, namespace: Any) -> DiskSpace | None:
+        """The place of a namespace on the disk, by values that are the same in every process."""
+        if self.disk is None:
+            return None
+        stamp, *others = namespace
+        if self._weights[0] != stamp:
+            tensors, _ = _compat.weights_and_modules(self.model)
+            self._weights = stamp, weights_hash([part for tensor in tensors for part in parts_of(tensor)])
+        config = self.model.config.to_json_string()
+        text = repr((self._weights[1], config, stamp.adapters, *others, self.block, *_environment()))
+        return DiskSpace(self.disk, hashlib.sha256(text.encode()).hexdigest())
+
     def namespace(self, cache: Any, hidden: bool = False) -> Hashable:
         """Everything that the bits of a cache depend on, besides the token ids.
 
@@ -131,6 +150,11 @@ class Prefixes:
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
         )
+
+
+def _environment() -> tuple[str, ...]:
+    """Software and processor, on which bits depend too."""
+    return torch.__version__, version("transformers"), platform.machine(), torch.backends.cpu.get_cpu_capability()
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -39,6 +39,12 @@ class FrozenBlock:
     state: Any = None
     hidden: torch.Tensor | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of slices and hidden states."""
+        parts = [part for pair in self.slices.values() for part in pair] + ([] if self.hidden is None else [self.hidden])
+        return sum(part.numel() * part.element_size() for part in parts)
+
 
 def state_as_whole(kind: C) -> C:
     """Class decorator: caches of this kind are frozen as a whole, by `copy.deepcopy`. Their size must not grow with the text for long.
