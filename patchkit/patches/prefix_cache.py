@@ -87,6 +87,11 @@ class PrefixCache(Patch):
     def promises(self, target: Target) -> Promises:
         return Promises(same_logits=True, same_tokens=True)
 
+    @classmethod
+    def candidates(cls, target: Target) -> list[PrefixCache]:
+        """None: what it saves depends on the prompts that come, not on the model."""
+        return []
+
     def check(self, target: Target) -> None:
         obstacle = find_obstacle_to_blocks(target.model)
         if obstacle is not None:

@@ -376,6 +376,7 @@ def test_candidates_come_from_the_patches() -> None:
     tried, untried = quality.single_patches(target, "generate", parse_spec("linear(window=8)"), ["compile"])
     assert {patch.name for patch in tried} | set(untried) == set(available_patches())
     assert {patch.name for patch in tried[:2]} == {"gemv", "speculative"} and "linear(window=8)" in [patch.spec for patch in tried]
+    assert untried.pop("prefix_cache").startswith("it declares nothing to try")
     assert untried == {"compile": "left out (--without)"}
     for patch in tried:
         assert parse_spec(patch.spec) == [patch]
@@ -422,7 +423,7 @@ def test_the_command_writes_a_spec_that_patch_model_reads(model_dir: Path, tmp_p
     assert found["max_ppl_increase"] == 5 and found["environment"]["torch"] and found["context"] == 24
     assert [row["spec"] for row in found["rows"] if row["lost"] is None] == [found["best"]["spec"]]
     assert all(row["lost"]["why"] for row in found["rows"] if row["lost"])
-    assert found["untried"].keys() == {"compile", "linear", "speculative"}
+    assert found["untried"].keys() == {"compile", "linear", "prefix_cache", "speculative"}
     with patched(load_model(model_dir)[0], out, verbose=False) as model:
         assert [entry.spec for entry in report(model).patches] == [patch.spec for patch in parse_spec(found["best"]["spec"])]
 
