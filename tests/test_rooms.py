@@ -31,7 +31,7 @@ FLOORS = (
     {"export"},
     {"measure"},
     {"training", "testing"},
-    {"prove", "search", "gates", "bench", "lm_eval"},
+    {"prove", "search", "gates", "bench", "lm_eval", "serving"},
     {"pytest_plugin", "cli"},
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -76,6 +76,11 @@ class Scheduler:
         """Number of sequences that have a slot."""
         return sum(len(batch.rows) for batch in self._all())
 
+    @property
+    def caches(self) -> list[Any]:
+        """The caches of all sequences that have a slot."""
+        return [batch.cache for batch in self._all()]
+
     def submit(
         self, input_ids: torch.Tensor, *, seed: int | None = None, on_tokens: Callable[[list[int]], None] | None = None, **options: Any
     ) -> Row:

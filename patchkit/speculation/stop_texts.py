@@ -53,7 +53,7 @@ class Printer(TextStreamer):
         """Print a piece of text, as far as it can be printed. transformers calls it with each piece."""
         if not self._done:
             shown, self._done = before_stop(self._held + text, self.stops)
-            kept = 0 if self._done or stream_end else _beginning_of_a_stop(shown, self.stops)
+            kept = 0 if self._done or stream_end else beginning_of_a_stop(shown, self.stops)
             self._held = shown[len(shown) - kept :]
             super().on_finalized_text(shown[: len(shown) - kept])
         if stream_end:
@@ -61,7 +61,7 @@ class Printer(TextStreamer):
             self._held, self._done = "", False
 
 
-def _beginning_of_a_stop(text: str, stops: Sequence[str]) -> int:
-    """Largest number of characters at the end of ``text`` that are the beginning of a stop text."""
+def beginning_of_a_stop(text: str, stops: Sequence[str]) -> int:
+    """Return the largest number of characters at the end of ``text`` that are the beginning of a stop text."""
     longest = max(map(len, stops), default=0)
     return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -1,0 +1,122 @@
+"""What tests of the server share: the bundled model as a server in this process, and the texts of the unpatched model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+for _module in ("starlette", "uvicorn", "prometheus_client", "httpx2", "llguidance"):
+    pytest.importorskip(_module, reason="a server needs patchkit[serve], and its tests httpx2 and llguidance")
+
+import uvicorn
+from starlette.testclient import TestClient
+
+from patchkit.models import load_model
+from patchkit.serving import app
+from patchkit.views import twin
+
+NAME = "stdlib"
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] not in ('system', 'user', 'assistant', 'tool') %}"
+    "{{ raise_exception('no such role') }}{% endif %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if tools %}{% for tool in tools %}[tool] {{ tool['function']['name'] }}\n{% endfor %}{% endif %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+PROMPTS = (
+    "def read(path):\n",
+    "import os\n\n",
+    "class Node:\n    def __init__",
+    "for line in",
+    "return self.",
+    '"""A file',
+    "x = [",
+    "if not",
+)
+
+
+@functools.cache
+def _loaded() -> tuple[Any, Any]:
+    model, tokenizer = load_model("stdlib-7m")
+    tokenizer.chat_template = TEMPLATE
+    return model, tokenizer
+
+
+def plain_model() -> Any:
+    """The bundled model, which nobody serves or patches."""
+    return _loaded()[0]
+
+
+def model_and_tokenizer() -> tuple[Any, Any]:
+    """A new view of the bundled model, to be served, and its tokenizer with a chat template."""
+    model, tokenizer = _loaded()
+    return twin(model), tokenizer
+
+
+def alone(prompt: str, seed: int | None = None, **options: Any) -> str:
+    """Text of the unpatched model by transformers' own generate."""
+    tokenizer = model_and_tokenizer()[1]
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = plain_model().generate(
+        **inputs, pad_token_id=0, do_sample=seed is not None, **({"top_k": 0} if seed is not None else {}), **options
+    )
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def client(model: Any = None, raising: bool = True, **options: Any) -> Iterator[TestClient]:
+    """A client of a server in this process. ``client.app.state.engine`` is its engine."""
+    loaded, tokenizer = model_and_tokenizer()
+    with TestClient(app(model or loaded, tokenizer, name=NAME, **options), raise_server_exceptions=raising) as each:
+        yield each
+
+
+@contextlib.contextmanager
+def listening(**options: Any) -> Iterator[tuple[str, Any]]:
+    """Address of a server on a port of this machine, and its application."""
+    application = app(*model_and_tokenizer(), name=NAME, **options)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        wait_for(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}", application
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def wait_for(condition: Any, seconds: float = 30.0) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        AssertionError: it does not in time.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.005)
+
+
+def figures(text: str) -> dict[str, float]:
+    """Figures of /metrics by name and labels, as Prometheus' own parser reads them."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found

@@ -1,0 +1,255 @@
+"""Many requests at once: each has the text that it has alone; requests that end, leave or fail do not change the others."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+import torch
+from served import PROMPTS, alone, client, figures, listening, model_and_tokenizer, plain_model, wait_for
+
+from patchkit import patch_model, report, unpatch_model
+from patchkit.errors import PatchConflict
+from patchkit.serving import app
+from patchkit.testing import assert_restored, snapshot
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Any]]:
+    with listening(max_rows=4, max_queue=40) as each:
+        yield each
+
+
+def post(url: str, **body: Any) -> requests.Response:
+    return requests.post(f"{url}/v1/completions", json={"temperature": 0, **body}, timeout=60)
+
+
+def lines(response: requests.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+def test_twenty_requests_have_the_texts_that_they_have_alone(served: tuple[str, Any]) -> None:
+    url, application = served
+    chance = random.Random(3)
+    wanted = []
+    for number in range(20):
+        body: dict[str, Any] = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 5 + 2 * (number % 9), "stream": number % 3 == 0}
+        if number % 2:
+            body |= {"temperature": 0.8, "seed": number}
+        wanted.append((body, chance.random() * 0.8))
+
+    def ask(body: dict[str, Any], delay: float) -> str:
+        time.sleep(delay)
+        response = post(url, **body)
+        assert response.status_code == 200
+        if body["stream"]:
+            return "".join(part["choices"][0]["text"] for part in lines(response))
+        return response.json()["choices"][0]["text"]
+
+    with ThreadPoolExecutor(20) as pool:
+        texts = list(pool.map(lambda pair: ask(*pair), wanted))
+    for text, (body, _) in zip(texts, wanted, strict=True):
+        sampling = {"seed": body["seed"], "temperature": 0.8} if "seed" in body else {}
+        assert text == alone(body["prompt"], max_new_tokens=body["max_tokens"], **sampling)
+    assert application.state.engine.idle
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(stream: bool, served: tuple[str, Any]) -> None:
+    url, application = served
+    engine = application.state.engine
+    body = {"prompt": PROMPTS[2], "max_tokens": 400, "stream": stream, "temperature": 0, "logit_bias": {"0": -100}}
+    if stream:
+        response = requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=30)
+        for _, _part in zip(range(3), lines(response), strict=False):
+            pass
+        assert engine.running == 1
+        response.close()
+    else:
+        with pytest.raises(requests.exceptions.ReadTimeout):
+            requests.post(f"{url}/v1/completions", json=body, timeout=(5, 0.3))
+    wait_for(lambda: engine.idle, 10)
+    wait_for(lambda: engine.running == 0, 10)
+    found = figures(requests.get(f"{url}/metrics", timeout=10).text)
+    assert found["patchkit_requests_total{finish=cancelled}"] >= 1 and found["patchkit_kv_bytes"] == 0
+    assert post(url, prompt=PROMPTS[0], max_tokens=8).json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=8)
+
+
+def test_a_queue_that_is_full() -> None:
+    with listening(max_rows=1, max_queue=1) as (url, application):
+        engine = application.state.engine
+        with ThreadPoolExecutor(2) as pool:
+            long = [pool.submit(post, url, prompt=PROMPTS[0], max_tokens=400) for _ in range(2)]
+            wait_for(lambda: engine.running == 1 and engine.waiting == 1)
+            refused = post(url, prompt=PROMPTS[1], max_tokens=2)
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert all(each.result().status_code == 200 for each in long)
+        assert post(url, prompt=PROMPTS[1], max_tokens=2).status_code == 200
+        assert figures(requests.get(f"{url}/metrics", timeout=10).text)["patchkit_refused_total{status=429}"] == 1
+
+
+class Failing:
+    """A hook that lets forwards of a model fail."""
+
+    def __init__(self, when: Any, error: BaseException) -> None:
+        self.when, self.error, self.times = when, error, 0
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        if self.when(kwargs["input_ids"]):
+            self.times += 1
+            raise self.error
+
+
+def test_a_request_that_fails_alone_gets_500_and_the_next_is_served() -> None:
+    model, _ = model_and_tokenizer()
+    with client(model, raising=False) as served:
+        failing = Failing(lambda ids: True, RuntimeError("out of luck"))
+        hook = model.register_forward_pre_hook(failing, with_kwargs=True)
+        for body in ({}, {"stream": True}):
+            response = served.post("/v1/completions", json={"prompt": "x", "max_tokens": 4, **body})
+            assert response.status_code == 500 and response.json()["error"]["code"] == "generation_failed"
+            assert "luck" not in response.text
+        hook.remove()
+        assert served.get("/health").status_code == 200
+        answer = served.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0}).json()
+        assert answer["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=8)
+        assert figures(served.get("/metrics").text)["patchkit_requests_total{finish=error}"] == 2
+
+
+def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> None:
+    """The guilty one begins with a token that lets its rounds fail, but only once it shares them."""
+    model, tokenizer = model_and_tokenizer()
+    guilty = 4000
+    with client(model, raising=False) as served:
+        rounds = []
+        error = RuntimeError("bad row")
+
+        def fail(ids: torch.Tensor) -> bool:
+            rounds.append(len(ids))
+            return poisoned[0] and served.app.state.engine._live[-1].ids[0] == guilty and len(rounds) > 12
+
+        poisoned = [True]
+        hook = model.register_forward_pre_hook(Failing(fail, error), with_kwargs=True)
+        prompts: list[Any] = [PROMPTS[0], PROMPTS[1], PROMPTS[3], [guilty, 5, 6]]
+        with ThreadPoolExecutor(4) as pool:
+            bodies = [{"prompt": prompt, "max_tokens": 40, "temperature": 0, "n": 1} for prompt in prompts]
+            answers = [pool.submit(served.post, "/v1/completions", json=body) for body in bodies[:3]]
+            wait_for(lambda: len(rounds) > 4)
+            answers.append(pool.submit(served.post, "/v1/completions", json=bodies[3]))
+            wait_for(lambda: served.app.state.engine._live and any(choice.alone for choice in served.app.state.engine._live))
+            poisoned[0] = False
+            found = [answer.result() for answer in answers]
+        hook.remove()
+        assert [response.status_code for response in found[:3]] == [200] * 3
+        for response, prompt in zip(found[:3], prompts[:3], strict=True):
+            assert response.json()["choices"][0]["text"] == alone(prompt, max_new_tokens=40)
+        assert max(rounds) > 1
+
+
+def test_a_dead_engine_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_and_tokenizer()
+    with client(model, raising=False) as served:
+        hook = model.register_forward_pre_hook(Failing(lambda ids: True, SystemExit(3)), with_kwargs=True)
+        assert served.get("/health").status_code == served.get("/ready").status_code == 200
+        assert served.post("/v1/completions", json={"prompt": "x"}).status_code == 500
+        hook.remove()
+        wait_for(lambda: not served.app.state.engine.alive)
+        assert served.get("/health").status_code == served.get("/ready").status_code == 503
+        response = served.post("/v1/completions", json={"prompt": "x"})
+        assert response.status_code == 503 and response.json()["error"]["code"] == "engine_dead"
+
+
+def test_figures_add_up() -> None:
+    with client() as served:
+        seen = {"prompt": 0, "new": 0}
+        before: dict[str, float] = {}
+        for number in range(4):
+            body = {"prompt": PROMPTS[number], "max_tokens": 6, "temperature": 0, "n": 1 + number % 2}
+            usage = served.post("/v1/completions", json=body).json()["usage"]
+            seen["prompt"] += usage["prompt_tokens"] * body["n"]
+            seen["new"] += usage["completion_tokens"]
+            found = figures(served.get("/metrics").text)
+            totals = {name: value for name, value in found.items() if "_total" in name or "_count" in name or "_bucket" in name}
+            assert all(totals[name] >= value for name, value in before.items())
+            before = totals
+        assert found["patchkit_prompt_tokens_total"] == seen["prompt"] and found["patchkit_generated_tokens_total"] == seen["new"] == 36
+        assert found["patchkit_requests_total{finish=length}"] == found["patchkit_e2e_seconds_count"] == 6
+        assert found["patchkit_time_to_first_token_seconds_count"] == 6
+        assert found["patchkit_inter_token_seconds_count"] == 36 - 6
+        assert found["patchkit_running"] == found["patchkit_waiting"] == found["patchkit_kv_bytes"] == 0
+        assert found["patchkit_patch_info{spec=none}"] == 1
+
+
+def test_drafts_are_counted() -> None:
+    model, _ = model_and_tokenizer()
+    patch_model(model, "speculative(draft=prompt_lookup(min_ngram=1), k=3)", verbose=False)
+    with client(model) as served:
+        body = {"prompt": PROMPTS[0] * 3, "max_tokens": 40, "temperature": 0}
+        answer = served.post("/v1/completions", json=body).json()
+        assert answer["choices"][0]["text"] == alone(PROMPTS[0] * 3, max_new_tokens=40)
+        found, details = figures(served.get("/metrics").text), answer["usage"]["completion_tokens_details"]
+        assert 0 < found["patchkit_accepted_tokens_total"] == details["accepted_prediction_tokens"]
+        assert found["patchkit_draft_tokens_total"] == sum(details.values())
+        (patch,) = served.get("/v1/patchkit/report").json()["patches"]
+        assert patch["name"] == "speculative" and patch["hits"]["accepted"] == details["accepted_prediction_tokens"]
+    assert report(model).patches[0].name == "speculative"  # the server has not touched it
+    unpatch_model(model)
+
+
+@pytest.mark.parametrize("spec", [None, "streaming(sinks=1, window=6)"])
+def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
+    model, tokenizer = model_and_tokenizer()
+    before = snapshot(model)
+    if spec is not None:
+        patch_model(model, spec, verbose=False)
+    text = alone(PROMPTS[0], max_new_tokens=60)
+    with client(model, max_rows=2) as served:
+        names = [patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"]]
+        assert names == (["speculative"] if spec is None else ["streaming", "speculative"])
+        body = {"prompt": PROMPTS[0], "max_tokens": 60, "temperature": 0, "n": 3}
+        choices = served.post("/v1/completions", json=body).json()["choices"]
+        if spec is None:
+            assert {choice["text"] for choice in choices} == {text}
+        with pytest.raises(PatchConflict, match="another server runs this"), client(model):
+            pass
+    if spec is not None:
+        inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=60, pad_token_id=0)
+        expected = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert {choice["text"] for choice in choices} == {expected} and expected != text
+        assert [patch.name for patch in report(model).patches] == ["streaming"]
+        unpatch_model(model)
+    assert_restored(before, model)
+
+
+def test_a_server_that_drains_finishes_and_takes_no_more() -> None:
+    with listening(max_rows=2) as (url, application):
+        engine = application.state.engine
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(post, url, prompt=PROMPTS[0], max_tokens=200)
+            wait_for(lambda: engine.running == 1)
+            engine.drain()
+            refused = post(url, prompt=PROMPTS[1], max_tokens=2)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and "Retry-After" in refused.headers
+            assert requests.get(f"{url}/ready", timeout=10).status_code == 503
+            assert requests.get(f"{url}/health", timeout=10).status_code == 200
+            assert running.result().json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=200)
+        assert engine.idle
+
+
+def test_numbers_out_of_range() -> None:
+    model, tokenizer = model_and_tokenizer()
+    for name in ("max_rows", "prefill", "max_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=0: give at least 1"):
+            app(model, tokenizer, **{name: 0})
+    assert threading.active_count() < 50 and plain_model() is not model
