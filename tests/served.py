@@ -13,15 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from patchkit.models import load_model
+from patchkit.views import twin
+
 for _module in ("starlette", "uvicorn", "prometheus_client", "httpx2", "llguidance"):
     pytest.importorskip(_module, reason="a server needs patchkit[serve], and its tests httpx2 and llguidance")
-
-import uvicorn
-from starlette.testclient import TestClient
-
-from patchkit.models import load_model
-from patchkit.serving import app
-from patchkit.views import twin
 
 NAME = "stdlib"
 TEMPLATE = (
@@ -73,8 +69,12 @@ def alone(prompt: str, seed: int | None = None, **options: Any) -> str:
 
 
 @contextlib.contextmanager
-def client(model: Any = None, raising: bool = True, **options: Any) -> Iterator[TestClient]:
+def client(model: Any = None, raising: bool = True, **options: Any) -> Iterator[Any]:
     """A client of a server in this process. ``client.app.state.engine`` is its engine."""
+    from starlette.testclient import TestClient
+
+    from patchkit.serving import app
+
     loaded, tokenizer = model_and_tokenizer()
     with TestClient(app(model or loaded, tokenizer, name=NAME, **options), raise_server_exceptions=raising) as each:
         yield each
@@ -83,6 +83,10 @@ def client(model: Any = None, raising: bool = True, **options: Any) -> Iterator[
 @contextlib.contextmanager
 def listening(**options: Any) -> Iterator[tuple[str, Any]]:
     """Address of a server on a port of this machine, and its application."""
+    import uvicorn
+
+    from patchkit.serving import app
+
     application = app(*model_and_tokenizer(), name=NAME, **options)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from patchkit.speculation.stop_texts import before_stop, beginning_of_a_stop
+from patchkit.speculation.stop_texts import beginning_of_a_stop
 
 # The first bytes of a character that is not complete are decoded as this.
 _INCOMPLETE = "\ufffd"
@@ -54,7 +54,7 @@ class Detokenizer:
 
 
 class ShownText:
-    """The part of a growing text that can be shown: up to the first stop text, without an end that may become one.
+    """The part of a growing text that can be shown: up to the stop text that is complete first, without an end that may become one.
 
     Attributes:
         length: number of characters shown so far.
@@ -70,7 +70,11 @@ class ShownText:
         """Return what can be shown after another piece of text."""
         if self.stopped:
             return ""
-        text, self.stopped = before_stop(self._held + piece, self.stops)
+        text = self._held + piece
+        # The one that is complete first, so that it does not matter where pieces end.
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            text, self.stopped = text[: min(found)[1]], True
         kept = 0 if self.stopped else beginning_of_a_stop(text, self.stops)
         self._held = text[len(text) - kept :]
         return self._show(text[: len(text) - kept])

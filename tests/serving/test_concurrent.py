@@ -128,7 +128,7 @@ def test_a_request_that_fails_alone_gets_500_and_the_next_is_served() -> None:
 
 def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> None:
     """The guilty one begins with a token that lets its rounds fail, but only once it shares them."""
-    model, tokenizer = model_and_tokenizer()
+    model, _ = model_and_tokenizer()
     guilty = 4000
     with client(model, raising=False) as served:
         rounds = []

@@ -38,7 +38,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role", "give one of"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "not a number"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].image_url", "no such field"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}]}, "messages[0].content[0].url", "no such field"),
     ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls[0].function.arguments", "not JSON"),
     ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].tool_call_id", "missing"),
@@ -92,7 +92,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format", ""),
     ({"response_format": {"type": "regex", "regex": "(?=a)b"}}, "response_format", "look-around"),
     ({"response_format": {"type": "lark", "lark": "x: y"}}, "response_format", ""),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "uniqueItmes": 1}}}}, "response_format", "unknown keywords"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"typo": "object"}}}}, "response_format", "unknown keywords"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "missing"),
 ]  # fmt: skip
 
@@ -192,7 +192,7 @@ def test_the_key_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
             assert response.headers["www-authenticate"] == "Bearer"
         assert served.get("/v1/models").status_code == served.get("/v1/patchkit/report").status_code == 401
         assert all(served.get(path).status_code == 200 for path in ("/health", "/ready", "/metrics", "/", "/openapi.json"))
-        right = {"Authorization": "Bearer secret-ä".encode("utf-8")}
+        right = {"Authorization": "Bearer secret-ä".encode()}
         assert served.post("/v1/completions", json=body, headers=right).status_code == 200
 
 
