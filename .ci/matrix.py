@@ -32,6 +32,7 @@ CONCERNS = {
     "patchkit/search/": ["tests/search/"],
     "patchkit/gates/": ["tests/gates/"],
     "patchkit/bench/": ["tests/bench/"],
+    "patchkit/serving/": ["tests/serving/"],
     "patchkit/lm_eval/": ["tests/lm_eval/"],
     "patchkit/cli/": ["tests/prove/", "tests/search/", "tests/gates/", "tests/lm_eval/"],
     "patchkit/models/": ["tests/models/", "tests/measure/"],

@@ -22,6 +22,7 @@ SAYS = {
     "quickstart.py": ["streaming(window=60): 2 attention layers", "tokens evicted", "bit by bit"],
     "bench_linear_attention.py": ["tokens: naive", "tokens per second"],
     "speculate.py": ["prompt_lookup:", "stdlib-1m-draft:", "the same text every time"],
+    "transformers_serve.py": ["drafts prompt_lookup", "accepted"],
     "write_a_drafter.py": ["tokens per step and row", "drafts accepted"],
     "write_a_patch.py": ["nearest: ", "hotter(temperature=4.0): 1 language-model heads", "top token, unpatched"],
     "streaming_chat.py": ["tokens so far", "MiB of cache"],
@@ -69,6 +70,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 @pytest.mark.parametrize("name", fast_first(EXAMPLES, lambda name: name != TIMED))
 def test_example_runs(name: str, model_dir: Path, run: Callable[[str, list[str], str], str]) -> None:
+    if name == "transformers_serve.py":
+        pytest.importorskip("fastapi", reason="transformers' server is not installed: pip install 'transformers[serving]'")
     printed = run(name, TAKES.get(name, [str(model_dir)]), "def first():\nimport os\nclass Second:\n\n")
     assert all(words in printed for words in SAYS.get(name, [])), printed
 
