@@ -53,6 +53,7 @@ INT8 = ("tests/patches/test_mlp_int8.py", "tests/int8/test_weight.py", "tests/te
 EXACT = ("tests/speculation/test_exact.py",)
 SCHEDULED = ("tests/speculation/test_scheduler.py",)
 CONSTRAINED = ("tests/grammar/test_grammar.py", "tests/speculation/test_constrained.py")
+ANSWERS, CONCURRENT = ("tests/serving/test_answers.py",), ("tests/serving/test_concurrent.py",)
 FAULTS, DTYPES = ("tests/faults/test_edited_models.py",), ("tests/faults/test_dtypes.py",)
 VERIFIED = ("tests/kernels/test_verify_prefix.py", "tests/kernels/test_op.py")
 CONTRACT = ("tests/test_contract.py",)
@@ -241,6 +242,12 @@ BUGS = [
         EXACT,
     ),
     Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/speculation/test_generate.py",)),
+    # -- serving
+    Bug("a choice that is generated again is shown again", "if position >= self.taken:", "if position >= 0:", CONCURRENT),
+    Bug("a client that leaves keeps its row", "self._scheduler_of(choice).cancel(choice.row)", "pass", CONCURRENT),
+    Bug("all choices have the seed of the first", "(seed + len(choices)) & (2**63 - 1)", "seed & (2**63 - 1)", ANSWERS),
+    Bug("parts of characters are shown", "if after.endswith(_INCOMPLETE) and", "if False and", ("tests/serving/test_shown.py",)),
+    Bug("penalties count the prompt", "new = input_ids[:, self.prompt :]", "new = input_ids", ANSWERS),
     # -- patching
     Bug(
         "a hook stays after unpatching",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from patchkit import _compat
 from patchkit.errors import GrammarError
 from patchkit.grammar import Grammar
 from patchkit.handle import ATTRIBUTE
@@ -38,7 +39,8 @@ class Preparer:
     def __init__(self, model: Any, tokenizer: Any, name: str, max_tokens: int) -> None:
         self.tokenizer, self.name, self.max_tokens = tokenizer, name, max_tokens
         self.model = model
-        self.size = int(model.get_input_embeddings().num_embeddings)
+        self.config = model.config.get_text_config(decoder=True)
+        self.size = min(int(model.get_input_embeddings().num_embeddings), int(self.config.vocab_size))
         self.ends = _ends(model, tokenizer)
         # A tokenizer that encodes in one thread cannot decode in another.
         self._decoding = copy.deepcopy(tokenizer)
@@ -47,10 +49,13 @@ class Preparer:
     @property
     def positions(self) -> int | None:
         """Most tokens of a prompt and its text; None for a model without a limit."""
+        switch = _compat.rope_switch(self.config)
+        if switch is not None:  # speculative serves no texts that reach it
+            return switch - 1
         handle = vars(self.model).get(ATTRIBUTE)
         if handle is not None and any(each.patch is not None and each.patch.name in _ENDLESS for each in handle.records):
             return None
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
     def choices(self, asked: Asked, mailbox: Mailbox) -> list[Choice]:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from served import NAME, PROMPTS, alone, listening
 
+from patchkit.bench.config import Config
+from patchkit.bench.server import Server
+
 openai = pytest.importorskip("openai", reason="the official client is not installed: pip install openai")
 
 KEY = "sk-test"
@@ -77,6 +80,13 @@ def test_tools(api: Any) -> None:
     ) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+
+
+def test_the_client_of_patchkit_bench() -> None:
+    with listening() as (url, _):
+        ask = Server(Config(model=NAME, endpoint=f"{url}/v1", new_tokens=9, chat=True))
+        first, whole, tokens = ask(PROMPTS[0])
+        assert 0 < first < whole and tokens == 9
 
 
 def test_errors(api: Any) -> None:

@@ -12,6 +12,7 @@ from served import NAME, PROMPTS, client, listening, model_and_tokenizer
 from starlette.testclient import TestClient
 
 from patchkit.serving.body import MOST_BYTES
+from patchkit.testing import tiny_model
 
 HI = [{"role": "user", "content": "hi"}]
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
@@ -157,6 +158,15 @@ def test_other_refusals(served: TestClient) -> None:
     assert (
         served.post("/v1/completions", json={"prompt": "(a+)+", "response_format": {"type": "regex", "regex": "(a+)+b"}}).status_code == 200
     )
+
+
+def test_a_model_that_changes_its_frequencies_has_no_longer_texts() -> None:
+    with client(tiny_model("llama_dynamic")) as served:
+        body = {"prompt": [5, 6, 7], "temperature": 0}
+        assert served.post("/v1/completions", json={**body, "max_tokens": 60}).json()["usage"]["completion_tokens"] <= 60
+        error = refusal(served.post("/v1/completions", json={**body, "max_tokens": 61}))
+        assert error["code"] == "context_length_exceeded" and "60 are left after 3 of 63" in error["message"]
+        assert "tokens 0 to 127" in refusal(served.post("/v1/completions", json={**body, "logit_bias": {"128": 1}}))["message"]
 
 
 def test_a_model_without_a_template_has_no_chats() -> None:
