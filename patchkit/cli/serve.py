@@ -44,7 +44,10 @@ def serve(
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Serve a model with OpenAI's API, with a page to chat at its address, until a signal ends it."""
+    """Serve a model with OpenAI's API, with a page to chat at its address, until a signal ends it.
+
+    Without --patches, a directory that `patchkit export` wrote has its own patches.
+    """
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f"a server needs {', '.join(missing)}: pip install 'patchkit[serve]'")
@@ -73,9 +76,11 @@ def serve(
     from patchkit.serving.patching import WITHOUT_DRAFTS
 
     chosen = parse(patches)
+    loaded, tokenizer = load(model, dtype, device)
+    if not patches.strip():
+        chosen = parse(getattr(loaded.config, "patchkit", ""))  # of an exported directory
     if all(each.name != "speculative" for each in chosen):
         chosen += parse(WITHOUT_DRAFTS)
-    loaded, tokenizer = load(model, dtype, device)
     patch(loaded, chosen)
     served = name or Path(model).name
     asgi = application(

@@ -84,6 +84,26 @@ def test_a_client_that_leaves_frees_its_row(stream: bool, served: tuple[str, Any
     assert post(url, prompt=PROMPTS[0], max_tokens=8).json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=8)
 
 
+def test_many_clients_that_leave_leave_nothing(served: tuple[str, Any]) -> None:
+    url, application = served
+    engine = application.state.engine
+    before = figures(requests.get(f"{url}/metrics", timeout=10).text).get("patchkit_requests_total{finish=cancelled}", 0)
+    body = {"max_tokens": 400, "stream": True, "logit_bias": {"0": -100}, "n": 2}
+
+    def ask(number: int) -> None:
+        whole = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, **body}
+        with requests.post(f"{url}/v1/completions", json=whole, stream=True, timeout=30) as response:
+            next(lines(response))
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(ask, range(20)))
+    wait_for(lambda: engine.idle, 20)
+    wait_for(lambda: figures(requests.get(f"{url}/metrics", timeout=10).text)["patchkit_kv_bytes"] == 0, 10)
+    found = figures(requests.get(f"{url}/metrics", timeout=10).text)
+    assert found["patchkit_requests_total{finish=cancelled}"] == before + 40
+    assert found["patchkit_running"] == found["patchkit_waiting"] == 0
+
+
 def test_a_queue_that_is_full() -> None:
     with listening(max_rows=1, max_queue=1) as (url, application):
         engine = application.state.engine

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import requests
-from served import PROMPTS, alone, wait_for
+from served import PROMPTS, alone, model_and_tokenizer, wait_for
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from patchkit.cli import app
+from patchkit.export import export
 from patchkit.serving.access import is_open_to_others
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,26 @@ def test_it_warns_and_ends_at_once_at_a_second_signal(tmp_path: Path) -> None:
         started.send_signal(signal.SIGTERM)
         assert running.result().status_code == 503
         assert started.wait(30) == 0
+
+
+@pytest.mark.parametrize(("option", "names"), [("", ["streaming", "speculative"]), ("none", ["speculative"])])
+def test_an_exported_directory_has_its_patches(option: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_and_tokenizer()
+    export(model, tokenizer, "streaming(sinks=1, window=6)", tmp_path / "exported")
+    found = []
+
+    def run(application: Any, bound: socket.socket, patience: float) -> None:
+        bound.close()
+        with TestClient(application) as served:
+            found.extend(patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"])
+            assert served.get("/v1/models").json()["data"][0]["id"] == "exported" and patience == 7
+
+    monkeypatch.setattr("patchkit.serving.server.run", run)
+    result = CliRunner().invoke(
+        app, ["serve", str(tmp_path / "exported"), "--port", "0", "--drain", "7"] + (["--patches", option] if option else [])
+    )
+    assert result.exit_code == 0, result.output
+    assert found == names
 
 
 def refused(*arguments: str) -> str:
