@@ -10,7 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from patchkit.serving.api_error import ApiError
+from patchkit.errors import GrammarError
+from patchkit.serving.api_error import ApiError, bad
 from patchkit.serving.body import read_body
 from patchkit.serving.choice import End, Mailbox, Piece
 from patchkit.serving.engine import Engine
@@ -90,6 +91,8 @@ async def _next(mailbox: Mailbox) -> Piece | End:
         ApiError: a choice has met an error, or was cancelled by the server.
     """
     received = await mailbox.queue.get()
+    if isinstance(received, End) and isinstance(received.error, GrammarError):
+        raise bad(None, str(received.error), "invalid_grammar")
     if isinstance(received, End) and received.finish == "error":
         raise ApiError(500, "the model has met an error in this request, which is in the server's log", code="generation_failed")
     if isinstance(received, End) and received.finish == "cancelled":

@@ -169,6 +169,17 @@ def test_a_model_that_changes_its_frequencies_has_no_longer_texts() -> None:
         assert "tokens 0 to 127" in refusal(served.post("/v1/completions", json={**body, "logit_bias": {"128": 1}}))["message"]
 
 
+def test_a_grammar_that_is_too_large_for_its_parser(served: TestClient) -> None:
+    # In the parser's row after the first letter, each rule has an item.
+    rules = "\n".join(f'r{i}: ("a" "{i}")+ | "b" r{i}' for i in range(2100))
+    grammar = f'start: "z" x | "y"\nx: {" | ".join(f"r{i}" for i in range(2100))}\n{rules}'
+    (token,) = model_and_tokenizer()[1]("y")["input_ids"]
+    body = {"prompt": "x", "temperature": 0, "logit_bias": {str(token): -100}, "response_format": {"type": "lark", "lark": grammar}}
+    response = served.post("/v1/completions", json=body)
+    error = refusal(response)
+    assert response.status_code == 400 and error["code"] == "invalid_grammar" and "llguidance stopped" in error["message"]
+
+
 def test_a_model_without_a_template_has_no_chats() -> None:
     tokenizer = model_and_tokenizer()[1]
     template, tokenizer.chat_template = tokenizer.chat_template, None
