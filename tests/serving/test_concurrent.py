@@ -147,33 +147,48 @@ def test_a_request_that_fails_alone_gets_500_and_the_next_is_served() -> None:
 
 
 def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> None:
-    """The guilty one begins with a token that lets its rounds fail, but only once it shares them."""
+    """One row writes a token by which every forward fails, those that it shares too."""
     model, _ = model_and_tokenizer()
-    guilty = 4000
-    with client(model, raising=False) as served:
-        rounds = []
-        error = RuntimeError("bad row")
+    bad, widths = 4000, []
 
-        def fail(ids: torch.Tensor) -> bool:
-            rounds.append(len(ids))
-            return poisoned[0] and served.app.state.engine._live[-1].ids[0] == guilty and len(rounds) > 12
+    def fails(ids: torch.Tensor) -> bool:
+        widths.append(len(ids))
+        return bool((ids == bad).any())
 
-        poisoned = [True]
-        hook = model.register_forward_pre_hook(Failing(fail, error), with_kwargs=True)
-        prompts: list[Any] = [PROMPTS[0], PROMPTS[1], PROMPTS[3], [guilty, 5, 6]]
-        with ThreadPoolExecutor(4) as pool:
-            bodies = [{"prompt": prompt, "max_tokens": 40, "temperature": 0, "n": 1} for prompt in prompts]
-            answers = [pool.submit(served.post, "/v1/completions", json=body) for body in bodies[:3]]
-            wait_for(lambda: len(rounds) > 4)
-            answers.append(pool.submit(served.post, "/v1/completions", json=bodies[3]))
-            wait_for(lambda: served.app.state.engine._live and any(choice.alone for choice in served.app.state.engine._live))
-            poisoned[0] = False
-            found = [answer.result() for answer in answers]
+    with client(model, raising=False) as served, ThreadPoolExecutor(4) as pool:
+        failing = Failing(fails, RuntimeError("bad row"))
+        hook = model.register_forward_pre_hook(failing, with_kwargs=True)
+
+        def ask(prompt: str, **more: Any) -> Any:
+            return served.post("/v1/completions", json={"prompt": prompt, "max_tokens": 120, "temperature": 0, **more})
+
+        sampled = {"temperature": 0.9, "seed": 4, "stop": ["never"]}
+        innocent = [pool.submit(ask, PROMPTS[0]), pool.submit(ask, PROMPTS[1]), pool.submit(ask, PROMPTS[3], **sampled)]
+        wait_for(lambda: 3 in widths)
+        guilty = pool.submit(ask, PROMPTS[4], logit_bias={str(bad): 100})
+        found = [each.result() for each in innocent]
+        assert guilty.result().status_code == 500 and guilty.result().json()["error"]["code"] == "generation_failed"
         hook.remove()
-        assert [response.status_code for response in found[:3]] == [200] * 3
-        for response, prompt in zip(found[:3], prompts[:3], strict=True):
-            assert response.json()["choices"][0]["text"] == alone(prompt, max_new_tokens=40)
-        assert max(rounds) > 1
+    assert failing.times == 2 and 4 in widths  # in the round that was shared, and alone
+    expected = [alone(prompt, max_new_tokens=120) for prompt in PROMPTS[:2]] + [
+        alone(PROMPTS[3], seed=4, temperature=0.9, max_new_tokens=120)
+    ]
+    assert [response.json()["choices"][0]["text"] for response in found] == expected
+
+
+def test_a_scheduler_that_fails_is_replaced() -> None:
+    model, _ = model_and_tokenizer()
+    with client(model, raising=False) as served:
+        engine = served.app.state.engine
+
+        def broken() -> bool:
+            raise RuntimeError("a fault of the scheduler")
+
+        engine._schedulers[0].step = broken
+        response = served.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 4})
+        assert response.status_code == 500 and response.json()["error"]["code"] == "generation_failed"
+        answer = served.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0}).json()
+        assert answer["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=8) and engine.idle
 
 
 def test_a_dead_engine_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +241,7 @@ def test_drafts_are_counted() -> None:
     unpatch_model(model)
 
 
-@pytest.mark.parametrize("spec", [None, "streaming(sinks=1, window=6)"])
+@pytest.mark.parametrize("spec", [None, "streaming(sinks=1, window=6)", "linear(window=6)"])
 def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
     model, tokenizer = model_and_tokenizer()
     before = snapshot(model)
@@ -235,7 +250,7 @@ def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
     text = alone(PROMPTS[0], max_new_tokens=60)
     with client(model, max_rows=2) as served:
         names = [patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"]]
-        assert names == (["speculative"] if spec is None else ["streaming", "speculative"])
+        assert names == (["speculative"] if spec is None else [spec.split("(")[0], "speculative"])
         body = {"prompt": PROMPTS[0], "max_tokens": 60, "temperature": 0, "n": 3}
         choices = served.post("/v1/completions", json=body).json()["choices"]
         if spec is None:
@@ -247,7 +262,7 @@ def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
         out = model.generate(**inputs, do_sample=False, max_new_tokens=60, pad_token_id=0)
         expected = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert {choice["text"] for choice in choices} == {expected} and expected != text
-        assert [patch.name for patch in report(model).patches] == ["streaming"]
+        assert [patch.name for patch in report(model).patches] == [spec.split("(")[0]]
         unpatch_model(model)
     assert_restored(before, model)
 
