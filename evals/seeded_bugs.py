@@ -284,8 +284,8 @@ BUGS = [
     ),
     Bug(
         "native output in the default dtype",
-        "y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)\n    addresses = rows.data_ptr(), weight.data_ptr(), scale",
-        "y = torch.empty(*x.shape[:-1], n)\n    addresses = rows.data_ptr(), weight.data_ptr(), scale",
+        "y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)\n    addresses = rows.data_ptr(), weight.data_ptr(), sc",
+        "y = torch.empty(*x.shape[:-1], n)\n    addresses = rows.data_ptr(), weight.data_ptr(), sc",
         DTYPES,
     ),
     Bug(

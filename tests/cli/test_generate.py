@@ -315,7 +315,9 @@ def test_names_in_the_source_of_patches_are_those_of_the_patches(monkeypatch: py
     monkeypatch.setattr(patch, "_registry", {})
     declared = patch.declared()
     shipped = {name: cls for name, cls in known.items() if cls.__module__.startswith("patchkit.patches.")}
-    assert declared == {name: tuple(spelled.options_of(cls)) for name, cls in shipped.items()}
+    # Options that a class has from another patch cannot be read from its source; they are checked once it is imported.
+    assert declared == {name: tuple(spelled.options_of(cls)) if cls.__bases__ == (patch.Patch,) else None for name, cls in shipped.items()}
+    spec.check_spelling("int8(scope=all)")
     with pytest.raises(SpecError, match="unknown patch"):
         spec.check_spelling("streaming + none_of_these")
 

@@ -204,7 +204,7 @@ def test_every_patch_serves_a_loaded_gguf_model(name: str, loaded: Any, tmp_path
     assert torch.equal(*tokens)
 
     loaded.save_pretrained(tmp_path / "patched")
-    assert (getattr(loaded.config, "quantization_config", None) is not None) is (name == "mlp_int8")
+    assert (getattr(loaded.config, "quantization_config", None) is not None) is (name in ("mlp_int8", "int8"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype=torch.float32).eval()
     patch_model(saved, spec, verbose=False)
     assert torch.equal(logits(saved), logits(loaded))

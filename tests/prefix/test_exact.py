@@ -154,7 +154,7 @@ def test_beams_and_chunks_are_those_of_plain_generate() -> None:
     assert prefix_statistics(model).left_alone == 0 and prefix_statistics(model).hits == 7
 
 
-@pytest.mark.parametrize("heads", ["eagle", "medusa"])
+@pytest.mark.parametrize("heads", ["eagle(heads=bundled, tree=chain)", "medusa"])  # what a tree drafts is learned from call to call
 def test_heads_draft_as_well_after_a_hit(heads: str) -> None:
     """They want the hidden states of the prompt, which are kept beside its keys."""
     model, tokenizer = load_model("stdlib-7m")

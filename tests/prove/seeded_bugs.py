@@ -17,7 +17,7 @@ import patchkit.linear.attention
 import patchkit.streaming.hooks
 import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
-from patchkit.speculation import judge, loop
+from patchkit.speculation import judge
 from patchkit.speculation.cached_model import CachedModel
 from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.judge import RowByRow
@@ -68,7 +68,7 @@ def drafts_not_rolled_back(monkeypatch: Any) -> None:
         def keep(self, counts: list[int]) -> None:
             super().keep([self.pending] * len(counts))
 
-    monkeypatch.setattr(loop, "CachedModel", KeepsAll)
+    monkeypatch.setattr(batch, "CachedModel", KeepsAll)
 
 
 def scale_after_matmul(monkeypatch: Any) -> None:
