@@ -17,7 +17,7 @@ import patchkit.linear.attention
 import patchkit.streaming.hooks
 import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
-from patchkit.speculation import judge
+from patchkit.speculation import batch, judge
 from patchkit.speculation.cached_model import CachedModel
 from patchkit.speculation.constraint import Constraint
 from patchkit.speculation.judge import RowByRow
