@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import BEGINNINGS
 
 from patchkit.models import load_model
 from patchkit.views import twin
@@ -26,16 +27,7 @@ TEMPLATE = (
     "{% if tools %}{% for tool in tools %}[tool] {{ tool['function']['name'] }}\n{% endfor %}{% endif %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-PROMPTS = (
-    "def read(path):\n",
-    "import os\n\n",
-    "class Node:\n    def __init__",
-    "for line in",
-    "return self.",
-    '"""A file',
-    "x = [",
-    "if not",
-)
+PROMPTS = BEGINNINGS
 
 
 @functools.cache

@@ -63,3 +63,16 @@ def fast_first(cases: Iterable[Any], fast: Collection[Any] | Callable[[Any], boo
     return [
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in chosen else pytest.mark.matrix) for case in cases
     ]
+
+
+# Beginnings of Python files, for stdlib-7m.
+BEGINNINGS = (
+    "def read(path):\n",
+    "import os\n\n",
+    "class Node:\n    def __init__",
+    "for line in",
+    "return self.",
+    '"""A file',
+    "x = [",
+    "if not",
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 import uuid
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from patchkit.serving.api_error import bad
 from patchkit.serving.readers import Reader, anything, either, flag, is_object, is_text, list_of, one_of, record, text
+
+_logger = logging.getLogger("patchkit")
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
@@ -129,7 +132,8 @@ def _parsed(
     more = {name: value for name, value in (("prefix", prompt), ("tools", tools)) if name in takes}
     try:
         parsed = tokenizer.parse_response(tokens, **more)
-    except Exception:  # a template meets a text that it does not expect; the client gets the text as it is
+    except Exception as error:  # a template meets a text that it does not expect; the client gets the text as it is
+        _logger.warning("patchkit: the tokenizer's response template did not read an answer (%s): sent as text", error)
         return content, []
     calls = [
         _call(each["function"]["name"], json.dumps(each["function"].get("arguments") or {}, ensure_ascii=False))

@@ -77,6 +77,15 @@ class Proposal:
     chances: list[list[float]] | None = None
 
 
+def chains(found: list[list[int]], device: torch.device) -> Proposal | None:
+    """Return the proposal of a chain of tokens for each row, of any lengths; None if all are empty."""
+    longest = max(map(len, found))
+    if not longest:
+        return None
+    padded = [each + [0] * (longest - len(each)) for each in found]
+    return Proposal(torch.tensor(padded, device=device), [len(each) for each in found])
+
+
 class Draws:
     """The chain of one round as it grows: the likeliest tokens in greedy runs, drawn ones in sampled runs.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) ->
     if reason is None:
         streamer = HeldBack(given["streamer"]) if given.get("streamer") is not None else None
         own_cache = _compat.cache_given(extra) is None
-        loop = functools.partial(speculate, speculation, streamer, own_cache)
+        loop = functools.partial(_with_call, functools.partial(speculate, speculation, streamer), own_cache)
         extra = _with_stop_strings(given, extra)
         given = {name: value for name, value in given.items() if name not in ("self", "kwargs", "streamer", "custom_generate")}
         try:
@@ -51,12 +52,13 @@ def prepared_call(model: Any, *args: Any, **kwargs: Any) -> Call:
     extra = _with_stop_strings(given, extra)
     given = {name: value for name, value in given.items() if name not in ("self", "kwargs", "streamer", "custom_generate")}
     own_cache = _compat.cache_given(extra) is None
-    call: Call = type(model).generate(model, **given, **extra, custom_generate=functools.partial(_as_call, own_cache))
+    call: Call = type(model).generate(model, **given, **extra, custom_generate=functools.partial(_with_call, _itself, own_cache))
     refuse_call(call, has_streamer=False)
     return call
 
 
-def _as_call(
+def _with_call(
+    use: Callable[[Call], Any],
     own_cache: bool,
     model: Any,
     input_ids: torch.Tensor,
@@ -64,8 +66,13 @@ def _as_call(
     stopping_criteria: Any,
     generation_config: Any,
     **model_kwargs: Any,
-) -> Call:
-    return Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
+) -> Any:
+    """Return what ``use`` makes of the call that `generate` has prepared: a `custom_generate` once the first two are bound."""
+    return use(Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache))
+
+
+def _itself(call: Call) -> Call:
+    return call
 
 
 def generate_plainly(model: Any, warnings: Warnings, name: str, *args: Any, **kwargs: Any) -> Any:

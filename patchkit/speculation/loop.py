@@ -21,33 +21,21 @@ from patchkit.speculation.shared import Speculation
 from patchkit.speculation.tree import stacked
 
 
-def speculate(
-    speculation: Speculation,
-    streamer: Any,
-    own_cache: bool,
-    model: Any,
-    input_ids: torch.Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    **model_kwargs: Any,
-) -> Any:
+def speculate(speculation: Speculation, streamer: Any, call: Call) -> Any:
     """Generate by speculative decoding, in place of transformers' own sampling loop.
 
     Args:
         streamer: receives every token once it is final, after ``release()``; None for none.
-        own_cache: the cache in ``model_kwargs`` was made for this call, and may be replaced.
-        input_ids: [B, L] int64, left-padded.
+        call: what `generate` has prepared, with prompts [B, L] int64, left-padded.
 
     Returns:
-        Token ids [B, L + new], or a `GenerateDecoderOnlyOutput` if the config asks for one.
+        Token ids [B, L + new] int64, or a `GenerateDecoderOnlyOutput` if the config asks for one.
 
     Raises:
         Unserved: only the stock method can serve the call; nothing was computed.
     """
-    call = Call(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, own_cache)
     refuse_call(call, has_streamer=streamer is not None)
-    speculation.exclusive.take(f"generate of this {type(model).__name__}")
+    speculation.exclusive.take(f"generate of this {type(call.model).__name__}")
     try:
         batch = Batch(speculation, call, Rows(call))
         rows = list(batch.rows.rows)
@@ -63,7 +51,7 @@ def speculate(
         if streamer is not None:
             streamer.end()
         batch.publish()
-        return _output(rows, batch.cache, generation_config)
+        return _output(rows, batch.cache, call.config)
     finally:
         speculation.exclusive.give_back()
 

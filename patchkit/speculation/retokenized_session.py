@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from patchkit.speculation.drafter import Draws, Proposal, Session, State
+from patchkit.speculation.drafter import Draws, Proposal, Session, State, chains
 from patchkit.speculation.retokenized import Retokenized
 from patchkit.speculation.row_caches import RowCaches
 from patchkit.speculation.tokenizer_pair import TokenizerPair
@@ -71,11 +71,7 @@ class RetokenizedSession(Session):
             return self._drawn(state, self.shared, logits, k)
         drafts = self._likeliest(logits, steps)
         found = [text.continuation(draft)[:k] for text, draft in zip(self.texts, drafts, strict=True)]
-        longest = max(map(len, found))
-        if not longest:
-            return None
-        padded = [each + [0] * (longest - len(each)) for each in found]
-        return Proposal(torch.tensor(padded, device=state.tokens.device), [len(each) for each in found])
+        return chains(found, state.tokens.device)
 
     def select_rows(self, rows: list[int]) -> None:
         self.texts = [self.texts[row] for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from speculation import Silent
+from support import BEGINNINGS
 
 from patchkit import Speculative, patch_model, patched, unpatch_model
 from patchkit.errors import PatchConflict, PatchError
@@ -114,17 +115,7 @@ def test_forty_sequences_through_six_slots(draft: str, k: Any) -> None:
 @pytest.mark.parametrize("heads", ["eagle", "medusa"])
 def test_heads_draft_for_rows_that_join(heads: str) -> None:
     model, tokenizer = load_model("stdlib-7m")
-    sources = [
-        "def read(path):\n",
-        "import os\n\n",
-        "class Node:\n    def __init__",
-        "for line in",
-        "return self.",
-        '"""A file',
-        "x = [",
-        "if not",
-    ]
-    requests = [(tokenizer(text, return_tensors="pt").input_ids, {"max_new_tokens": 6 + 5 * i}) for i, text in enumerate(sources)]
+    requests = [(tokenizer(text, return_tensors="pt").input_ids, {"max_new_tokens": 6 + 5 * i}) for i, text in enumerate(BEGINNINGS)]
     expected = [alone(model, ids, do_sample=False, **options) for ids, options in requests]
     with patched(model, f"speculative(draft={heads}, k=3)", verbose=False):
         rows = served(Scheduler(model, slots=3), requests, seed=0)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from patchkit.speculation.drafter import Drafter, Proposal, Session, State
+from patchkit.speculation.drafter import Drafter, Proposal, Session, State, chains
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ class PromptLookupSession(Session):
         for row in range(state.rows):
             self._read(state, row)
             found.append(self._continuation(row, k))
-        longest = max(map(len, found))
-        if not longest:
-            return None
-        padded = [each + [0] * (longest - len(each)) for each in found]
-        return Proposal(torch.tensor(padded, device=state.tokens.device), [len(each) for each in found])
+        return chains(found, state.tokens.device)
 
     def select_rows(self, rows: list[int]) -> None:
         self.texts = [self.texts[row] for row in rows]
