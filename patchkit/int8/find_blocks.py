@@ -58,7 +58,8 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope =
         obstacle = obstacle_of(candidates[path])
         if obstacle is None:
             module = candidates[path]
-            is_head = module is target.model.get_output_embeddings()
+            head = target.model.get_output_embeddings()
+            is_head = module in (head, getattr(head, "base_layer", None))
             linears.append(Int8Linear(path, module, is_head, is_head and module.weight is target.model.get_input_embeddings().weight))
         else:
             left[path] = obstacle
@@ -99,9 +100,10 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
 
 def _head(target: Target, left: dict[str, str]) -> dict[str, Any]:
     head = target.model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)  # of a LoRA layer, only the base
     name = next((path for path, module in target.model.named_modules() if module is head), "lm_head")
     if not isinstance(head, nn.Linear):
-        left[name] = f"the head is a {type(head).__name__}"
+        left[name] = f"the head is a {type(head).__module__}.{type(head).__name__}, and no plain linear layer"
         return {}
     return {name: head}
 

@@ -11,18 +11,21 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from patchkit.prefix.snapshot import FrozenBlock
 from patchkit.record import Warnings
 
-_SUFFIX = ".safetensors"
+_SUFFIX, _UNFINISHED = ".safetensors", ".part"
+_ABANDONED_AFTER_S = 3600.0
 
 
 class DiskTier:
@@ -73,7 +76,7 @@ class DiskTier:
             if not self._room(len(data)):
                 return
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            number, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            number, name = tempfile.mkstemp(dir=path.parent, suffix=_UNFINISHED)
             try:
                 with os.fdopen(number, "wb") as file:
                     file.write(data)
@@ -93,6 +96,10 @@ class DiskTier:
         """Remove the files that were used longest ago until ``size`` more bytes fit. Returns whether they do."""
         if size > self.max_bytes:
             return False
+        for path in self.folder.glob(f"*/*{_UNFINISHED}"):  # of processes that were killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
+                    path.unlink()
         files = []
         for path in self.folder.glob(f"*/*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
@@ -141,18 +148,19 @@ def _decoded(data: bytes, blocks: Sequence[bytes]) -> FrozenBlock | None:
         tensors = load(data)
         if header["__metadata__"]["sha256"] != _checksum(tensors) or _bytes_of(tensors["tokens"]) != b"".join(blocks):
             return None
-        devices = {name: bytes(each.tolist()).decode() for name, each in tensors.items() if name.endswith("device")}
-        slices = {
-            int(name.removesuffix(".keys")): (
-                each.to(devices[name.replace("keys", "device")]),
-                tensors[name.replace("keys", "values")].to(devices[name.replace("keys", "device")]),
-            )
-            for name, each in tensors.items()
-            if name.endswith(".keys")
-        }
-        hidden = tensors["hidden"].to(devices["hidden.device"]) if "hidden" in tensors else None
-    except Exception:  # whatever a damaged file leads to
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError):  # what damaged bytes lead to
         return None
+    # With the right checksum it is a file that this class wrote: an error from here on (no memory on the device) is not damage.
+    devices = {name: bytes(each.tolist()).decode() for name, each in tensors.items() if name.endswith("device")}
+    slices = {
+        int(name.removesuffix(".keys")): (
+            each.to(devices[name.replace("keys", "device")]),
+            tensors[name.replace("keys", "values")].to(devices[name.replace("keys", "device")]),
+        )
+        for name, each in tensors.items()
+        if name.endswith(".keys")
+    }
+    hidden = tensors["hidden"].to(devices["hidden.device"]) if "hidden" in tensors else None
     return FrozenBlock(slices, None, hidden)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 import platform
 from collections import Counter
@@ -26,6 +27,10 @@ from patchkit.record import Warnings
 
 _STATE = "_patchkit_prefix"  # the attribute of a patched model
 
+# By the identity of a `Prefixes`.
+_salts: contextvars.ContextVar[dict[int, str]] = contextvars.ContextVar("patchkit_salts", default={})  # noqa: B039  never written to
+_pinning: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("patchkit_pinning", default=frozenset())
+
 
 @dataclass(eq=False)
 class Prefixes:
@@ -38,7 +43,6 @@ class Prefixes:
         specs: the patches of the model, as spec strings.
         hits: run-time counters of the patch.
         disk: a folder where blocks without states are kept too; None for none.
-        salt: what is kept under one salt is not found under another.
     """
 
     model: Any
@@ -49,11 +53,19 @@ class Prefixes:
     warnings: Warnings
     weights: WeightWatch
     disk: DiskTier | None = None
-    salt: str = ""
-    pinning: bool = False
     store: PrefixStore = field(init=False)
     _stamp: Any = None
     _weights: tuple[Any, str] = (None, "")  # a stamp, and the hash of all weights at that time
+
+    @property
+    def salt(self) -> str:
+        """Salt of the current thread or task: a prompt that was kept under another one is not found."""
+        return _salts.get().get(id(self), "")
+
+    @property
+    def pinning(self) -> bool:
+        """Whether `pin` runs, in the current thread or task."""
+        return id(self) in _pinning.get()
 
     def __post_init__(self) -> None:
         self.store = PrefixStore(self.max_bytes, self.hits)
@@ -153,8 +165,10 @@ class Prefixes:
 
 
 def _environment() -> tuple[str, ...]:
-    """Software and processor, on which bits depend too."""
-    return torch.__version__, version("transformers"), platform.machine(), torch.backends.cpu.get_cpu_capability()
+    """Software and processors, on which bits depend too."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    software = torch.__version__, version("transformers"), version("patchkit"), str(torch.version.cuda)
+    return *software, platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus
 
 
 def _has_dropout(model: nn.Module) -> bool:
@@ -259,11 +273,11 @@ def pin(model: Any, ids: torch.Tensor) -> int:
     """
     prefixes, ids = prefixes_of(model), ids.reshape(1, -1)
     before = sum(node.depth for node in prefixes.store.tree.nodes() if node.pins)
-    prefixes.pinning = True
+    token = _pinning.set(_pinning.get() | {id(prefixes)})
     try:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
     finally:
-        prefixes.pinning = False
+        _pinning.reset(token)
     pinned = sum(node.depth for node in prefixes.store.tree.nodes() if node.pins) - before
     return pinned * prefixes.block
 
@@ -272,14 +286,16 @@ def pin(model: Any, ids: torch.Tensor) -> int:
 def salted(model: Any, salt: str) -> Iterator[None]:
     """Find within the context only what was kept under the same salt, so that users who must not learn of each other do not.
 
+    It holds for the current thread or task, and for sequences that are submitted to a `patchkit.speculation.Scheduler` within it.
+
     How long a prompt takes tells whether it was kept (CVE-2025-46570). The operator chooses the salt, never the caller.
 
     Raises:
         PatchConflict: the model is not patched with `prefix_cache`.
     """
     prefixes = prefixes_of(model)
-    before, prefixes.salt = prefixes.salt, salt
+    token = _salts.set(_salts.get() | {id(prefixes): salt})
     try:
         yield
     finally:
-        prefixes.salt = before
+        _salts.reset(token)

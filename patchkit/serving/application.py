@@ -64,10 +64,12 @@ def app(
         The application; ``application.state.engine`` is its engine.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or a key that no client could send.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
+    if api_key is not None and (not api_key or api_key != api_key.strip()):
+        raise ValueError("api_key is empty, or has blanks around it: give a key, or None for none")
     model = base_of(model)
     metrics = Metrics(_spec_of(model))
     engine = Engine(model, metrics, max_rows, max_queue, prefill)

@@ -121,7 +121,10 @@ class Choice:
         first = len(self.row.new) - len(new)
         text = ""
         for position, token in enumerate(new, first):
-            if position >= self.taken:
+            if position < self.taken:
+                if self.logprobs is not None:  # generated again: its chances were taken the first time
+                    self.row.logits[position] = self.row.logits[position].new_empty(0)
+            else:
                 self.taken = position + 1
                 self.tokens.append(token)
                 text += "" if self.shown.stopped or token in self.ends else self._text(position, token)
@@ -142,7 +145,7 @@ class Choice:
     def _chance(self, position: int, token: int, likeliest: int) -> TokenChance:
         assert self.row is not None
         chances = self.row.logits[position].log_softmax(-1)
-        self.row.logits[position] = chances[:0]  # the row keeps its place, and not its [V] numbers
+        self.row.logits[position] = chances.new_empty(0)  # the row keeps its place, and not its [V] numbers
         best = chances.topk(min(likeliest, len(chances)))
         pairs = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return TokenChance(token, float(chances[token]), pairs, self.read)

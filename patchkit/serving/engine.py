@@ -160,34 +160,34 @@ class Engine:
                     if self._stopping:
                         break
                     commands, self._commands = self._commands, []
-                for command in commands:
-                    command()
+                while commands:
+                    commands.pop(0)()
                 self._step()
         except BaseException as error:
             self.dead = error
             _logger.exception("patchkit: the engine of the server has died")
         with self._condition:
             self._stopping = True
-            commands, self._commands = self._commands, []
+            commands, self._commands = commands + self._commands, []
         for command in commands:
             command()
         for choice in list(self._live):
             self._end(choice, "cancelled" if self.dead is None else "error", self.dead)
         for scheduler in self._schedulers:
-            scheduler.close()
+            try:
+                scheduler.close()
+            except Exception:
+                _logger.exception("patchkit: rows of the server could not be ended")
         self._measure(now=True)
 
     def _step(self) -> None:
         """One round of all choices, and the ends of those that have ended."""
-        for number, scheduler in enumerate(self._schedulers):
+        for scheduler in list(self._schedulers):
             try:
                 scheduler.step()
             except Exception as error:
                 _logger.exception("patchkit: a round of the server has failed")
-                for choice in self._live:
-                    if choice.row is not None and choice.row.finish is None and self._scheduler_of(choice) is scheduler:
-                        choice.row.finish, choice.row.error = "error", error
-                self._schedulers[number] = self._new_schedulers()[number]
+                self._replace(scheduler, error)
         failed = Counter(id(choice.row.error) for choice in self._live if choice.row is not None and choice.row.finish == "error")
         for choice in list(self._live):
             self._count(choice)
@@ -199,12 +199,21 @@ class Engine:
                 self._finish(choice, row)
         self._measure()
 
+    def _replace(self, scheduler: Scheduler, error: Exception) -> None:
+        """Go on with a new scheduler after an error of one, which ends the rows that it had."""
+        for choice in self._live:
+            if choice.row is not None and choice.row.finish is None and self._scheduler_of(choice) is scheduler:
+                choice.row.finish, choice.row.error = "error", error
+        number = self._schedulers.index(scheduler)
+        self._schedulers[number] = self._new_schedulers()[number]
+
     def _admit(self, choice: Choice, alone: bool = False) -> None:
         scheduler = self._schedulers[alone]
         choice.alone = alone
         try:
             choice.row = scheduler.submit(choice.ids, seed=choice.seed, on_tokens=functools.partial(self._take, choice), **choice.options)
         except Exception as error:
+            _logger.error("patchkit: a request could not be started", exc_info=error)
             self._live += [] if choice in self._live else [choice]
             self._end(choice, "error", error)
             return
@@ -253,7 +262,7 @@ class Engine:
 
     def _finish(self, choice: Choice, row: Row) -> None:
         if row.finish is None:  # the stop text was found in the text, and not yet in the tokens
-            self._scheduler_of(choice).cancel(row)
+            self._release(choice, row)
         piece = choice.finish()
         if piece is not None:
             self._post(piece)
@@ -263,8 +272,16 @@ class Engine:
     def _cancel(self, choice: Choice) -> None:
         if choice in self._live:
             if choice.row is not None:
-                self._scheduler_of(choice).cancel(choice.row)
+                self._release(choice, choice.row)
             self._end(choice, "cancelled", None)
+
+    def _release(self, choice: Choice, row: Row) -> None:
+        """End the row of a choice. After an error its scheduler is replaced: what else it generated is generated again, alone."""
+        try:
+            self._scheduler_of(choice).cancel(row)
+        except Exception as error:
+            _logger.exception("patchkit: a row of the server could not be ended")
+            self._replace(self._scheduler_of(choice), error)
 
     def _cancel_live(self) -> None:
         for choice in list(self._live):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import secrets
 import threading
 from typing import Any
@@ -21,6 +22,8 @@ from patchkit.serving.protocol import Asked
 from patchkit.serving.shown import Detokenizer, ShownText
 from patchkit.serving.tools import ToolUse, tool_use
 from patchkit.speculation.stop_texts import StopsAt
+
+_logger = logging.getLogger("patchkit")
 
 # Patches under which a model has no longest text.
 _ENDLESS = ("streaming", "linear")
@@ -87,7 +90,7 @@ class Preparer:
                         index=len(choices),
                         prompt=number,
                         ids=torch.tensor(ids, device=self.model.device),
-                        seed=(seed + len(choices)) & (2**63 - 1) if len(choices) else seed,
+                        seed=(seed + len(choices) + 2**63) % 2**64 - 2**63,
                         options=options,
                         stops=asked.stop,
                         logprobs=asked.logprobs,
@@ -115,6 +118,7 @@ class Preparer:
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **shown)
         except Exception as error:  # a template is a program of the model's, which raises what it likes
+            _logger.warning("patchkit: the chat template has refused messages", exc_info=error)
             raise bad("messages", f"the model's chat template does not take them ({' '.join(str(error).split())[:200]})") from error
         with self._encoding:
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -152,7 +156,7 @@ class Preparer:
             processors.append(grammar)
         sampled = sampling.temperature > 0
         options: dict[str, Any] = {
-            "max_new_tokens": asked.max_tokens or room,
+            "max_new_tokens": asked.max_tokens or min(room, asked.default_tokens or room),
             "do_sample": sampled,
             "repetition_penalty": sampling.repetition_penalty,
             "pad_token_id": self.ends[0] if self.ends else 0,

@@ -68,7 +68,8 @@ class Asked:
         messages: of a chat.
         prompts: of completions: texts, or lists of token ids.
         n: choices of each prompt.
-        max_tokens: most new tokens of a choice; None for as many as the model and the server allow.
+        max_tokens: most new tokens of a choice; None for as many as the model and the server allow, and at most `default_tokens`.
+        default_tokens: most new tokens where the request gives no number; None for no such bound.
         stop: texts before which a choice ends.
         logprobs: number of likeliest tokens to name at each position; 0 for the chosen one alone; None for no log probabilities.
         stream, include_usage: tokens as they come; with a last chunk of counts.
@@ -83,6 +84,7 @@ class Asked:
     prompts: list[str | list[int]] = field(default_factory=list)
     n: int = 1
     max_tokens: int | None = None
+    default_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stream: bool = False
@@ -225,8 +227,8 @@ def read_completion(body: Any) -> Asked:
     given = COMPLETION.read(_object(body), "")
     prompt = given["prompt"]
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    limit = given.get("max_tokens", _COMPLETION_TOKENS)
-    return Asked(chat=False, max_tokens=limit, logprobs=given.get("logprobs"), prompts=prompts, **_common(given))
+    limits = {"max_tokens": given.get("max_tokens"), "default_tokens": _COMPLETION_TOKENS}
+    return Asked(chat=False, logprobs=given.get("logprobs"), prompts=prompts, **limits, **_common(given))
 
 
 def _object(body: Any) -> Any:

@@ -87,7 +87,8 @@ class Reply:
             if said is not None:
                 yield self._chunk(choice, {"content": said}, None, self._logprobs(choice, self._pieces[choice.index]))
             if calls:
-                yield self._chunk(choice, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None)
+                logprobs = self._logprobs(choice, self._pieces[choice.index]) if said is None else None
+                yield self._chunk(choice, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, None, logprobs)
         yield self._chunk(choice, {} if self.asked.chat else {"content": ""}, finish)
 
     def last_chunk(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Reply:
         text = "".join(piece.text for piece in self._pieces[choice.index])
         if choice.tools is None:
             return text, []
-        return choice.tools.message(text, choice.ids.tolist(), choice.tokens, self.tokenizer)
+        return choice.tools.message(text, choice.ids.tolist(), choice.tokens, self.tokenizer, choice.shown.stopped)
 
     def _reason(self, choice: Choice, calls: list[Any]) -> str:
         finish = self._finish[choice.index] or "stop"

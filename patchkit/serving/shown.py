@@ -31,19 +31,26 @@ class Detokenizer:
         """Return the text that a token completes."""
         self._tokens.append(token)
         before, after = self._ends()
-        if after.endswith(_INCOMPLETE) and len(self._tokens) - self._read < _LONGEST_CHARACTER:
+        if not after.endswith(_INCOMPLETE):
+            return self._given_out(before, after, len(self._tokens))
+        if len(self._tokens) - self._read < _LONGEST_CHARACTER:
             return ""
-        return self._given_out(before, after)
+        # Bytes that complete nothing. The last tokens may yet begin a character: hold as many as can stand alone.
+        for held in range(_LONGEST_CHARACTER - 1, 0, -1):
+            settled = self._decoded(self._tokens[self._start : -held])
+            if settled + self._decoded(self._tokens[-held:]) == after:
+                return self._given_out(before, settled, len(self._tokens) - held)
+        return self._given_out(before, after, len(self._tokens))
 
     def finish(self) -> str:
         """Return what is left when no more tokens come: characters that have remained incomplete."""
-        return self._given_out(*self._ends())
+        return self._given_out(*self._ends(), len(self._tokens))
 
     def _ends(self) -> tuple[str, str]:
         return self._decoded(self._tokens[self._start : self._read]), self._decoded(self._tokens[self._start :])
 
-    def _given_out(self, before: str, after: str) -> str:
-        self._start, self._read = self._read, len(self._tokens)
+    def _given_out(self, before: str, after: str, end: int) -> str:
+        self._start, self._read = self._read, end
         if self._start > 64:
             del self._tokens[: self._start]
             self._start, self._read = 0, self._read - self._start

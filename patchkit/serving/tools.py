@@ -82,19 +82,24 @@ class ToolUse:
         ]
         return {"anyOf": calls, **shared}
 
-    def message(self, content: str, prompt: list[int], tokens: list[int], tokenizer: Any) -> tuple[str | None, list[dict[str, Any]]]:
+    def message(
+        self, content: str, prompt: list[int], tokens: list[int], tokenizer: Any, stopped: bool = False
+    ) -> tuple[str | None, list[dict[str, Any]]]:
         """Return what is said and what is called: text or None, and calls in OpenAI's form.
 
         Args:
             content: text of the choice.
             prompt: tokens of the prompt, which a model's own form of calls may begin in.
             tokens: those of the choice, from which a tokenizer with a response template reads calls in its model's own form.
+            stopped: a stop text has ended the text, and may have cut a call, which then is text.
         """
         if self.named is not None:
-            return None, [_call(self.named, content)]
+            return (content, []) if stopped and not _is_json(content) else (None, [_call(self.named, content)])
         if self.demanded:
             found = _calls_in(content)
             return (None, found) if found else (content, [])
+        if stopped and template_of(tokenizer) is not None:  # the tokens have the stop text, and what may have come after it
+            return content, []
         said, found = _parsed(content, prompt, tokens, tokenizer, self.tools)
         return said or None, found if self.several else found[:1]
 
@@ -127,19 +132,31 @@ def _parsed(
     """Text and calls, by the tokenizer's response template; without one, by the marks <tool_call> of many models."""
     if template_of(tokenizer) is None:
         calls = [call for block in _MARKED.findall(content) for call in _calls_in(block)]
-        return (_MARKED.sub("", content).strip() if calls else content), calls
+        rest = _MARKED.sub(lambda block: "" if _calls_in(block[1]) else block[0], content)
+        return (rest.strip() if calls else content), calls
     takes = inspect.signature(tokenizer.parse_response).parameters
     more = {name: value for name, value in (("prefix", prompt), ("tools", tools)) if name in takes}
     try:
         parsed = tokenizer.parse_response(tokens, **more)
+        said = str(parsed.get("content") or "")
+        calls = [_call(each["function"]["name"], _as_text(each["function"].get("arguments"))) for each in parsed.get("tool_calls") or []]
     except Exception as error:  # a template meets a text that it does not expect; the client gets the text as it is
         _logger.warning("patchkit: the tokenizer's response template did not read an answer (%s): sent as text", error)
         return content, []
-    calls = [
-        _call(each["function"]["name"], json.dumps(each["function"].get("arguments") or {}, ensure_ascii=False))
-        for each in parsed.get("tool_calls") or []
-    ]
-    return str(parsed.get("content") or ""), calls
+    return said, calls
+
+
+def _as_text(arguments: Any) -> str:
+    """The arguments of a call as JSON text, which some templates give already."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+
+
+def _is_json(content: str) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _calls_in(block: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from patchkit.speculation.drafters.forced import Forced, ForcedSession
 from patchkit.speculation.forced_end import append_forced_end, forced_tokens
 from patchkit.speculation.judge import Verdict, judge_for
 from patchkit.speculation.prefixed import prefixed_prompts
+from patchkit.speculation.ragged_cache import RaggedCache
 from patchkit.speculation.refusals import Call
 from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows, order_after
@@ -86,7 +87,7 @@ class Batch:
         self._unfed = state.tokens[:, self.cached.fed[0] : prompt]
         self._chunk = call.config.prefill_chunk_size or prompt
         self._is_new = True
-        self._closed = False
+        self._closed = self._working = False
 
     @property
     def cache(self) -> Any:
@@ -182,11 +183,17 @@ class Batch:
         self._is_new, other._closed = True, True
 
     def cancel(self, rows: Sequence[Row], finish: str = "cancelled") -> None:
-        """Let these rows end where they are."""
-        with self._at_work():
-            for row in rows:
-                row.finish = finish
-            self._drop(self.rows.ended())
+        """Let these rows end where they are; called while a round makes its tokens final (`Row.sink`), at the end of that round."""
+        for row in rows:
+            row.finish = finish
+        if not self._working:
+            with self._at_work():
+                self._drop(self.rows.ended())
+
+    def stay_apart(self) -> None:
+        """Give back a spare row of another batch's buffers, because this batch does not join that one."""
+        if isinstance(self.cache, RaggedCache):
+            self.cache.move_away()
 
     def close(self) -> None:
         """End the drafter's session; also after an error, when the rows that were still generating count as ended."""
@@ -196,8 +203,10 @@ class Batch:
 
     def abandon(self) -> None:
         """Drop all rows, after an error."""
-        self.close()
-        self.rows.rows = []
+        try:
+            self.close()
+        finally:
+            self.rows.rows = []
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -205,9 +214,11 @@ class Batch:
         speculation = self.speculation
         speculation.exclusive.take(f"generate of this {type(self.model).__name__}")
         speculation.watching, speculation.hidden = self.session.wants_hidden, None
+        self._working = True
         try:
             yield
         finally:
+            self._working = False
             speculation.watching, speculation.hidden = False, None
             speculation.exclusive.give_back()
 

@@ -73,7 +73,7 @@ class RaggedLayer(FixedLayer):
         if len(keys) == first:
             return None
         layer = RaggedLayer(self.room, cache)
-        layer.lazy_initialization(keys[first:, :, :0], values[first:, :, :0])
+        layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
         layer.keys, layer.values = keys[first : first + 1], values[first : first + 1]
         return layer
 
@@ -146,13 +146,20 @@ class RaggedCache(FixedCache):
     def lend(self, tokens: int) -> RaggedCache | None:
         """Return an empty cache of one row whose buffers are a spare row of these, with room for ``tokens``; None if there is none.
 
-        It may join this one later (`adopt`), and no other must until then.
+        It may join this one later (`adopt`), or leave it (`move_away`). Until then nothing else is lent, and no other joins.
         """
         if tokens > self.room or not all(layer.is_initialized for layer in self.layers) or self.layers[0].keys.is_inference():
             return None
         cache = RaggedCache(0)
         cache.layers = [layer.lend(cache) for layer in self.layers]
         return None if any(layer is None for layer in cache.layers) else cache
+
+    def move_away(self) -> None:
+        """Move to buffers of its own, so that those that were lent can be lent again."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.enlarge(layer.room)
+        self._steps.clear()
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keep these rows, in this order. Row ``rows[i]`` moves to row i, which must be one that is not kept, or itself."""

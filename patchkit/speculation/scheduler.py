@@ -6,9 +6,11 @@ sequences advance by different numbers of tokens.
 
 from __future__ import annotations
 
+import contextvars
+import functools
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,10 +29,15 @@ _ROUNDS = 1024
 
 @dataclass(eq=False)
 class _Waiting:
-    """A sequence that has no slot yet."""
+    """A sequence that has no slot yet, and the context variables with which it was submitted (a salt of `prefix_cache`)."""
 
     call: Call
     rows: Rows
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def row(self) -> Row:
+        return self.rows.rows[0]
 
 
 class Scheduler:
@@ -129,7 +136,7 @@ class Scheduler:
         """
         self._admit()
         for batch in list(self._batches):
-            self._guarded(batch, batch.round)
+            self._guarded([batch], batch.round)
             if len(batch.statistics.steps) >= _ROUNDS:
                 batch.publish()
         self._sweep()
@@ -140,7 +147,7 @@ class Scheduler:
         if row.finish is not None:
             return
         for waiting in self._waiting:
-            if waiting.rows.rows[0] is row:
+            if waiting.row is row:
                 row.finish = "cancelled"
                 self._waiting.remove(waiting)
                 return
@@ -151,7 +158,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Cancel every sequence."""
-        for row in [waiting.rows.rows[0] for waiting in self._waiting] + [row for batch in self._all() for row in batch.rows.rows]:
+        for row in [waiting.row for waiting in self._waiting] + [row for batch in self._all() for row in batch.rows.rows]:
             self.cancel(row)
 
     def _all(self) -> list[Batch]:
@@ -179,7 +186,7 @@ class Scheduler:
                     continue
             batch = self._incoming
             before = batch.unfed
-            fed = self._guarded(batch, lambda batch=batch, left=left: batch.prefill(left))  # type: ignore[misc]
+            fed = self._guarded([batch], lambda batch=batch, left=left: batch.prefill(left))  # type: ignore[misc]
             left -= before - batch.unfed
             if fed and len(batch.rows):
                 self._incoming = None
@@ -188,28 +195,34 @@ class Scheduler:
 
     def _started(self, waiting: _Waiting) -> Batch | None:
         try:
-            return Batch(self._speculation, waiting.call, waiting.rows, beside=next(iter(self._batches), None))
-        except Exception as error:
-            waiting.rows.rows[0].finish, waiting.rows.rows[0].error = "error", error
+            beside = next(iter(self._batches), None)
+            return waiting.context.run(Batch, self._speculation, waiting.call, waiting.rows, beside)
+        except BaseException as error:
+            waiting.row.finish, waiting.row.error = "error", error
+            if not isinstance(error, Exception):
+                raise
             return None
 
     def _place(self, batch: Batch) -> None:
         for other in self._batches:
             if other.joins(batch):
-                other.join(batch)
+                self._guarded([other, batch], functools.partial(other.join, batch))
                 return
         self._batches.append(batch)
+        self._guarded([batch], batch.stay_apart)
 
-    def _guarded(self, batch: Batch, work: Callable[[], Any]) -> Any:
-        """Do a piece of a batch's work; after an error its rows have ended, and None is returned."""
-        rows = list(batch.rows.rows)
+    def _guarded(self, batches: Sequence[Batch], work: Callable[[], Any]) -> Any:
+        """Do a piece of the work of some batches; after an error their rows have ended, and None is returned."""
+        rows = [row for batch in batches for row in batch.rows.rows]
         try:
             return work()
         except BaseException as error:
             for row in rows:
                 if row.finish is None:
                     row.finish, row.error = "error", error
-            batch.abandon()
+            for batch in batches:
+                batch.rows.ended()  # which sets their tokens
+                batch.abandon()
             if not isinstance(error, Exception):
                 self._sweep()
                 raise

@@ -36,7 +36,7 @@ def warned(model: Any) -> dict[str, int]:
     return {text: count for text, count in report(model).patches[-1].warnings.items() if count}
 
 
-@pytest.mark.parametrize("spec", ["none", "mlp_int8", "speculative(k=2)"])
+@pytest.mark.parametrize("spec", ["none", "mlp_int8(mode=weight_only)", "speculative(k=2)"])
 def test_another_model_with_these_weights_finds_the_bits_of_a_miss(tmp_path: Path, spec: str) -> None:
     miss = generated(with_disk(tmp_path, spec), prompt())
     model = with_disk(tmp_path, spec)

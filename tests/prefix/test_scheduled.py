@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from patchkit import PrefixCache, patch_model
-from patchkit.prefix import clear_prefix_cache, prefix_statistics
+from patchkit.prefix import clear_prefix_cache, prefix_statistics, salted
+from patchkit.prefix.shared import prefixes_of
 from patchkit.speculation import Scheduler
 from patchkit.testing import tiny_model
 
@@ -71,3 +73,35 @@ def test_generate_and_a_scheduler_share_what_is_kept() -> None:
         assert row.new == text
         assert prefix_statistics(model).reused_tokens - before == expected
         clear_prefix_cache(model)
+
+
+def test_a_sequence_has_the_salt_under_which_it_was_submitted() -> None:
+    model = patch_model(tiny_model("llama"), "speculative(k=2)", PrefixCache(block=BLOCK), verbose=False)
+    ids, scheduler = prompts()[3], Scheduler(model)
+    for salt, hits in (("alice", 0), ("bob", 0), ("alice", 1), ("bob", 2)):
+        with salted(model, salt):
+            row = scheduler.submit(ids, **OPTIONS)
+        scheduler.run()
+        assert row.error is None and prefix_statistics(model).hits == hits
+
+
+def test_a_salt_holds_in_its_own_thread_only() -> None:
+    """Contexts of two threads that overlap: neither sees the other's salt, and none is left."""
+    model = patch_model(tiny_model("llama"), PrefixCache(block=BLOCK), verbose=False)
+    prefixes, seen = prefixes_of(model), dict[str, str]()
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with salted(model, "b"):
+            entered.set()
+            left.wait(timeout=30)
+            seen["b"] = prefixes.salt
+
+    thread = threading.Thread(target=other)
+    with salted(model, "a"):
+        thread.start()
+        entered.wait(timeout=30)
+        seen["a"] = prefixes.salt
+    left.set()
+    thread.join(timeout=30)
+    assert seen == {"a": "a", "b": "b"} and prefixes.salt == ""

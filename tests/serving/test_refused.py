@@ -117,6 +117,7 @@ BODIES: list[tuple[bytes, str]] = [
     (b"hello", "not JSON"),
     (b'{"prompt": "x", "temperature": NaN}', "no number of JSON"),
     (b'{"prompt": "x", "temperature": 1e999}', "not from 0 to 2"),
+    (b'{"prompt": "x", "temperature": ' + b"9" * 400 + b"}", "not from 0 to 2"),
     (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
     (b'{"prompt": "\\ud800"}', "surrogate"),
     (b'{"prompt": "\xff"}', "UTF-8"),
@@ -281,3 +282,15 @@ def test_a_connection_that_is_no_http() -> None:
         import requests
 
         assert requests.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("key", ["", " ", "key "])
+def test_a_key_that_no_client_could_send_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key"), client(api_key=key):
+        pass
+
+
+def test_a_completion_without_a_number_of_tokens_fits_the_server() -> None:
+    with client(max_tokens=8) as served:
+        response = served.post("/v1/completions", json={"model": NAME, "prompt": "def", "temperature": 0})
+    assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] <= 8

@@ -58,6 +58,16 @@ def test_a_character_that_never_ends() -> None:
     assert text == tokenizer.decode(ids) and text.endswith("done")
 
 
+@pytest.mark.parametrize("stray", [1, 2, 3, 4, 5])
+def test_a_character_after_bytes_that_complete_nothing(stray: int) -> None:
+    tokenizer = model_and_tokenizer()[1]
+    whole = tokenizer("🙂€ done", add_special_tokens=False)["input_ids"]
+    ids = [whole[0]] * stray + whole
+    detokenizer = Detokenizer(tokenizer)
+    text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+    assert text == tokenizer.decode(ids) and text.endswith("🙂€ done")
+
+
 def test_stop_texts_at_every_border() -> None:
     chance, text = random.Random(2), "one two three four"
     for stops in (["three"], ["ee f", "ree"], ["two three fou", "o th"], ["never"], ["r"]):

@@ -163,3 +163,42 @@ def test_definitions_of_several_functions() -> None:
         use.schema()
     use = tool_use([WEATHER, TIME], "required", True)
     assert use is not None and use.schema()["$defs"] == WEATHER["function"]["parameters"]["$defs"]  # type: ignore[index]
+
+
+class Told:
+    """A tokenizer with a response template that gives what it is told."""
+
+    response_template = "of some model"
+
+    def __init__(self, parsed: Any) -> None:
+        self.parsed = parsed
+
+    def parse_response(self, tokens: list[int]) -> Any:
+        return self.parsed
+
+
+def test_what_a_response_template_gives() -> None:
+    use = tool_use([WEATHER, TIME], "auto", several=True)
+    assert use is not None
+    call = {"type": "function", "function": {"name": "time", "arguments": '{"a": 1}'}}
+    said, calls = use.message("text", [], [1], Told({"content": "", "tool_calls": [call]}))
+    assert said is None and calls[0]["function"] == {"name": "time", "arguments": '{"a": 1}'}
+    # A form that is not known is sent as text, and no text is lost.
+    assert use.message("text", [], [1], Told({"tool_calls": [{"name": "time", "arguments": {}}]})) == ("text", [])
+    # Tokens have the stop text too, so nothing is read from them.
+    assert use.message("te", [], [1], Told({"content": "text"}), stopped=True) == ("te", [])
+
+
+def test_a_call_that_a_stop_text_cuts_is_text() -> None:
+    use = tool_use([WEATHER], NAMED, several=False)
+    assert use is not None
+    assert use.message('{"pl', [], [], object(), stopped=True) == ('{"pl', [])
+    assert use.message('{"place": "Rome"}', [], [], object(), stopped=True)[1]
+
+
+def test_a_block_that_is_no_call_stays_in_the_text() -> None:
+    use = tool_use([WEATHER, TIME], "auto", several=True)
+    assert use is not None
+    good, bad = '<tool_call>{"name": "time", "arguments": {}}</tool_call>', "<tool_call>what?</tool_call>"
+    said, calls = use.message(f"hi {good} and {bad}", [], [], object())
+    assert said == f"hi  and {bad}" and [each["function"]["name"] for each in calls] == ["time"]

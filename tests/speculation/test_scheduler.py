@@ -17,6 +17,7 @@ from patchkit.models import load_model
 from patchkit.speculation import Chain, DraftModel, PromptLookup, Row, Scheduler, SelfDraft, statistics_of
 from patchkit.speculation.drafters.suffix import Suffix
 from patchkit.speculation.drafters.token_recycling import TokenRecycling
+from patchkit.speculation.ragged_cache import RaggedCache
 from patchkit.speculation.rows import order_after
 from patchkit.testing import tiny_model
 from patchkit.views import cache_bytes
@@ -251,6 +252,48 @@ def test_an_error_ends_its_batch_and_not_what_comes_after() -> None:
         assert [row.new for row in good] == [alone(plain, ids, max_new_tokens=20, do_sample=False) for ids in (second, third)]
         # The model is free again, for generate too.
         assert alone(model, first, max_new_tokens=5) == alone(plain, first, max_new_tokens=5, do_sample=False)
+
+
+def test_a_sink_may_cancel_rows_of_the_same_round() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    prompts = prompts_of(3)
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler, rows = Scheduler(model, slots=3), list[Row]()
+
+        def cancels(tokens: list[int]) -> None:
+            if len(rows) == 3 and len(rows[0].new) > 6:
+                scheduler.cancel(rows[0])
+                scheduler.cancel(rows[2])
+
+        for number, ids in enumerate(prompts):
+            sink = cancels if number == 0 else None
+            rows.append(scheduler.submit(ids, max_new_tokens=30, eos_token_id=None, pad_token_id=0, on_tokens=sink))
+        scheduler.run()
+    assert [row.finish for row in rows] == ["cancelled", "length", "cancelled"]
+    for row, ids in zip(rows, prompts, strict=True):
+        assert row.new == alone(plain, ids, max_new_tokens=len(row.new), eos_token_id=None, do_sample=False)
+        assert row.tokens.tolist() == ids[0].tolist() + row.new
+
+
+def test_an_error_of_a_join_ends_both_batches_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    prompts = prompts_of(3)
+    adopt = RaggedCache.adopt
+
+    def fails_once(self: RaggedCache, other: RaggedCache) -> None:
+        monkeypatch.setattr(RaggedCache, "adopt", adopt)
+        raise MemoryError("no room")
+
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=2)
+        first = scheduler.submit(prompts[0], max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+        scheduler.step()
+        monkeypatch.setattr(RaggedCache, "adopt", fails_once)
+        others = [scheduler.submit(ids, max_new_tokens=9, eos_token_id=None, pad_token_id=0) for ids in prompts[1:]]
+        scheduler.run()
+    assert [row.finish for row in (first, *others)] == ["error", "error", "length"]
+    assert first.tokens.tolist() == prompts[0][0].tolist() + first.new and len(first.new) > 0
+    assert others[1].new == alone(plain, prompts[2], max_new_tokens=9, eos_token_id=None, do_sample=False)
 
 
 @pytest.mark.parametrize(
