@@ -255,10 +255,10 @@ BUGS = [
     ),
     Bug("stop strings ignored", "self.others.append(each)", "continue", ("tests/speculation/test_generate.py",)),
     # -- serving
-    Bug("a choice that is generated again is shown again", "if position >= self.taken:", "if position >= 0:", CONCURRENT),
-    Bug("a client that leaves keeps its row", "self._scheduler_of(choice).cancel(choice.row)", "pass", CONCURRENT),
-    Bug("all choices have the seed of the first", "(seed + len(choices)) & (2**63 - 1)", "seed & (2**63 - 1)", ANSWERS),
-    Bug("parts of characters are shown", "if after.endswith(_INCOMPLETE) and", "if False and", ("tests/serving/test_shown.py",)),
+    Bug("a choice that is generated again is shown again", "if position < self.taken:", "if position < 0:", CONCURRENT),
+    Bug("a client that leaves keeps its row", "self._release(choice, choice.row)", "pass", CONCURRENT),
+    Bug("all choices have the seed of the first", "(seed + len(choices) + 2**63) % 2**64 - 2**63", "seed", ANSWERS),
+    Bug("parts of characters are shown", "if not after.endswith(_INCOMPLETE):", "if True:", ("tests/serving/test_shown.py",)),
     Bug("penalties count the prompt", "new = input_ids[:, self.prompt :]", "new = input_ids", ANSWERS),
     # -- patching
     Bug(
