@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def rows_of(
     All ways of a family are made before the first of them is warmed: to patch a model makes torch forget all code that it has compiled.
     """
     for family in families:
-        rows = [Row(family.name, way) for way in family.ways if only in f"{family.name} {way}" or (family.name, way) == REFERENCE]
+        rows = [Row(family.name, way) for way in family.ways if re.search(only, f"{family.name} {way}") or (family.name, way) == REFERENCE]
         for row in rows:
             try:
                 row.facts = family.ask(row.way, make=row.way)
@@ -362,7 +363,11 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--only", default="", help="only ways with this in their family and name, and transformers' plain decoding")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="a regular expression: only the ways in whose family and name it is found, and transformers' plain decoding",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "peers")
     parser.add_argument("--made", type=Path, default=VENVS / "made", help="where heads, the spec and requantised files are kept")

@@ -31,6 +31,16 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
         "mlp_int8 + compile",
         f"streaming(sinks={SINKS}, window={WINDOW}) + mlp_int8 + compile",
         "speculative",
+        "speculative(draft=suffix(scope=call))",
+        "gemv",
+        "gemv + speculative(draft=suffix(scope=call))",
+        "int8(scope='all+head')",
+        "int8(scope='all+head') + speculative(draft=suffix(scope=call))",
+        "int8(scope='all+head') + compile",
+        f"streaming(sinks={SINKS}, window={WINDOW}) + int8(scope='all+head') + compile",
+        "int8(scope='all+head') + speculative(draft=suffix(scope=call)) + compile",
+        "mlp_int8 + speculative(draft=suffix(scope=call)) + compile",
+        "mlp_int8 + gemv + speculative(draft=suffix(scope=call))",
     ]
     named = {spec: spec for spec in specs} | {"speculative (EAGLE heads)": f'speculative(draft=eagle("{made.heads}"))'}
     tuned = made.spec.read_text().strip().splitlines()[-1] if made.spec.exists() else None
@@ -45,7 +55,7 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
 def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
     view = patch_model(twin(loaded()), spec, verbose=False)
     window = next((patch.capacity for patch in parse_spec(spec) if patch.name == "streaming"), None)
-    dtype = "MLP int8" if "mlp_int8" in spec else "float32"
+    dtype = "all int8" if "all+head" in spec else "MLP int8" if "mlp_int8" in spec else "float32"
     compiled = "compile" in spec
     # A compiled step reads the whole cache: the ring of a window, or the room that a text begins with.
     slots = (window or LEAST_ROOM) if compiled else None
