@@ -42,7 +42,9 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
         "mlp_int8 + speculative(draft=suffix(scope=call)) + compile",
         "mlp_int8 + gemv + speculative(draft=suffix(scope=call))",
     ]
-    named = {spec: spec for spec in specs} | {"speculative (EAGLE heads)": f'speculative(draft=eagle("{made.heads}"))'}
+    named = {spec: spec for spec in specs} | {
+        f"{before}speculative (EAGLE heads)": f'{before}speculative(draft=eagle("{made.heads}"))' for before in ("", "gemv + ")
+    }
     tuned = made.spec.read_text().strip().splitlines()[-1] if made.spec.exists() else None
     if tuned is not None:
         named[f"tune's choice: {tuned}"] = tuned
