@@ -20,6 +20,7 @@ from patchkit.int8.linears import Int8Linear, make_saveable
 from patchkit.int8.requantize import requantize
 from patchkit.int8.saving import restore_weights
 from patchkit.int8.timing import choose_activations
+from patchkit.kernels.int8_linear import int8_linear
 from patchkit.module_timing import report_speed
 
 _TRIED_TOKENS = 2
@@ -47,6 +48,8 @@ class Int8Options(Protocol):
 @torch.no_grad()
 def install(target: Target, handle: Handle, options: Int8Options, found: FoundBlocks) -> None:
     """Give the blocks found int8 weights, and try the model once, so that an error undoes everything here and not in a user's call."""
+    if target.model.device.type == "cpu" and (reason := int8_linear.load_direct()) is not None:
+        handle.record.left_alone("calls of int8_linear without Python", reason)
     inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, options.calibration)
     blocks: list[Int8Linear | Int8Experts] = [
         *found.linears,

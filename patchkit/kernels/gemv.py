@@ -42,6 +42,11 @@ def _(x: Any, weight: Any, bias: Any = None) -> Any:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@gemv.direct
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    return x.is_cpu and x.dtype is torch.float32 and 0 < x.numel() <= _MOST_ROWS[torch.float32] * weight.shape[-1]
+
+
 @gemv.definition
 def _(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
     y = (x.double().unsqueeze(-2) * weight.double()).sum(-1)

@@ -65,6 +65,12 @@ def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "floa
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
+@int8_linear.direct
+def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "float") -> bool:
+    few = 0 < x.numel() <= _MOST_NATIVE_ROWS // (1 if activation == "int8" else 2) * weight.shape[-1]
+    return few and x.is_cpu and x.dtype is torch.float32
+
+
 @int8_linear.definition
 def _(x: Any, weight: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
     rows = x.double()
@@ -140,6 +146,9 @@ def _integers_refuse(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
         return f"{x.shape[-1]} input features could overflow an int32 sum: at most {_MOST_FEATURES}"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
+    # The kernel takes the sizes of the weight for all. The reference says what is wrong with others.
+    if not x.ndim or x.shape[-1] != weight.shape[-1] or scale.shape != weight.shape[:1] or (bias is not None and bias.shape != scale.shape):
+        return f"x {[*x.shape]}, weight {[*weight.shape]}, bias {None if bias is None else [*bias.shape]}: no linear layer's shapes"
     return None
 
 

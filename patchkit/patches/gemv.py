@@ -65,6 +65,8 @@ class Gemv(Patch):
 
     def apply(self, target: Target, handle: Handle) -> None:
         linears, left = self._linears(target)
+        if (reason := gemv.load_direct()) is not None:
+            left["calls of gemv without Python"] = reason
         report_speed("gemv", [_Timed(module) for module in linears.values()], handle.record, self.strict, (1,), "leave the patch out")
         for module in linears.values():
             handle.set_attribute(module, "forward", functools.partial(_forward, handle.record.hits, module))

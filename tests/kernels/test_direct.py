@@ -1,0 +1,110 @@
+"""Direct forms of ops: what torch's dispatcher calls without Python. The same bits as the op, and every call that they do not serve."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from patchkit.kernels import native
+from patchkit.kernels.op import VARIABLE, Op, available_ops
+
+OPS = [op for op in available_ops().values() if op._serves_directly is not None]
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def direct(request: pytest.FixtureRequest) -> Op:
+    if (reason := request.param.load_direct()) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch, direct: Op) -> list[str]:
+    """Labels of the calls that reach the op's backends in Python."""
+    calls: list[str] = []
+    for name, backend in direct.backends.items():
+        run = lambda *args, name=name, run=backend.run: (calls.append(name), run(*args))[1]  # noqa: E731
+        monkeypatch.setitem(direct.backends, name, type(backend)(name, run, backend.refuses, backend.rounding))
+    return calls
+
+
+def test_there_are_direct_forms() -> None:
+    assert {op.name for op in OPS} >= {"gemv", "int8_linear"}
+
+
+def test_all_samples_have_the_bits_of_the_op(direct: Op, in_python: list[str]) -> None:
+    served = 0
+    for label, args in direct.sample_inputs("cpu"):
+        expected = direct._dispatch(*args)
+        del in_python[:]
+        found = direct._direct(*args)  # type: ignore[misc]
+        assert torch.equal(found, expected) or (found.isnan() == expected.isnan()).all(), label
+        assert found.dtype is expected.dtype, label
+        served += not in_python
+        # A direct call that was promised must not go through Python.
+        if direct._serves_directly(*args) and direct.choose(*args) == "native":  # type: ignore[misc]
+            assert not in_python, label
+    assert served > 3
+
+
+@torch.no_grad()
+def test_few_rows_do_not_reach_python_and_others_do(direct: Op, in_python: list[str]) -> None:
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    many = [torch.randn(1, 40, args[0].shape[-1]), *args[1:]]
+    expected = direct(*args), direct(*many)
+    assert len(in_python) <= 1  # the many rows, where a backend serves them
+    compiled = torch.compile(lambda *given: direct(*given), backend="eager", fullgraph=True, dynamic=True)
+    del in_python[:]
+    assert torch.equal(compiled(*args), expected[0])
+    assert not in_python
+    assert torch.equal(compiled(*many), expected[1])
+
+
+@torch.no_grad()
+def test_the_variable_is_obeyed(direct: Op, in_python: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    compiled = torch.compile(lambda *given: direct(*given), backend="eager", fullgraph=True)
+    compiled(*args)
+    monkeypatch.setenv(VARIABLE, "reference")
+    expected = direct.reference(*args)
+    assert torch.equal(direct(*args), expected)
+    assert torch.equal(compiled(*args), expected)
+    monkeypatch.setenv(VARIABLE, "native")
+    assert torch.equal(compiled(*args), direct.backends["native"].run(*args))
+
+
+def test_where_a_gradient_is_asked_for_the_op_says_that_it_has_none(direct: Op) -> None:
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    x = args[0].clone().requires_grad_()
+    compiled = torch.compile(lambda *given: direct(*given), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="has no gradient"):
+        compiled(x, *args[1:]).sum().backward()
+
+
+def test_compiled_and_eager_code_work_without_a_direct_form(direct: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    expected = direct._dispatch(*args)
+    monkeypatch.setattr(direct, "_direct", None)
+    monkeypatch.setattr(sys.modules[Op.__module__], "load_direct", lambda name: "no headers")
+    assert direct.load_direct() == "no headers"
+    with torch.no_grad():
+        assert torch.equal(direct(*args), expected)
+
+
+@torch.no_grad()
+def test_shapes_of_no_linear_layer_are_refused(direct: Op) -> None:
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    for x in (torch.randn(1, args[0].shape[-1] - 1), torch.randn(args[0].shape[-1] + 1), torch.randn(())):
+        with pytest.raises((RuntimeError, IndexError)):
+            direct._direct(x, *args[1:])  # type: ignore[misc]
+
+
+def test_a_folder_of_headers_is_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "a.cpp").write_text('#include "b.h"\n')
+    (tmp_path / "b.h").write_text("one")
+    first = native._texts(tmp_path / "a.cpp")
+    (tmp_path / "b.h").write_text("two")
+    assert first != native._texts(tmp_path / "a.cpp")
