@@ -84,7 +84,8 @@ class Int8Weight(torch.Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """A string of everything that compiled code may depend on, for torch's cache on disk."""
-        return str((type(self).__name__, tuple(self.shape), self.dtype, self.device, self.activation, self.transposed))
+        form = int8_linear.form  # which op the traced code calls
+        return str((type(self).__name__, tuple(self.shape), self.dtype, self.device, self.activation, self.transposed, form))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, activation={self.activation!r})"

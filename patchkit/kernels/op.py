@@ -131,6 +131,11 @@ class Op:
         self._serves_directly = serves
         return serves
 
+    @property
+    def form(self) -> str:
+        """Name under which compiled code of a CPU calls this op: of its direct form, if that is loaded."""
+        return self.name if self._direct is None else f"{self.name}_direct"
+
     def load_direct(self) -> str | None:
         """Compile (once per machine) and load the direct form; return the reason where there is none, and the op works as before."""
         if self._serves_directly is None:
