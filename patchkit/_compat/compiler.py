@@ -131,5 +131,15 @@ def guard_options() -> dict[str, Any]:
 
 
 def kept_guards(guards: Any) -> list[bool]:
-    """Return, for each guard of compiled code, whether it is checked at every call."""
-    return [guard.guard_type not in _DROPPED_GUARDS for guard in guards]
+    """Return, for each guard of compiled code, whether it is checked at every call.
+
+    Two guards of each weight that is a subclass of a tensor call Python. Those of a class with a true ``fixed_context`` always hold.
+    """
+    fixed = {
+        guard.name
+        for guard in guards
+        if guard.guard_type == "TENSOR_SUBCLASS_METADATA_MATCH" and getattr(type(guard.value), "fixed_context", False)
+    }
+    held = fixed | {f"{name}.__tensor_flatten__()[0]" for name in fixed}
+    python = ("TENSOR_SUBCLASS_METADATA_MATCH", "EQUALS_MATCH")
+    return [guard.guard_type not in _DROPPED_GUARDS and not (guard.guard_type in python and guard.name in held) for guard in guards]

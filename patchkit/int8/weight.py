@@ -35,6 +35,8 @@ class Int8Weight(torch.Tensor):
     scale: torch.Tensor
     activation: str
     transposed: bool
+    # What compiled code was traced for is settled when a weight is made; see `_compat.kept_guards`.
+    fixed_context = True
 
     @staticmethod
     def __new__(
