@@ -88,7 +88,6 @@ class Choice:
         read: characters of its text, shown or not.
         tokens: its new tokens, end tokens included.
         pending: tokens of which the text is not shown yet.
-        cached: tokens of the prompt that did not have to be fed, because their keys were kept from another request.
         alone: it is generated alone, after an error in a batch that it shared.
         submitted, last: when it came, and when its last token did, by `time.perf_counter`; None before the first.
     """
@@ -110,10 +109,14 @@ class Choice:
     read: int = 0
     tokens: list[int] = field(default_factory=list)
     pending: deque[TokenChance] = field(default_factory=deque)
-    cached: int = 0
     alone: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     last: float | None = None
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that did not have to be fed, because their keys were kept from another request."""
+        return 0 if self.row is None else self.row.reused
 
     def take(self, new: list[int]) -> Piece | None:
         """Turn new tokens of the row into text; None where there is nothing to show yet."""

@@ -28,7 +28,7 @@ class Metrics:
         self.first_token = self._seconds("time_to_first_token", "From the arrival of a choice to its first token")
         self.between_tokens = self._seconds("inter_token", "Between two tokens of a choice; a round of n tokens counts n times")
         self.whole = self._seconds("e2e", "From the arrival of a choice to its end")
-        self.prefix_hit_tokens = self._counter("prefix_hit_tokens", "Tokens of prompts that did not have to be fed")
+        self.prefix_hit_tokens = self._counter("prefix_hit_tokens", "Tokens of the prompts of all choices that did not have to be fed")
         self.draft_tokens = self._counter("draft_tokens", "Drafts")
         self.accepted_tokens = self._counter("accepted_tokens", "Drafts that were accepted")
         self.forced_tokens = self._counter("forced_tokens", "Tokens that a grammar left no choice for")

@@ -48,8 +48,10 @@ class Reply:
         return all(finish is not None for finish in self._finish)
 
     def usage(self) -> dict[str, Any]:
-        """Return the counts of tokens; a prompt counts once, however many choices it has."""
-        prompts = {choice.prompt: choice for choice in self.choices}
+        """Return the counts of tokens; a prompt counts once, however many choices it has, and as the one that had to feed most of it."""
+        prompts: dict[int, Choice] = {}
+        for choice in self.choices:
+            prompts[choice.prompt] = min(prompts.get(choice.prompt, choice), choice, key=lambda each: each.cached)
         prompt, new = sum(len(choice.ids) for choice in prompts.values()), sum(len(choice.tokens) for choice in self.choices)
         rows = [choice.row for choice in self.choices if choice.row is not None]
         proposed, accepted = sum(row.proposed for row in rows), sum(row.accepted for row in rows)

@@ -84,6 +84,7 @@ class Batch:
         )
         self._prefixed = prefixed_prompts(self.model, state, self.cached, self.session.wants_hidden)
         self._hidden: list[torch.Tensor] = [] if self._prefixed is None else self._prefixed.kept()
+        self._count_reused()
         self._unfed = state.tokens[:, self.cached.fed[0] : prompt]
         self._chunk = call.config.prefill_chunk_size or prompt
         self._is_new = True
@@ -108,6 +109,7 @@ class Batch:
         with self._at_work():
             if self._prefixed is not None and len(self.rows) > 1 and not self.cached.fed[0]:
                 self._hidden += self._prefixed.feed_rows(self.cached, lambda: self.speculation.hidden)
+                self._count_reused()
                 self._unfed = self._unfed[:, self.cached.fed[0] :]
             fed, size = 0, self._unfed.shape[1]
             while fed < size and (most is None or fed < most):
@@ -237,6 +239,11 @@ class Batch:
         self._hidden.clear()
         self.statistics.memory_bytes = cache_bytes(self.cached.cache)
         self._drop(self.rows.ended())
+
+    def _count_reused(self) -> None:
+        if self._prefixed is not None:
+            for row, tokens in zip(self.rows.rows, self._prefixed.reused, strict=True):
+                row.reused = tokens
 
     def _room(self) -> int:
         """Return the most drafts of a round: up to the end of the row that may get most, or, where the model has no more positions or

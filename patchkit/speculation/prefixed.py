@@ -24,16 +24,20 @@ class PrefixedPrompts:
 
     Args:
         wants_hidden: the drafter wants the target's hidden states of the whole prompt.
+
+    Attributes:
+        reused: [R], tokens of each prompt that were kept, or fed for an equal one.
     """
 
     def __init__(self, prefixes: Prefixes, state: State, cached: CachedModel, wants_hidden: bool) -> None:
         self.prefixes, self.state, self.wants_hidden = prefixes, state, wants_hidden
         self.namespace = prefixes.namespace(cached.cache, wants_hidden)
         self.prompt: Prompt | None = None
+        self.reused = [0] * state.rows
         if state.rows == 1:
             self.prompt = prefixes.begin(self._ids(0), self.namespace, cached.cache)
             self.prompt.thaw(cached.cache)
-            cached.fed = [self.prompt.past]
+            cached.fed, self.reused = [self.prompt.past], [self.prompt.past]
 
     def _ids(self, row: int) -> list[int]:
         found: list[int] = self.state.tokens[row, : self.state.lengths[row]].tolist()
@@ -70,10 +74,11 @@ class PrefixedPrompts:
         rows, order = distinct(self.state.tokens[:, : lengths[0]])
         self.prefixes.hits["repeated rows"] += len(order) - len(rows)
         caches, hidden = [copied(cached.cache) for _ in rows], list[torch.Tensor]()
-        fed = 0
+        past, fed = list[int](), 0
         for row, cache in zip(rows, caches, strict=True):
             prompt = self.prefixes.begin(self._ids(row), self.namespace, cache)
             prompt.thaw(cache)
+            past.append(prompt.past)
             alone = CachedModel(cached.model, cache, [0], cached.ragged, prompt.past)
             found = [] if prompt.hidden is None else [prompt.hidden]
             while (border := prompt.border(alone.fed[0])) is not None:
@@ -89,6 +94,7 @@ class PrefixedPrompts:
             return []
         cached.cache = joined(caches, order)
         cached.fed = [fed] * len(order)
+        self.reused = [past[number] if row in rows else fed for row, number in enumerate(order)]
         return [torch.cat(hidden)[order]] if hidden else []
 
 

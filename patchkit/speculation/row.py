@@ -32,6 +32,7 @@ class Row:
         tokens: [length] int64, prompt and new tokens; final once it has ended.
         error: what has made it end with "error"; None otherwise.
         scores, logits: [V] float32 for every new token.
+        reused: tokens of its prompt that were not fed, because `prefix_cache` had kept them, or fed them for an equal row.
         rounds, proposed, accepted, forced: rounds it took part in, its drafts, those accepted, and the tokens that a grammar forced.
     """
 
@@ -52,6 +53,7 @@ class Row:
     error: BaseException | None = None
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    reused: int = 0
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0
