@@ -21,18 +21,21 @@ class Matcher:
         grammar: in llguidance's form.
         vocabulary: the tokens.
         parser: one at the start; None: a new one.
+        source: the matcher that this is a copy of; None for none.
 
     Attributes:
         tokens: those that the parser has consumed.
         ended: an end token follows them.
         lost: a token follows them that the grammar does not allow; then only an end is allowed.
         parser: llguidance's matcher; an error of it is final.
+        failed: it or a copy of it has met an error, which may hold for what they share.
     """
 
-    def __init__(self, grammar: str, vocabulary: Vocabulary, parser: Any = None) -> None:
+    def __init__(self, grammar: str, vocabulary: Vocabulary, parser: Any = None, source: Matcher | None = None) -> None:
         self.grammar, self.vocabulary = grammar, vocabulary
         self.tokens: list[int] = []
-        self.ended = self.lost = False
+        self.ended = self.lost = self.failed = False
+        self._source = source or self
         self.parser = parser or llguidance().LLMatcher(vocabulary.tokens, grammar, log_level=0)
         self._end_mask = mask_of(vocabulary.ends, vocabulary.words)
         # The last forced run, and the number of tokens before it: runs may be long, and are used a few tokens at a time.
@@ -47,7 +50,7 @@ class Matcher:
 
     def fresh(self) -> Matcher:
         """Return a copy of a matcher at the start; the two share what the parser has learned of the grammar's words."""
-        return Matcher(self.grammar, self.vocabulary, self.parser.deep_copy())
+        return Matcher(self.grammar, self.vocabulary, self.parser.deep_copy(), self)
 
     def bring(self, tokens: list[int]) -> None:
         """Go to the end of ``tokens``: roll back what differs, consume the rest."""
@@ -102,6 +105,7 @@ class Matcher:
             found = self.parser.compute_ff_tokens()
             if self.parser.is_error():  # a limit was met, by a run without an end, for example; this parser is lost
                 self._can_force = False
+                self._source.failed = True
                 self.parser = llguidance().LLMatcher(self.vocabulary.tokens, self.grammar, log_level=0)
                 self.parser.consume_tokens(self.tokens)
                 self.check()
@@ -112,6 +116,7 @@ class Matcher:
     def check(self) -> None:
         """Raise a `GrammarError` if the parser has met an error."""
         if self.parser.is_error():
+            self._source.failed = True
             raise GrammarError(
                 f"llguidance stopped after {len(self.tokens)} tokens: {short(self.parser.get_error())}. Give a simpler grammar"
             )

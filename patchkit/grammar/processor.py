@@ -23,6 +23,9 @@ from patchkit.grammar.vocabulary import Vocabulary, vocabulary_of
 
 _WARNING = "whitespace='flexible' lets a model write blanks without end in a JSON text: bound max_new_tokens, or leave the option out"
 
+# Copies of a parser share what it has learned of the grammar's words, of which llguidance keeps a bounded amount: so many use one parser.
+_MOST_COPIES = 128
+
 
 class Grammar(LogitsProcessor):
     """Constrains the generated text of any causal language model to a grammar.
@@ -45,6 +48,8 @@ class Grammar(LogitsProcessor):
 
     def __init__(self, texts: tuple[str, ...], vocabulary: Vocabulary, unenforced: tuple[str, ...] = ()) -> None:
         self.texts, self.vocabulary, self.unenforced = texts, vocabulary, unenforced
+        self._compiled: dict[str, Matcher] = {}  # by text: at its start, to be copied
+        self._copies = 0
         self._runs = Runs()
 
     @classmethod
@@ -68,7 +73,7 @@ class Grammar(LogitsProcessor):
             warnings.warn(_WARNING, stacklevel=2)
         text = schema_grammar(read, whitespace, lenient)
         unknown = unknown_keywords(read) if lenient else []
-        return cls._compiled(text, vocabulary_of(tokenizer, ends), tuple(f"unknown keyword {name!r}" for name in unknown))
+        return cls._checked(text, vocabulary_of(tokenizer, ends), tuple(f"unknown keyword {name!r}" for name in unknown))
 
     @classmethod
     def json(cls, tokenizer: Any, *, whitespace: Whitespace = None, ends: Sequence[int] | None = None) -> Grammar:
@@ -84,7 +89,7 @@ class Grammar(LogitsProcessor):
         """
         if whitespace == "flexible":
             warnings.warn(_WARNING, stacklevel=2)
-        return cls._compiled(schema_grammar({}, whitespace, lenient=False), vocabulary_of(tokenizer, ends))
+        return cls._checked(schema_grammar({}, whitespace, lenient=False), vocabulary_of(tokenizer, ends))
 
     @classmethod
     def regex(cls, pattern: str, tokenizer: Any, *, ends: Sequence[int] | None = None) -> Grammar:
@@ -100,7 +105,7 @@ class Grammar(LogitsProcessor):
         """
         if not isinstance(pattern, str):
             raise GrammarError(f"the regular expression is a {type(pattern).__name__}: give text")
-        return cls._compiled(llguidance().LLMatcher.grammar_from_regex(pattern), vocabulary_of(tokenizer, ends))
+        return cls._checked(llguidance().LLMatcher.grammar_from_regex(pattern), vocabulary_of(tokenizer, ends))
 
     @classmethod
     def lark(cls, text: str, tokenizer: Any, *, ends: Sequence[int] | None = None) -> Grammar:
@@ -115,7 +120,7 @@ class Grammar(LogitsProcessor):
             GrammarError: the grammar does not read, names an end token, or none of its texts ends.
         """
         vocabulary = vocabulary_of(tokenizer, ends)
-        return cls._compiled(lark_grammar(text, vocabulary), vocabulary)
+        return cls._checked(lark_grammar(text, vocabulary), vocabulary)
 
     @classmethod
     def ebnf(cls, text: str, tokenizer: Any, *, ends: Sequence[int] | None = None) -> Grammar:
@@ -144,10 +149,13 @@ class Grammar(LogitsProcessor):
         if any(each.vocabulary is not vocabulary for each in grammars):
             raise GrammarError("these grammars are of different tokenizers or end tokens: make them all with the same")
         unenforced = tuple(dict.fromkeys(each for grammar in grammars for each in grammar.unenforced))
-        return cls(tuple(text for grammar in grammars for text in grammar.texts), vocabulary, unenforced)
+        made = cls(tuple(text for grammar in grammars for text in grammar.texts), vocabulary, unenforced)
+        for grammar in grammars:
+            made._compiled |= grammar._compiled
+        return made
 
     @classmethod
-    def _compiled(cls, text: str, vocabulary: Vocabulary, unknown: tuple[str, ...] = ()) -> Grammar:
+    def _checked(cls, text: str, vocabulary: Vocabulary, unknown: tuple[str, ...] = ()) -> Grammar:
         matcher = Matcher(text, vocabulary)
         if matcher.parser.is_error():
             raise GrammarError(f"{short(matcher.parser.get_error())}. Mend the grammar, or leave out what llguidance does not have")
@@ -158,7 +166,9 @@ class Grammar(LogitsProcessor):
             matcher.fill(np.zeros(vocabulary.words, dtype=np.int32))
         except GrammarError as error:
             raise GrammarError(f"no text follows this grammar ({error})") from error
-        return cls((text,), vocabulary, unenforced)
+        grammar = cls((text,), vocabulary, unenforced)
+        grammar._compiled[text] = matcher
+        return grammar
 
     def matchers(self, rows: int) -> list[Matcher]:
         """Return new parsers for the rows of a batch.
@@ -166,8 +176,15 @@ class Grammar(LogitsProcessor):
         Raises:
             GrammarError: there are several grammars, and the rows are no multiple of them.
         """
-        first = [Matcher(text, self.vocabulary) for text in self.texts]
-        return [first[self._number(row, rows)].fresh() for row in range(rows)]
+        texts = [self.texts[self._number(row, rows)] for row in range(rows)]
+        if self._copies + rows > _MOST_COPIES:
+            self._compiled, self._copies = {}, 0
+        compiled = self._compiled
+        self._copies += rows
+        for text in texts:
+            if text not in compiled or compiled[text].failed:
+                compiled[text] = Matcher(text, self.vocabulary)
+        return [compiled[text].fresh() for text in texts]
 
     def for_row(self, row: int, rows: int, prompt: int) -> LogitsProcessor:
         """Return a processor for one row of a batch of ``rows``, whose grammar begins after ``prompt`` tokens, padding included."""
@@ -199,7 +216,9 @@ class Grammar(LogitsProcessor):
         return apply(scores, masks, self.vocabulary.size)
 
     def __deepcopy__(self, memo: Any) -> Grammar:
-        return type(self)(self.texts, self.vocabulary, self.unenforced)
+        made = type(self)(self.texts, self.vocabulary, self.unenforced)
+        made._compiled |= self._compiled
+        return made
 
     def __repr__(self) -> str:
         return f"Grammar({json.dumps(self.texts[0])[:60]}{', ...' if len(self.texts) > 1 else ''})"

@@ -263,6 +263,24 @@ def test_any_json() -> None:
     assert ended
 
 
+def test_copies_share_a_parser_until_they_are_many_or_one_fails() -> None:
+    grammar = Grammar.regex("[ab]{2,9}", bundled()[1])
+
+    def source() -> Matcher:
+        return grammar.matchers(1)[0]._source
+
+    first = source()
+    assert all(source() is first for _ in range(9)) and copy.deepcopy(grammar).matchers(1)[0]._source is first
+    assert Grammar.batch([grammar] * 2).matchers(2)[1]._source is first
+    failing = grammar.matchers(1)[0]
+    failing.parser.consume_token(bundled()[1]("z")["input_ids"][0])  # an error of the library
+    with pytest.raises(GrammarError, match="llguidance stopped"):
+        failing.check()
+    second = source()
+    assert second is not first and not second.failed
+    assert {id(source()) for _ in range(200)} - {id(second)}
+
+
 def test_copies_and_lists() -> None:
     grammar = grammar_of("colours")
     again = copy.deepcopy(LogitsProcessorList([grammar]))

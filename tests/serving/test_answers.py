@@ -14,6 +14,8 @@ from served import NAME, PROMPTS, alone, client, model_and_tokenizer, plain_mode
 from starlette.testclient import TestClient
 from transformers import LogitsProcessor
 
+from patchkit.grammar.matcher import Matcher
+
 PROMPT = PROMPTS[0]
 
 
@@ -216,3 +218,19 @@ def test_the_text_has_the_form_that_was_asked_for(served: TestClient) -> None:
     text = chat(served, response_format={"type": "json_object"}, max_tokens=30)["choices"][0]["message"]["content"]
     assert text.startswith("{")
     assert chat(served, response_format={"type": "text"})["choices"] == chat(served)["choices"]
+
+
+def test_a_grammar_is_compiled_once(served: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    class Counted(Matcher):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self._source is self)
+
+    monkeypatch.setattr("patchkit.grammar.processor.Matcher", Counted)
+    monkeypatch.setattr("patchkit.grammar.matcher.Matcher", Counted)
+    form = {"type": "json_schema", "json_schema": {"name": "user", "schema": SCHEMA}}
+    choices = chat(served, response_format=form, max_tokens=80, temperature=1.0, seed=3, n=3)["choices"]
+    assert [list(json.loads(choice["message"]["content"])) for choice in choices] == [["name", "age"]] * 3
+    assert sorted(made) == [False] * 3 + [True]
