@@ -37,7 +37,7 @@ class Engine:
         model: patched with `speculative`, or it will be for the life of the engine, without drafts.
         max_rows: choices that are generated at the same time.
         max_queue: choices that may wait beside those.
-        prefill: tokens of waiting prompts that are fed between two rounds.
+        prefill: most tokens of waiting prompts that are fed between two rounds; see `Scheduler`.
 
     Attributes:
         metrics: its figures.
@@ -147,7 +147,7 @@ class Engine:
     # -- in the thread ---------------------------------------------------------------------------------------------------------
 
     def _new_schedulers(self) -> list[Scheduler]:
-        """The scheduler of all, and one that generates alone those choices that were in a batch that met an error."""
+        """The scheduler of all, and one that generates alone those choices that were in a batch that met an error; see `_slots`."""
         return [Scheduler(self.model, self.max_rows, self.prefill), Scheduler(self.model, 1, self.prefill)]
 
     def _run(self) -> None:
@@ -182,7 +182,9 @@ class Engine:
 
     def _step(self) -> None:
         """One round of all choices, and the ends of those that have ended."""
-        for scheduler in list(self._schedulers):
+        for alone in (False, True):
+            scheduler = self._schedulers[alone]
+            scheduler.slots = self._slots(alone)
             try:
                 scheduler.step()
             except Exception as error:
@@ -198,6 +200,11 @@ class Engine:
             elif row.finish is not None or choice.shown.stopped:
                 self._finish(choice, row)
         self._measure()
+
+    def _slots(self, alone: bool) -> int:
+        """Slots of a scheduler now: both have `max_rows` together, of which one is kept for choices that are to be generated alone."""
+        shared, again = self._schedulers
+        return min(1, self.max_rows - shared.running) if alone else self.max_rows - bool(again.running or again.waiting)
 
     def _replace(self, scheduler: Scheduler, error: Exception) -> None:
         """Go on with a new scheduler after an error of one, which ends the rows that it had."""

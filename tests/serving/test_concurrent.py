@@ -150,13 +150,14 @@ def test_a_request_that_fails_alone_gets_500_and_the_next_is_served() -> None:
 def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> None:
     """One row writes a token by which every forward fails, those that it shares too."""
     model, _ = model_and_tokenizer()
-    bad, widths = 4000, []
+    bad, widths, live = 4000, list[int](), list[int]()
 
     def fails(ids: torch.Tensor) -> bool:
         widths.append(len(ids))
+        live.append(sum(scheduler.running for scheduler in served.app.state.engine._schedulers))
         return bool((ids == bad).any())
 
-    with client(model, raising=False) as served, ThreadPoolExecutor(4) as pool:
+    with client(model, raising=False, max_rows=4) as served, ThreadPoolExecutor(8) as pool:
         failing = Failing(fails, RuntimeError("bad row"))
         hook = model.register_forward_pre_hook(failing, with_kwargs=True)
 
@@ -167,12 +168,16 @@ def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> No
         innocent = [pool.submit(ask, PROMPTS[0]), pool.submit(ask, PROMPTS[1]), pool.submit(ask, PROMPTS[3], **sampled)]
         wait_for(lambda: 3 in widths)
         guilty = pool.submit(ask, PROMPTS[4], logit_bias={str(bad): 100})
+        # These come in when the others have left the batch, and those are still generated again.
+        innocent += [pool.submit(ask, PROMPTS[0], max_tokens=16) for _ in range(4)]
         found = [each.result() for each in innocent]
         assert guilty.result().status_code == 500 and guilty.result().json()["error"]["code"] == "generation_failed"
         hook.remove()
     assert failing.times == 2 and 4 in widths  # in the round that was shared, and alone
+    assert max(live) == 4
     expected = [alone(prompt, max_new_tokens=120) for prompt in PROMPTS[:2]] + [
-        alone(PROMPTS[3], seed=4, temperature=0.9, max_new_tokens=120)
+        alone(PROMPTS[3], seed=4, temperature=0.9, max_new_tokens=120),
+        *[alone(PROMPTS[0], max_new_tokens=16)] * 4,
     ]
     assert [response.json()["choices"][0]["text"] for response in found] == expected
 
