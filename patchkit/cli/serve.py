@@ -39,7 +39,7 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Texts that are generated at the same time.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; a request for more gets status 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text.")] = 4096,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of waiting prompts that are fed between two rounds.")] = 512,
+    prefill: Annotated[int, typer.Option(min=1, help="Most tokens of waiting prompts that are fed between two rounds.")] = 512,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that texts have to end after SIGTERM.")] = 60.0,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",

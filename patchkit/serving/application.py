@@ -57,7 +57,7 @@ def app(
         max_rows: texts that are generated at the same time.
         max_queue: texts that may wait beside those; a request for more gets 429.
         max_tokens: most new tokens of a text.
-        prefill: tokens of waiting prompts that are fed between two rounds.
+        prefill: most tokens of waiting prompts that are fed between two rounds; see `Scheduler`.
         api_key: that requests to /v1 have to send; None for no key.
 
     Returns:

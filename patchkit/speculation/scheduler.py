@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from patchkit.errors import PatchError
 from patchkit.speculation.batch import Batch
 from patchkit.speculation.generate import prepared_call
+from patchkit.speculation.pace import Pace
 from patchkit.speculation.refusals import Call, Unserved
 from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows
@@ -55,8 +57,9 @@ class Scheduler:
 
     Args:
         model: patched with `speculative`.
-        slots: sequences that are generated at the same time.
-        prefill: tokens of waiting prompts that are fed between two rounds, so that running sequences go on.
+        slots: sequences that are generated at the same time. The attribute may be changed: those that have a slot keep it.
+        prefill: most tokens of waiting prompts that are fed between two rounds. While sequences are generated, as many as take not much
+            longer than a round (`patchkit.speculation.pace`), or a block of `prefix_cache`.
 
     Raises:
         PatchConflict: the model is not patched with speculative.
@@ -67,7 +70,8 @@ class Scheduler:
         for name, value in (("slots", slots), ("prefill", prefill)):
             if value < 1:
                 raise ValueError(f"{name}={value}: give at least 1")
-        self.model, self.slots, self.chunk = model, slots, prefill
+        self.model, self.slots = model, slots
+        self._pace = Pace(prefill)
         self._speculation = speculation_of(model)
         self._waiting: deque[_Waiting] = deque()
         self._incoming: Batch | None = None
@@ -135,10 +139,13 @@ class Scheduler:
             Whether any sequence is left.
         """
         self._admit()
+        started = time.perf_counter()
         for batch in list(self._batches):
             self._guarded([batch], batch.round)
             if len(batch.statistics.steps) >= _ROUNDS:
                 batch.publish()
+        if self._batches:
+            self._pace.round(time.perf_counter() - started)
         self._sweep()
         return bool(self._batches or self._waiting or self._incoming)
 
@@ -174,9 +181,9 @@ class Scheduler:
             self._incoming = None
 
     def _admit(self) -> None:
-        """Feed up to `chunk` tokens of waiting prompts, and let those that are fed join the others."""
-        left = self.chunk
-        while left > 0:
+        """Feed a part of the waiting prompts, and let those that are fed join the others."""
+        self._pace.begin(sum(len(batch.rows) for batch in self._batches))
+        while (most := self._pace.next()) > 0:
             if self._incoming is None:
                 if not self._waiting or self.running >= self.slots:
                     return
@@ -185,9 +192,11 @@ class Scheduler:
                 if self._incoming is None:
                     continue
             batch = self._incoming
-            before = batch.unfed
-            fed = self._guarded([batch], lambda batch=batch, left=left: batch.prefill(left))  # type: ignore[misc]
-            left -= before - batch.unfed
+            before, started = batch.unfed, time.perf_counter()
+            fed = self._guarded([batch], functools.partial(batch.prefill, most))
+            if self.model.device.type != "cpu":
+                torch.accelerator.synchronize(self.model.device.type)  # else the next round would wait for it, and be timed with it
+            self._pace.fed(before - batch.unfed, time.perf_counter() - started)
             if fed and len(batch.rows):
                 self._incoming = None
                 self._place(batch)

@@ -1,0 +1,83 @@
+"""How much of waiting prompts is fed between two rounds, so that rounds of the sequences that are generated do not come much later: `Pace`.
+
+Agrawal et al. 2024, "Sarathi-Serve", https://arxiv.org/abs/2403.02310, feeds prompts in chunks of one size, in one forward with a round.
+Differs from it in that a chunk is a forward of its own, as large as measured times allow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+# Feeding between two rounds may take this many times a round: the time between two tokens of a sequence is then up to 1 + SHARE rounds.
+SHARE = 1.5
+
+# The first chunk while nothing is known, and the least one, so that every prompt is fed in the end.
+_FIRST, _LEAST = 16, 4
+# Rounds of which the fastest counts.
+_ROUNDS = 4
+
+
+class Pace:
+    """Chooses chunks by the times of rounds and of earlier chunks.
+
+        pace.begin(rows)
+        while (tokens := pace.next()) > 0: ...; pace.fed(tokens, seconds)
+        ...; pace.round(seconds)
+
+    A forward takes a part of its time whatever it is fed, and that part is about a round. So the next chunk is the last one times what it
+    may take over what that took: towards the right size it goes by steps that never overshoot, except from much larger chunks.
+
+    Args:
+        most: tokens that are fed between two rounds at most, and where nothing is generated.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._rounds: deque[float] = deque(maxlen=_ROUNDS)
+        self._last: tuple[int, float] | None = None  # tokens and seconds of the last chunk that tells something
+        self._rows, self._left, self._spent = 0, most, 0.0
+        self._plan = most
+
+    def begin(self, rows: int) -> None:
+        """Begin to feed, while ``rows`` sequences are generated."""
+        self._rows, self._left, self._spent = rows, self.most, 0.0
+        self._plan = self._planned() if rows else self.most
+
+    def next(self) -> int:
+        """Return how many tokens to feed next, of one prompt; 0 for none before the next round."""
+        if not self._rows or not self._spent:
+            return max(0, min(self._plan, self._left))
+        rest = (self._budget - self._spent - self._round) / (self._budget - self._round) if self._rounds else 0.0
+        tokens = int(self._plan * rest)
+        return max(0, min(tokens, self._left)) if tokens >= _FIRST else 0
+
+    def fed(self, tokens: int, seconds: float) -> None:
+        """Take note of a chunk."""
+        is_whole = not self._rows or tokens >= self._plan
+        self._left -= tokens
+        self._spent += seconds
+        if is_whole or seconds > self._budget:  # a smaller one, at the end of a prompt, that took less than it may tells nothing
+            self._last = tokens, seconds
+
+    def round(self, seconds: float) -> None:
+        """Take note of the time of a round of all sequences."""
+        self._rounds.append(seconds)
+
+    @property
+    def _round(self) -> float:
+        return min(self._rounds, default=0.0)
+
+    @property
+    def _budget(self) -> float:
+        """Seconds that feeding may take."""
+        return SHARE * self._round
+
+    def _planned(self) -> int:
+        """Tokens of a chunk that takes the budget."""
+        if self._last is None or not self._rounds:
+            return min(_FIRST, self.most)
+        tokens, seconds = self._last
+        factor = min(2.0, self._budget / max(seconds, 1e-9))
+        if factor < 0.5:  # most of the time was that of the tokens, which says little of the rest
+            factor /= 2
+        return min(self.most, max(_LEAST, int(tokens * factor)))
