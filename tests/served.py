@@ -7,7 +7,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,8 +48,15 @@ def model_and_tokenizer() -> tuple[Any, Any]:
     return twin(model), tokenizer
 
 
-def alone(prompt: str, seed: int | None = None, **options: Any) -> str:
+def alone(prompt: str, seed: int | None = None, logits_processor: Any = None, **options: Any) -> str:
     """Text of the unpatched model by transformers' own generate."""
+    return _written(prompt, seed, None if logits_processor is None else tuple(logits_processor), **options)
+
+
+@functools.cache
+def _written(prompt: str, seed: int | None, logits_processor: Any, **options: Any) -> str:
+    if logits_processor is not None:
+        options["logits_processor"] = list(logits_processor)
     tokenizer = model_and_tokenizer()[1]
     inputs = tokenizer(prompt, return_tensors="pt")
     if seed is not None:
@@ -73,16 +80,19 @@ def client(model: Any = None, raising: bool = True, **options: Any) -> Iterator[
 
 
 @contextlib.contextmanager
-def listening(**options: Any) -> Iterator[tuple[str, Any]]:
-    """Address of a server on a port of this machine, and its application."""
+def listening(model: Any = None, **options: Any) -> Iterator[tuple[str, Any]]:
+    """Address of a server on a port of this machine, and its application. ``application.state.server`` is what a signal is told."""
     import uvicorn
 
     from patchkit.serving import app
+    from patchkit.serving.server import DrainingServer
 
-    application = app(*model_and_tokenizer(), name=NAME, **options)
+    loaded, tokenizer = model_and_tokenizer()
+    application = app(model or loaded, tokenizer, name=NAME, **options)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False))
+        config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        server = application.state.server = DrainingServer(config, application.state.engine, 30)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         wait_for(lambda: server.started)
@@ -92,6 +102,24 @@ def listening(**options: Any) -> Iterator[tuple[str, Any]]:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+class Gate:
+    """Lets the forwards of a model pass until one for which ``stops`` is true, given the token ids, and then none until it opens."""
+
+    def __init__(self, model: Any, stops: Callable[[Any], bool]) -> None:
+        self.stops, self.reached, self._open = stops, threading.Event(), threading.Event()
+        self._hook = model.register_forward_pre_hook(self._pass, with_kwargs=True)
+
+    def _pass(self, module: Any, args: Any, kwargs: Any) -> None:
+        if self.stops(kwargs["input_ids"]):
+            self.reached.set()
+            assert self._open.wait(60)
+
+    def open(self) -> None:
+        """Let all forwards pass."""
+        self._open.set()
+        self._hook.remove()
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 import torch
-from served import PROMPTS, alone, client, figures, listening, model_and_tokenizer, plain_model, wait_for
+from served import PROMPTS, Gate, alone, client, figures, listening, model_and_tokenizer, plain_model, wait_for
 
 from patchkit import patch_model, report, unpatch_model
 from patchkit.errors import PatchConflict
@@ -42,10 +43,10 @@ def test_twenty_requests_have_the_texts_that_they_have_alone(served: tuple[str, 
     chance = random.Random(3)
     wanted = []
     for number in range(20):
-        body: dict[str, Any] = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 5 + 2 * (number % 9), "stream": number % 3 == 0}
+        body: dict[str, Any] = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 3 + number % 7, "stream": number % 3 == 0}
         if number % 2:
             body |= {"temperature": 0.8, "seed": number}
-        wanted.append((body, chance.random() * 0.8))
+        wanted.append((body, chance.random() * 0.3))
 
     def ask(body: dict[str, Any], delay: float) -> str:
         time.sleep(delay)
@@ -106,14 +107,17 @@ def test_many_clients_that_leave_leave_nothing(served: tuple[str, Any]) -> None:
 
 
 def test_a_queue_that_is_full() -> None:
-    with listening(max_rows=1, max_queue=1) as (url, application):
+    model, _ = model_and_tokenizer()
+    with listening(model, max_rows=1, max_queue=1) as (url, application):
         engine = application.state.engine
         with ThreadPoolExecutor(2) as pool:
-            long = [pool.submit(post, url, prompt=PROMPTS[0], max_tokens=400) for _ in range(2)]
-            wait_for(lambda: engine.running == 1 and engine.waiting == 1)
+            gate = Gate(model, lambda ids: (engine.running, engine.waiting) == (1, 1))
+            long = [pool.submit(post, url, prompt=PROMPTS[0], max_tokens=20) for _ in range(2)]
+            assert gate.reached.wait(30)
             refused = post(url, prompt=PROMPTS[1], max_tokens=2)
             assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
+            gate.open()
             assert all(each.result().status_code == 200 for each in long)
         assert post(url, prompt=PROMPTS[1], max_tokens=2).status_code == 200
         assert figures(requests.get(f"{url}/metrics", timeout=10).text)["patchkit_refused_total{status=429}"] == 1
@@ -162,22 +166,26 @@ def test_an_error_in_a_shared_round_ends_only_the_request_that_causes_it() -> No
         hook = model.register_forward_pre_hook(failing, with_kwargs=True)
 
         def ask(prompt: str, **more: Any) -> Any:
-            return served.post("/v1/completions", json={"prompt": prompt, "max_tokens": 120, "temperature": 0, **more})
+            return served.post("/v1/completions", json={"prompt": prompt, "max_tokens": 12, "temperature": 0, **more})
+
+        gate = Gate(model, lambda ids: len(ids) == 3)
 
         sampled = {"temperature": 0.9, "seed": 4, "stop": ["never"]}
         innocent = [pool.submit(ask, PROMPTS[0]), pool.submit(ask, PROMPTS[1]), pool.submit(ask, PROMPTS[3], **sampled)]
-        wait_for(lambda: 3 in widths)
+        assert gate.reached.wait(30)
         guilty = pool.submit(ask, PROMPTS[4], logit_bias={str(bad): 100})
         # These come in when the others have left the batch, and those are still generated again.
-        innocent += [pool.submit(ask, PROMPTS[0], max_tokens=16) for _ in range(4)]
+        innocent += [pool.submit(ask, PROMPTS[0], max_tokens=8) for _ in range(4)]
+        wait_for(lambda: len(served.app.state.engine._commands) == 5)
+        gate.open()
         found = [each.result() for each in innocent]
         assert guilty.result().status_code == 500 and guilty.result().json()["error"]["code"] == "generation_failed"
         hook.remove()
     assert failing.times == 2 and 4 in widths  # in the round that was shared, and alone
     assert max(live) == 4
-    expected = [alone(prompt, max_new_tokens=120) for prompt in PROMPTS[:2]] + [
-        alone(PROMPTS[3], seed=4, temperature=0.9, max_new_tokens=120),
-        *[alone(PROMPTS[0], max_new_tokens=16)] * 4,
+    expected = [alone(prompt, max_new_tokens=12) for prompt in PROMPTS[:2]] + [
+        alone(PROMPTS[3], seed=4, temperature=0.9, max_new_tokens=12),
+        *[alone(PROMPTS[0], max_new_tokens=8)] * 4,
     ]
     assert [response.json()["choices"][0]["text"] for response in found] == expected
 
@@ -253,11 +261,11 @@ def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
     before = snapshot(model)
     if spec is not None:
         patch_model(model, spec, verbose=False)
-    text = alone(PROMPTS[0], max_new_tokens=60)
+    text = alone(PROMPTS[0], max_new_tokens=16)
     with client(model, max_rows=2) as served:
         names = [patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"]]
         assert names == (["speculative"] if spec is None else [spec.split("(")[0], "speculative"])
-        body = {"prompt": PROMPTS[0], "max_tokens": 60, "temperature": 0, "n": 3}
+        body = {"prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "n": 3}
         choices = served.post("/v1/completions", json=body).json()["choices"]
         if spec is None:
             assert {choice["text"] for choice in choices} == {text}
@@ -265,7 +273,7 @@ def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
             pass
     if spec is not None:
         inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=60, pad_token_id=0)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=16, pad_token_id=0)
         expected = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert {choice["text"] for choice in choices} == {expected} and expected != text
         assert [patch.name for patch in report(model).patches] == [spec.split("(")[0]]
@@ -274,17 +282,23 @@ def test_a_model_is_after_the_server_what_it_was(spec: str | None) -> None:
 
 
 def test_a_server_that_drains_finishes_and_takes_no_more() -> None:
-    with listening(max_rows=2) as (url, application):
-        engine = application.state.engine
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(post, url, prompt=PROMPTS[0], max_tokens=200)
-            wait_for(lambda: engine.running == 1)
-            engine.drain()
+    model, _ = model_and_tokenizer()
+    with listening(model, max_rows=1) as (url, application):
+        engine, server = application.state.engine, application.state.server
+        with ThreadPoolExecutor(2) as pool:
+            gate = Gate(model, lambda ids: (engine.running, engine.waiting) == (1, 1))
+            running = [pool.submit(post, url, prompt=PROMPTS[0], max_tokens=16) for _ in range(2)]
+            assert gate.reached.wait(30)
+            server.handle_exit(signal.SIGTERM, None)
             refused = post(url, prompt=PROMPTS[1], max_tokens=2)
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and "Retry-After" in refused.headers
             assert requests.get(f"{url}/ready", timeout=10).status_code == 503
             assert requests.get(f"{url}/health", timeout=10).status_code == 200
-            assert running.result().json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=200)
+            assert not server.should_exit
+            gate.open()
+            for each in running:
+                assert each.result().json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=16)
+        wait_for(lambda: not server.started or server.should_exit)
         assert engine.idle
 
 

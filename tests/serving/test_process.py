@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,7 +54,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_it_serves_and_ends_in_order_at_a_signal(tmp_path: Path) -> None:
+def test_it_serves_drains_at_a_signal_and_ends_at_once_at_a_second_one(tmp_path: Path) -> None:
     key, log = tmp_path / "key", tmp_path / "log"
     key.write_text("sk-1\n")
     options = (
@@ -64,7 +63,7 @@ def test_it_serves_and_ends_in_order_at_a_signal(tmp_path: Path) -> None:
         "--api-key-file",
         str(key),
         "--max-rows",
-        "2",
+        "3",
         "--name",
         "mine",
         "--patches",
@@ -74,57 +73,53 @@ def test_it_serves_and_ends_in_order_at_a_signal(tmp_path: Path) -> None:
         assert requests.get(f"{url}/v1/models", timeout=10).status_code == 401
         assert requests.get(f"{url}/v1/models", headers=KEY, timeout=10).json()["data"][0]["id"] == "mine"
 
-        def ask(number: int) -> requests.Response:
-            body = {"model": "mine", "prompt": PROMPTS[number], "temperature": 0, "max_tokens": 120, "stream": number == 2}
-            return requests.post(f"{url}/v1/completions", json=body, headers=KEY, timeout=60)
+        def ask(number: int, tokens: int = 60) -> requests.Response:
+            body = {"model": "mine", "prompt": PROMPTS[number], "temperature": 0, "max_tokens": tokens, "stream": number == 1}
+            return requests.post(f"{url}/v1/completions", json={**body, "logit_bias": {"0": -100}}, headers=KEY, timeout=60)
 
-        running = [pool.submit(ask, number) for number in range(3)]
-        wait_for(lambda: requests.get(f"{url}/v1/patchkit/report", headers=KEY, timeout=10).json()["rows"]["running"] == 2)
+        long = pool.submit(ask, 2, 480)
+        short = [pool.submit(ask, number) for number in range(2)]
+        wait_for(lambda: requests.get(f"{url}/v1/patchkit/report", headers=KEY, timeout=10).json()["rows"]["running"] == 3)
         started.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
+        wait_for(lambda: requests.get(f"{url}/ready", timeout=10).status_code == 503)
         refused = ask(3)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
-        for number, each in enumerate(running):
-            response = each.result()
-            assert response.status_code == 200
-            if number == 2:
-                assert response.text.endswith("data: [DONE]\n\n")
-            else:
-                assert response.json()["choices"][0]["text"] == alone(PROMPTS[number], max_new_tokens=120)
-        assert started.wait(30) == 0
+        assert short[0].result().json()["choices"][0]["text"] == alone(PROMPTS[0], max_new_tokens=60)
+        assert short[1].result().status_code == 200 and short[1].result().text.endswith("data: [DONE]\n\n")
+        assert not long.done()
+        started.send_signal(signal.SIGINT)
+        assert long.result().status_code == 503 and started.wait(30) == 0
     assert "warning" not in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
 
 
-def test_it_warns_and_ends_at_once_at_a_second_signal(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with process("--host", "0.0.0.0", log=log) as (url, started), ThreadPoolExecutor(1) as pool:
-        assert "warning: 0.0.0.0 can be reached by other machines, and there is no API key" in log.read_text()
-        body = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 480, "logit_bias": {"0": -100}}
-        running = pool.submit(requests.post, f"{url}/v1/completions", json=body, timeout=60)
-        wait_for(lambda: requests.get(f"{url}/v1/patchkit/report", timeout=10).json()["rows"]["running"] == 1)
-        started.send_signal(signal.SIGINT)
-        started.send_signal(signal.SIGTERM)
-        assert running.result().status_code == 503
-        assert started.wait(30) == 0
+def served_in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Any, list[Any]]:
+    """What `patchkit serve` prints, and the application and the patience with which it would serve."""
+    found: list[Any] = []
+
+    def run(application: Any, bound: socket.socket, patience: float) -> None:
+        bound.close()
+        found.extend((application, patience))
+
+    monkeypatch.setattr("patchkit.serving.server.run", run)
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 0, result.output
+    return result, found
+
+
+def test_it_warns_where_others_may_ask_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = served_in_this_process(monkeypatch, "stdlib-7m", "--host", "0.0.0.0", "--port", "0")
+    assert "warning: 0.0.0.0 can be reached by other machines, and there is no API key" in result.stderr
 
 
 @pytest.mark.parametrize(("option", "names"), [("", ["streaming", "speculative"]), ("none", ["speculative"])])
 def test_an_exported_directory_has_its_patches(option: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = model_and_tokenizer()
     export(model, tokenizer, "streaming(sinks=1, window=6)", tmp_path / "exported")
-    found = []
-
-    def run(application: Any, bound: socket.socket, patience: float) -> None:
-        bound.close()
-        with TestClient(application) as served:
-            found.extend(patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"])
-            assert served.get("/v1/models").json()["data"][0]["id"] == "exported" and patience == 7
-
-    monkeypatch.setattr("patchkit.serving.server.run", run)
-    result = CliRunner().invoke(
-        app, ["serve", str(tmp_path / "exported"), "--port", "0", "--drain", "7"] + (["--patches", option] if option else [])
-    )
-    assert result.exit_code == 0, result.output
+    options = ["--patches", option] if option else []
+    _, (application, patience) = served_in_this_process(monkeypatch, str(tmp_path / "exported"), "--port", "0", "--drain", "7", *options)
+    with TestClient(application) as served:
+        found = [patch["name"] for patch in served.get("/v1/patchkit/report").json()["patches"]]
+        assert served.get("/v1/models").json()["data"][0]["id"] == "exported" and patience == 7
     assert found == names
 
 

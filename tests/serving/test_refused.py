@@ -235,7 +235,7 @@ def mutated(value: Any, chance: random.Random) -> Any:
     return chance.choice(odd)
 
 
-def test_a_thousand_broken_bodies_do_no_harm() -> None:
+def test_broken_bodies_do_no_harm() -> None:
     chance = random.Random(7)
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 3, "stop": ["e", "f"], "presence_penalty": 1, "n": 1}
@@ -245,7 +245,7 @@ def test_a_thousand_broken_bodies_do_no_harm() -> None:
     plain = {"prompt": ["a b", "c"], "logit_bias": {"7": 3}, "logprobs": 2, "max_tokens": 1, "stream": True, **sampling}
     statuses: dict[int, int] = {}
     with client(max_tokens=4, raising=False) as served:
-        for number in range(1000):
+        for number in range(400):
             path, seed = chance.choice(
                 [
                     ("/v1/chat/completions", chat),
@@ -266,7 +266,7 @@ def test_a_thousand_broken_bodies_do_no_harm() -> None:
                 refusal(response)
         assert served.get("/health").status_code == 200
         assert served.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 2}).status_code == 200
-    assert statuses[400] > 500 and statuses[200] > 20, statuses
+    assert statuses[400] > 200 and statuses[200] > 20, statuses
 
 
 def test_a_connection_that_is_no_http() -> None:
