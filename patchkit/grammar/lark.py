@@ -67,7 +67,7 @@ def never_end(text: str) -> set[str]:
     clean = _PIECES.sub(_without_comment, re.sub(r"(?m)^[ \t]*%.*$", "", text))
     heads = list(_RULE.finditer(clean))
     bodies: dict[str, list[str]] = {}
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
+    for head, following in zip(heads, [*heads[1:], None], strict=False):  # without rules there is one None too many
         body = clean[head.end() : len(clean) if following is None else following.start()]
         bodies[head.group("name")] = _BODY.findall(body)
     ending: set[str] = set()

@@ -80,6 +80,7 @@ def test_regular_expressions(pattern: Any, message: str) -> None:
     ("text", "message"),
     [
         ("", "the grammar is empty"),
+        ("no rules", "Expected token"),
         ("start: a b", 'unknown name: "a"'),
         ("start: (", "Expected|expected|unexpected"),
         ('start: x\nx: "a" x', "no text of the grammar ever ends .rules start, x."),

@@ -93,6 +93,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "regex", "regex": "(a"}}, "response_format", ""),
     ({"response_format": {"type": "regex", "regex": "(?=a)b"}}, "response_format", "look-around"),
     ({"response_format": {"type": "lark", "lark": "x: y"}}, "response_format", ""),
+    ({"response_format": {"type": "lark", "lark": "no rules"}}, "response_format", ""),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"typo": "object"}}}}, "response_format", "unknown keywords"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "missing"),
 ]  # fmt: skip
