@@ -26,6 +26,8 @@ CONCERNS = {
     "patchkit/linear/": ["tests/linear/", "tests/patches/test_linear.py"],
     "patchkit/training/": ["tests/training/", "tests/speculation/test_heads.py"],
     "patchkit/int8/": ["tests/int8/", "tests/patches/test_mlp_int8.py"],
+    "patchkit/int4/": ["tests/int4/", "tests/patches/test_int4.py"],
+    "patchkit/quantised/": ["tests/int8/", "tests/int4/", "tests/patches/test_mlp_int8.py", "tests/patches/test_int4.py"],
     "patchkit/measure/": ["tests/measure/"],
     "patchkit/prove/": ["tests/prove/"],
     "patchkit/definitions/": ["tests/prove/"],

@@ -1,8 +1,9 @@
-"""Definition of modules with weights of eight bits."""
+"""Definition of modules with weights of eight bits, and what the definitions of all modules with rounded weights share."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,11 @@ _UNSURE_STEPS = 127 * 2.0**-21
 # The same where inputs are not rounded, as a share of a row's largest: kernels take them as integers of 16 bits (docs/kernels.md).
 _UNSURE_SHARE = 2.0**-16
 
+# (tensor, dimension along which it is multiplied) -> the rounded tensor
+_RoundWeight = Callable[[torch.Tensor, int], torch.Tensor]
+# (inputs [..., K], generator of uncertainty or None) -> the rounded inputs
+_RoundInput = Callable[[torch.Tensor, "torch.Generator | None"], torch.Tensor]
+
 
 def rounded_logits(
     model: Any, ids: torch.Tensor, facts: PatchReport, *, at: torch.Tensor | None = None, unsure: torch.Generator | None = None
@@ -34,6 +40,23 @@ def rounded_logits(
 
     Raises:
         NoDefinition: fused experts that round their inputs, which is not visible from outside; or weights that were loaded in int8.
+    """
+    return logits_over(model, ids, facts, rounded, lambda x, unsure: rounded(x, -1, unsure), at, unsure)
+
+
+def logits_over(
+    model: Any,
+    ids: torch.Tensor,
+    facts: PatchReport,
+    round_weight: _RoundWeight,
+    round_input: _RoundInput,
+    at: torch.Tensor | None,
+    unsure: torch.Generator | None,
+) -> torch.Tensor:
+    """Logits with the weights of the patch's modules rounded by one function; in mode "dynamic" inputs too, by another.
+
+    Raises:
+        NoDefinition: as `rounded_logits`.
     """
     originals: list[tuple[nn.Module, str, Any]] = []
     hooks = []
@@ -52,9 +75,9 @@ def rounded_logits(
                 if isinstance(module, _compat.Conv1D) or getattr(module, "is_transposed", False):
                     across -= 1
                 originals.append((module, key, parameter))
-                _compat.parameters_of(module)[key] = nn.Parameter(_rounded(parameter.detach(), across), requires_grad=False)
+                _compat.parameters_of(module)[key] = nn.Parameter(round_weight(parameter.detach(), across), requires_grad=False)
             if dynamic or unsure is not None:
-                hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, dynamic, unsure)))
+                hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, round_input if dynamic else None, unsure)))
         with hooks_removed(hooks):
             return logits_at(model, ids, at)
     finally:
@@ -64,16 +87,18 @@ def rounded_logits(
             _compat.parameters_of(module)[key] = parameter
 
 
-def _input_rounded(dynamic: bool, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the first one rounded in mode "dynamic", and moved at random by its uncertainty."""
+def _input_rounded(
+    round_input: _RoundInput | None, unsure: torch.Generator | None, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The arguments with the first one rounded if there is a function for it, and moved at random by its uncertainty."""
     x = args[0]
-    if dynamic:
-        return _rounded(x, -1, unsure), *args[1:]
+    if round_input is not None:
+        return round_input(x, unsure), *args[1:]
     moved = x.float() + _UNSURE_SHARE * x.float().abs().amax(-1, keepdim=True) * _noise(x, unsure)
     return moved.to(x.dtype), *args[1:]
 
 
-def _rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None) -> torch.Tensor:
+def rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None) -> torch.Tensor:
     """x on the 255 levels from -127 to 127 times max|x| / 127, the maximum being taken along one dimension; computed in float32."""
     step = x.float().abs().amax(across, keepdim=True).clamp(min=1e-30) / 127
     steps = x.float() / step

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from patchkit.kernels.by_expert import attach, defined_by, row_by_row
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.op import op
 
@@ -30,12 +31,7 @@ def int8_experts_linear(
         bias: [E, N] in x's dtype, or None.
         activation: "float" or "int8", described at `int8_linear`.
     """
-    y = x.new_zeros(x.shape[0], scale.shape[1])
-    for row, expert in enumerate(experts.tolist()):
-        if 0 <= expert < len(weights):
-            given = None if bias is None else bias[expert]
-            y[row] = int8_linear.reference(x[row], weights[expert], scale[expert], given, activation)
-    return y
+    return row_by_row(int8_linear.reference, x, experts, weights, scale, bias, activation)
 
 
 @int8_experts_linear.fake
@@ -45,11 +41,7 @@ def _(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activati
 
 @int8_experts_linear.definition
 def _(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
-    y = torch.zeros(len(x), scale.shape[1], dtype=torch.float64, device=x.device)
-    for e, weight in enumerate(weights):
-        rows = experts == e
-        y[rows] = int8_linear.exact(x[rows], weight, scale[e], None if bias is None else bias[e], activation)[0]
-    return y
+    return defined_by(int8_linear, x, experts, weights, scale, bias, activation)
 
 
 @int8_experts_linear.samples
@@ -67,29 +59,4 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"{rows} rows, {e} experts, {dtype}, {activation}", (x, experts.to(device), weights, scale, bias, activation)
 
 
-def _refuses(backend: str, x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activation: str = "float") -> str | None:
-    if x.numel() == 0:
-        return "x is empty"
-    return int8_linear.explain(x, weights[0], scale[0], None if bias is None else bias[0], activation)[backend]
-
-
-def _by_expert(x: Any, experts: Any, weights: Any, scale: Any, bias: Any = None, activation: str = "float") -> torch.Tensor:
-    """`int8_linear` on all rows of one expert together."""
-    y = x.new_zeros(x.shape[0], scale.shape[1])
-    for expert in experts.unique().tolist():
-        if 0 <= expert < len(weights):
-            rows = (experts == expert).nonzero()[:, 0]
-            y[rows] = int8_linear(x[rows], weights[expert], scale[expert], None if bias is None else bias[expert], activation)
-    return y
-
-
-def _attach() -> None:
-    for name, backend in int8_linear.backends.items():
-
-        def refuses(*args: Any, backend: str = name) -> str | None:
-            return _refuses(backend, *args)
-
-        int8_experts_linear.backend(name, refuses, backend.rounding)(_by_expert)
-
-
-_attach()
+attach(int8_experts_linear, int8_linear)

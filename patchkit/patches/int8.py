@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from patchkit.anatomy.target import Target
-from patchkit.int8.find_blocks import SCOPES, Scope
 from patchkit.patch import Facts, register_patch
 from patchkit.patches.mlp_int8 import MLPInt8
+from patchkit.quantised.find_blocks import Scope
 
 
 @register_patch("int8")
@@ -40,11 +40,6 @@ class Int8(MLPInt8):
     )
 
     scope: Scope = "all"  # type: ignore[misc]  # of the base class it is fixed
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope={self.scope!r}: give one of {', '.join(map(repr, SCOPES))}")
 
     @classmethod
     def candidates(cls, target: Target) -> list[MLPInt8]:

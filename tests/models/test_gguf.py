@@ -32,6 +32,7 @@ SPECS = {
     # Two models are compared, which "auto" would time each for itself.
     "mlp_int8": "mlp_int8(mode=weight_only)",
     "int8": "int8(mode=weight_only)",
+    "int4": "int4(mode=weight_only)",
     "compile": "compile(backend=eager)",
 }
 

@@ -29,10 +29,10 @@ from patchkit import (
     report,
     unpatch_model,
 )
-from patchkit.int8 import install, timing
-from patchkit.int8.experts import int8_experts_of
 from patchkit.int8.weight import Int8Weight
 from patchkit.patch import Stage
+from patchkit.quantised import install, timing
+from patchkit.quantised.experts import quantised_experts_of
 from patchkit.testing import assert_restored, snapshot, tiny_model
 from patchkit.views import twin
 
@@ -337,7 +337,7 @@ def test_transposed_weights_are_stored_as_the_kernel_reads_them(family):
     model = patch_model(tiny_model(family), "mlp_int8")
     stored = [weight.qdata for weight in model.parameters() if isinstance(weight, Int8Weight)]
     for module in model.modules():
-        for weights in (int8_experts_of(module) or {}).values():
+        for weights in (quantised_experts_of(module) or {}).values():
             stored += weights.values
     assert stored and all(qdata.is_contiguous() for qdata in stored)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from patchkit.int8.experts import int8_experts_of
 from patchkit.measure import paired
 from patchkit.measure.latency import DecodeStream, decode_latency, median_ms, prefilled_cache
 from patchkit.prove.checks.case import Case
@@ -18,6 +17,7 @@ from patchkit.prove.checks.feeding import cache_after
 from patchkit.prove.checks.generating import NEW_TOKENS, generated, prompts
 from patchkit.prove.checks.work import Work
 from patchkit.prove.proof import Speed
+from patchkit.quantised.experts import quantised_experts_of
 from patchkit.views import cache_bytes, synchronize
 
 
@@ -98,7 +98,7 @@ def weight_bytes(model: Any) -> int:
         if parameter is not embedding or tied:
             stored = getattr(parameter, "stored_bytes", None)
             total += parameter.nbytes if stored is None else stored()
-    kept = (int8_experts_of(module) or {} for module in model.modules())
+    kept = (quantised_experts_of(module) or {} for module in model.modules())
     return total + sum(weights.stored_bytes() for each in kept for weights in each.values())
 
 

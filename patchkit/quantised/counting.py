@@ -11,25 +11,25 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.handle import Handle
-from patchkit.int8.experts import Int8Experts
-from patchkit.int8.linears import Int8Linear
-from patchkit.int8.weight import Int8Weight
+from patchkit.quantised.experts import QuantisedExperts
+from patchkit.quantised.linears import QuantisedLinear
+from patchkit.quantised.weight import QuantisedWeight
 from patchkit.record import Warnings
 
 
-def count_products(decoder: nn.Module, handle: Handle, blocks: list[Int8Linear | Int8Experts], linears: str) -> None:
+def count_products(decoder: nn.Module, handle: Handle, blocks: list[QuantisedLinear | QuantisedExperts], linears: str) -> None:
     """Record the number of converted blocks and their modes, and install a hook that counts forwards.
 
     Args:
         linears: name of the linear layers among them.
     """
-    for what, kind in ((linears, Int8Linear), ("layers of fused experts", Int8Experts)):
+    for what, kind in ((linears, QuantisedLinear), ("layers of fused experts", QuantisedExperts)):
         count = sum(isinstance(block, kind) for block in blocks)
         if count:
             handle.record.changed(what, count)
     modes = Counter(str(facts["mode"]) for facts in handle.record.modules.values())
     handle.record.note("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
-    modules = [block.module for block in blocks if isinstance(block, Int8Linear)]
+    modules = [block.module for block in blocks if isinstance(block, QuantisedLinear)]
     counting = functools.partial(count_forward, handle.record.hits, handle.record.warnings, modules)
     handle.pre_hook(decoder, counting, with_kwargs=True)
 
@@ -39,6 +39,6 @@ def count_forward(hits: Counter[str], warnings: Warnings, modules: list[nn.Modul
     if torch.compiler.is_compiling():  # by the user: a count that changes would need a new graph for every call
         return
     hits["forwards"] += 1
-    replaced = sum(not isinstance(_compat.parameters_of(module).get("weight"), Int8Weight) for module in modules)
+    replaced = sum(not isinstance(_compat.parameters_of(module).get("weight"), QuantisedWeight) for module in modules)
     if replaced:
         warnings.add(f"{replaced} of {len(modules)} layers were given another weight after they were patched, and use that")

@@ -1,8 +1,9 @@
-"""The edits of the int8 patches on a model: weights, counters, checkpoints, and the way back."""
+"""The edits of patches that quantise on a model: weights, counters, checkpoints, and the way back."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,22 +13,22 @@ from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.derived import Derived, keep_fresh
 from patchkit.handle import Handle
-from patchkit.int8.calibration import calibrated_inputs
-from patchkit.int8.counting import count_products
-from patchkit.int8.experts import Int8Experts
-from patchkit.int8.find_blocks import FoundBlocks, Scope, accurate_blocks
-from patchkit.int8.linears import Int8Linear, make_saveable
-from patchkit.int8.requantize import requantize
-from patchkit.int8.saving import restore_weights
-from patchkit.int8.timing import choose_activations
-from patchkit.kernels.int8_linear import int8_linear
 from patchkit.module_timing import report_speed
+from patchkit.quantised.calibration import calibrated_inputs
+from patchkit.quantised.counting import count_products
+from patchkit.quantised.experts import QuantisedExperts
+from patchkit.quantised.find_blocks import FoundBlocks, Scope, accurate_blocks
+from patchkit.quantised.linears import QuantisedLinear
+from patchkit.quantised.requantize import checksums, refuse_changes, requantize
+from patchkit.quantised.saving import restore_weights
+from patchkit.quantised.scheme import Scheme
+from patchkit.quantised.timing import choose_activations
 
 _TRIED_TOKENS = 2
 
 
-class Int8Options(Protocol):
-    """The options of the int8 patches."""
+class QuantisedOptions(Protocol):
+    """The options that patches which quantise have in common."""
 
     @property
     def name(self) -> str: ...
@@ -46,14 +47,15 @@ class Int8Options(Protocol):
 
 
 @torch.no_grad()
-def install(target: Target, handle: Handle, options: Int8Options, found: FoundBlocks) -> None:
-    """Give the blocks found int8 weights, and try the model once, so that an error undoes everything here and not in a user's call."""
-    if target.model.device.type == "cpu" and (reason := int8_linear.load_direct()) is not None:
-        handle.record.left_alone("calls of int8_linear without Python", reason)
+def install(target: Target, handle: Handle, options: QuantisedOptions, found: FoundBlocks, scheme: Scheme) -> None:
+    """Give the blocks found quantised weights, and try the model once, so that an error undoes everything here and not in a user's call."""
+    if target.model.device.type == "cpu" and (reason := scheme.op.load_direct()) is not None:
+        handle.record.left_alone(f"calls of {scheme.op.name} without Python", reason)
     inputs = calibrated_inputs(target, {**{block.name: block.module for block in found.linears}, **found.experts}, options.calibration)
-    blocks: list[Int8Linear | Int8Experts] = [
+    scheme.fit_layers(target, found.linears, options.calibration)
+    blocks: list[QuantisedLinear | QuantisedExperts] = [
         *found.linears,
-        *(Int8Experts.quantized(name, module) for name, module in found.experts.items()),
+        *(QuantisedExperts.quantized(name, module, scheme) for name, module in found.experts.items()),
     ]
     choose_activations(options.mode, blocks)
     kept, too_noisy = accurate_blocks(blocks, inputs, options.min_snr, handle.record)
@@ -67,10 +69,12 @@ def install(target: Target, handle: Handle, options: Int8Options, found: FoundBl
         block.install(handle, originals, options.keep_original)
     target.forward(torch.zeros(1, _TRIED_TOKENS, dtype=torch.int64, device=target.model.device))
     count_products(_compat.decoder_of(target.model), handle, kept, "feed-forward linears" if options.scope == "mlp" else "linear layers")
-    saved = [block for block in kept if isinstance(block, Int8Linear) and not block.transposed and not block.is_head]
-    make_saveable(target.model, handle, saved)
+    saved = [block for block in kept if isinstance(block, QuantisedLinear) and not block.transposed and not block.is_head]
+    scheme.make_saveable(target.model, handle, saved)
     if options.keep_original:
-        renew = functools.partial(requantize, originals, handle.record.hits)
+        renew: Callable[[], bool] = functools.partial(requantize, originals, handle.record.hits, scheme)
+        if not scheme.follows:
+            renew = functools.partial(refuse_changes, originals, checksums(originals), scheme.kind)
         derived = Derived([original for _, _, original in originals], renew)
         keep_fresh(handle, target.model, _compat.decoder_of(target.model), derived)
     else:

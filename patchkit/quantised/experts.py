@@ -11,33 +11,35 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.handle import Handle
-from patchkit.int8.calibration import decibels
-from patchkit.int8.saving import save_plain
-from patchkit.int8.weight import FreedWeight, Int8Weight
-from patchkit.kernels.int8_experts_linear import int8_experts_linear
+from patchkit.quantised.calibration import decibels
+from patchkit.quantised.freed import FreedWeight
+from patchkit.quantised.saving import save_plain
+from patchkit.quantised.scheme import Scheme
+from patchkit.quantised.weight import QuantisedWeight
 
 
-class Int8Experts:
-    """The fused experts of one layer, with every 3-D weight [E, out, in] (or [E, in, out]) as E int8 weights.
+class QuantisedExperts:
+    """The fused experts of one layer, with every 3-D weight [E, out, in] (or [E, in, out]) as E quantised weights.
 
-    It has the interface of `Int8Linear`, so that both kinds of block are timed, measured and installed alike.
+    It has the interface of `QuantisedLinear`, so that both kinds of block are timed, measured and installed alike.
     """
 
     fixed = None
     transposed = False
 
-    def __init__(self, name: str, module: Any, weights: dict[str, ExpertWeights]) -> None:
-        self.name, self.module, self.weights = name, module, weights
+    def __init__(self, name: str, module: Any, weights: dict[str, ExpertWeights], scheme: Scheme) -> None:
+        self.name, self.module, self.weights, self.scheme = name, module, weights, scheme
 
     @classmethod
-    def quantized(cls, name: str, module: Any) -> Int8Experts:
-        """Round the weights of a module of fused experts to int8."""
+    def quantized(cls, name: str, module: Any, scheme: Scheme) -> QuantisedExperts:
+        """Round the weights of a module of fused experts."""
         first = "gate_up_proj" if module.has_gate else "up_proj"
-        return cls(name, module, {key: ExpertWeights.quantize(getattr(module, key), module.is_transposed) for key in (first, "down_proj")})
+        made = {key: ExpertWeights.quantize(getattr(module, key), module.is_transposed, scheme) for key in (first, "down_proj")}
+        return cls(name, module, made, scheme)
 
     @property
     def activation(self) -> str:
-        """The kind of activation, "float" or "int8"; see the op `int8_linear`."""
+        """The kind of activation, "float" or "int8"; see the scheme's op."""
         return next(iter(self.weights.values())).activation
 
     @activation.setter
@@ -77,7 +79,7 @@ class Int8Experts:
         return _compat.experts_forward(self.module, _compat.experts_named(self.module.config))(self.module, *inputs)
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs [rows, hidden] over int8 weights."""
+        """Outputs [rows, hidden] over the quantised weights."""
         return _run_experts(self.module, self.weights, *inputs)
 
     def signal_to_noise(self, inputs: tuple[Any, ...] | None) -> float | None:
@@ -85,7 +87,7 @@ class Int8Experts:
         return None if inputs is None else decibels(self.run_original(*inputs), self.run(*inputs))
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
-        """Make the module run over the int8 weights, and append the replaced parameters to ``originals``."""
+        """Make the module run over the quantised weights, and append the replaced parameters to ``originals``."""
         handle.set_attribute(self.module, _WEIGHTS, self.weights)
         config = self.module.config
         implementation = _compat.experts_named(config).removeprefix(_EXPERTS)
@@ -102,34 +104,41 @@ class Int8Experts:
 
 
 class ExpertWeights:
-    """One 3-D weight as E int8 weights.
+    """One 3-D weight as E quantised weights.
 
     Attributes:
-        values: E tensors [N, K] int8.
+        values: E tensors of integers.
         scale: [E, N] float32.
         shape: of the original weight.
-        activation: kind of activation; see the op `int8_linear`.
+        activation: kind of activation; see the scheme's op.
     """
 
-    def __init__(self, experts: list[Int8Weight], shape: torch.Size, activation: str = "float", implementation: str | None = None) -> None:
-        self.shape, self.activation = shape, activation
+    def __init__(
+        self,
+        experts: list[QuantisedWeight],
+        shape: torch.Size,
+        scheme: Scheme,
+        activation: str = "float",
+        implementation: str | None = None,
+    ) -> None:
+        self.shape, self.scheme, self.activation = shape, scheme, activation
         self.implementation = implementation  # that of the unpatched model, once installed
         self._hold(experts)
         if implementation is not None:  # loaded by a process in which nothing was patched yet
             register_experts_for(implementation)
 
-    def _hold(self, experts: list[Int8Weight]) -> None:
+    def _hold(self, experts: list[QuantisedWeight]) -> None:
         self.experts = experts
         self.values = [expert.qdata for expert in experts]
         self.scale = torch.stack([expert.scale for expert in experts])
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor, transposed: bool) -> ExpertWeights:
-        """Round ``weight`` [E, N, K], or ``transposed`` [E, K, N], to int8."""
-        return cls([Int8Weight.quantize(one, transposed=transposed) for one in weight.detach()], weight.shape)
+    def quantize(cls, weight: torch.Tensor, transposed: bool, scheme: Scheme) -> ExpertWeights:
+        """Round ``weight`` [E, N, K], or ``transposed`` [E, K, N]."""
+        return cls([scheme.quantize(one, transposed) for one in weight.detach()], weight.shape, scheme)
 
     def __reduce__(self) -> Any:
-        return ExpertWeights, (self.experts, self.shape, self.activation, self.implementation)
+        return ExpertWeights, (self.experts, self.shape, self.scheme, self.activation, self.implementation)
 
     def follow(self, device: torch.device) -> None:
         """Move to ``device``, since moving a model moves only its parameters."""
@@ -141,29 +150,29 @@ class ExpertWeights:
         return torch.stack([expert.dequantize() for expert in self.experts])
 
     def stored_bytes(self) -> int:
-        """Bytes of the int8 values and the scales."""
+        """Bytes of the integers and the scales."""
         return sum(expert.stored_bytes() for expert in self.experts)
 
 
-_EXPERTS = "patchkit_int8_"
+_EXPERTS = "patchkit_quantised_"
 _WEIGHTS = "_patchkit_experts"  # the attribute of a module of fused experts
 
 
 @functools.lru_cache
 def register_experts_for(implementation: str) -> str:
-    """Register an experts implementation that runs int8 experts where a module has them, otherwise ``implementation``; return its name."""
+    """Register an experts implementation that runs quantised experts where a module has them, else ``implementation``; return its name."""
     name = _EXPERTS + implementation
     _compat.register_experts(name, functools.partial(_experts_forward, implementation))
     return name
 
 
-def int8_experts_of(module: nn.Module) -> dict[str, ExpertWeights] | None:
-    """The int8 weights of a module of fused experts, by parameter name; None for other modules."""
+def quantised_experts_of(module: nn.Module) -> dict[str, ExpertWeights] | None:
+    """The quantised weights of a module of fused experts, by parameter name; None for other modules."""
     return vars(module).get(_WEIGHTS)
 
 
 def _experts_forward(implementation: str, module: Any, *inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    weights = int8_experts_of(module)
+    weights = quantised_experts_of(module)
     if weights is None:
         forward: Callable[..., torch.Tensor] = _compat.experts_forward(module, implementation)
         return forward(module, *inputs, **kwargs)
@@ -185,7 +194,7 @@ def _run_experts(
     for key, weight in weights.items():
         weight.follow(y.device)
         bias = getattr(module, f"{key}_bias") if module.has_bias else None
-        y = int8_experts_linear(y, experts, weight.values, weight.scale, bias, weight.activation)
+        y = weight.scheme.run_experts(y, experts, weight, bias)
         if key == "gate_up_proj":
             y = _compat.apply_gate(module, y)
         elif key == "up_proj":

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are quantised, and checkpoints of their models."""
+"""Linear layers whose weights are quantised."""
 
 from __future__ import annotations
 
@@ -11,40 +11,37 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.handle import Handle
-from patchkit.int8.calibration import decibels
-from patchkit.int8.saving import save_plain, save_torchao
-from patchkit.int8.weight import Int8Weight
+from patchkit.quantised.calibration import decibels
+from patchkit.quantised.saving import save_plain
+from patchkit.quantised.scheme import Scheme
+from patchkit.quantised.weight import QuantisedWeight
 
 
-class Int8Linear:
-    """One `nn.Linear` or `Conv1D` and its int8 weight.
+class QuantisedLinear:
+    """One `nn.Linear` or `Conv1D` and its quantised weight.
 
     Attributes:
         transposed: the module is a `Conv1D`, which keeps its weight as [in, out].
         is_head: the module is the model's LM head.
         shared: the original weight is the embeddings' too, which stay as they are.
-        fixed: the kind of activation of a weight that torchao has quantised; None for other weights.
+        fixed: the kind of activation of a weight that another library has quantised; None for other weights.
     """
 
-    def __init__(self, name: str, module: Any, is_head: bool = False, shared: bool = False) -> None:
-        self.name, self.module, self.is_head, self.shared = name, module, is_head, shared
+    def __init__(self, name: str, module: Any, scheme: Scheme, is_head: bool = False, shared: bool = False) -> None:
+        self.name, self.module, self.scheme, self.is_head, self.shared = name, module, scheme, is_head, shared
         self.transposed = isinstance(module, _compat.Conv1D)
         self.original: nn.Parameter = module.weight
-        adopted = _compat.torchao_int8(module.weight)
-        self.fixed = None if adopted is None else adopted[2]
-        self._adopted = adopted
+        self._adopted = scheme.adopted(module.weight)
+        self.fixed = None if self._adopted is None else self._adopted.activation
 
     @functools.cached_property
-    def weight(self) -> Int8Weight:
-        """The int8 weight, made at the first use."""
-        if self._adopted is not None:
-            values, scale, activation = self._adopted
-            return Int8Weight(values, scale, self.original.dtype, activation)
-        return Int8Weight.quantize(self.original, transposed=self.transposed)
+    def weight(self) -> QuantisedWeight:
+        """The quantised weight, made at the first use."""
+        return self.scheme.quantize(self.original, transposed=self.transposed) if self._adopted is None else self._adopted
 
     @property
     def activation(self) -> str:
-        """The kind of activation, "float" or "int8"; see the op `int8_linear`."""
+        """The kind of activation, "float" or "int8"; see the scheme's op."""
         return self.weight.activation
 
     @activation.setter
@@ -79,7 +76,7 @@ class Int8Linear:
         return x @ self.original if bias is None else torch.addmm(bias, x.reshape(-1, x.shape[-1]), self.original)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs [..., out] over the int8 weight for x [..., in]."""
+        """Outputs [..., out] over the quantised weight for x [..., in]."""
         return self.weight.linear(x, self.module.bias)
 
     def signal_to_noise(self, inputs: tuple[Any, ...] | None) -> float | None:
@@ -90,28 +87,17 @@ class Int8Linear:
         return decibels(self.run_original(x), self.run(x))
 
     def changed_choices(self, inputs: tuple[Any, ...]) -> tuple[int, int]:
-        """Of the rows of ``inputs``, the number whose largest output is another one over the int8 weight, and the number of rows."""
+        """Of the rows of ``inputs``, the number whose largest output is another one over the quantised weight, and the number of rows."""
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         return int((self.run_original(x).argmax(-1) != self.run(x).argmax(-1)).sum()), len(x)
 
     def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
-        """Put the int8 weight into the module, and append the replaced parameter to ``originals``."""
+        """Put the quantised weight into the module, and append the replaced parameter to ``originals``."""
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append((self.module, "weight", self.original))
         _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)
-        saved: Any = save_torchao
-        if self.transposed or self.is_head:
+        saved = None if self.transposed or self.is_head else self.scheme.saved(self)
+        if saved is None:
             # Of a shared weight a checkpoint has one copy, which is the embeddings'.
             saved = functools.partial(save_plain, "weight", self.original if keep_original or self.shared else None, self.weight)
         handle.state_dict_hook(self.module, saved)
-
-
-def make_saveable(model: Any, handle: Handle, linears: list[Int8Linear]) -> None:
-    """Let `save_pretrained` write a torchao checkpoint, and `from_pretrained` find its configuration in it."""
-    if not linears or getattr(model, "hf_quantizer", None) is not None or not _compat.has_torchao():
-        return
-    dynamic = {block.name: block.activation == "int8" for block in linears}
-    quantization, quantizer = _compat.torchao_quantizer(dynamic)
-    handle.set_shared(model.config, "quantization_config", quantization)
-    handle.set_attribute(model, "hf_quantizer", quantizer)
-    handle.set_attribute(model, "is_quantized", True)

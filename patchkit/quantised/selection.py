@@ -9,16 +9,18 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import UnsupportedModel
+from patchkit.quantised.freed import FreedWeight
+from patchkit.quantised.scheme import Scheme
 
 
-def obstacle_of(module: Any) -> str | None:
+def obstacle_of(module: Any, scheme: Scheme) -> str | None:
     """The reason why a linear layer cannot be quantised; None if it can."""
     if getattr(module, "quantization_scheme", None) is not None:
         return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
     weight: torch.Tensor = module.weight
     if _compat.parameters_of(module).get("weight") is not weight:
         return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
-    if _compat.torchao_int8(weight) is not None:
+    if scheme.adopted(weight) is not None:
         return None
     if type(weight) is not nn.Parameter and not _is_sharded(weight):
         return f"its weight is already a {type(weight).__name__}"
@@ -32,7 +34,7 @@ def left_experts(path: str, module: Any, left: dict[str, str]) -> bool:
     parameter = module.down_proj
     if _compat.is_expert_parallel(module):
         left[path] = "its experts are spread over several processes"
-    elif not torch.is_tensor(parameter) or not parameter.is_floating_point() or parameter.ndim != 3:
+    elif not torch.is_tensor(parameter) or isinstance(parameter, FreedWeight) or not parameter.is_floating_point() or parameter.ndim != 3:
         left[path] = "its experts are already quantised"
     return path in left
 
@@ -41,7 +43,7 @@ def _is_sharded(weight: torch.Tensor) -> bool:
     return type(weight).__name__ == "DTensor" or type(getattr(weight, "data", None)).__name__ == "DTensor"
 
 
-def refuse_weight(name: str, weight: torch.Tensor) -> None:
+def refuse_weight(name: str, weight: torch.Tensor, kind: str) -> None:
     """Refuse a weight that this process does not hold.
 
     Raises:
@@ -49,7 +51,7 @@ def refuse_weight(name: str, weight: torch.Tensor) -> None:
     """
     if _is_sharded(weight):
         raise UnsupportedModel(
-            f"{name} is sharded over several processes (tensor parallel): load the model without tp_plan for int8 weights"
+            f"{name} is sharded over several processes (tensor parallel): load the model without tp_plan for {kind} weights"
         )
     if weight.device.type == "meta":
         raise UnsupportedModel(f"{name} is offloaded or not loaded: load the model so that its weights are in memory, then patch it")

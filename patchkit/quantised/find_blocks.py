@@ -1,4 +1,4 @@
-"""The blocks of a model that int8 patches convert, and every reason to leave one alone or to refuse the model."""
+"""The blocks of a model that patches quantise, and every reason to leave one alone or to refuse the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import nn
 from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, PatchError
-from patchkit.int8.experts import Int8Experts
-from patchkit.int8.linears import Int8Linear
-from patchkit.int8.selection import left_experts, obstacle_of, refuse_weight
-from patchkit.int8.timing import ACTIVATIONS
 from patchkit.module_timing import selected
+from patchkit.quantised.experts import QuantisedExperts
+from patchkit.quantised.linears import QuantisedLinear
+from patchkit.quantised.scheme import Scheme
+from patchkit.quantised.selection import left_experts, obstacle_of, refuse_weight
+from patchkit.quantised.timing import ACTIVATIONS
 from patchkit.record import Record
 
 # Feed-forward blocks; these and the projections of attention; and the head too.
@@ -31,12 +32,12 @@ class FoundBlocks(NamedTuple):
         left: modules that will not be converted, with the reason.
     """
 
-    linears: list[Int8Linear]
+    linears: list[QuantisedLinear]
     experts: dict[str, nn.Module]
     left: dict[str, str]
 
 
-def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope = "mlp") -> FoundBlocks:
+def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, scheme: Scheme) -> FoundBlocks:
     """Find the blocks of this scope whose names match ``patterns``; None for all.
 
     Raises:
@@ -55,12 +56,13 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope =
     wanted = selected(patterns, [*candidates, *found.experts], kind, name)
     linears = []
     for path in [path for path in candidates if path in wanted]:
-        obstacle = obstacle_of(candidates[path])
+        obstacle = obstacle_of(candidates[path], scheme)
         if obstacle is None:
             module = candidates[path]
             head = target.model.get_output_embeddings()
             is_head = module in (head, getattr(head, "base_layer", None))
-            linears.append(Int8Linear(path, module, is_head, is_head and module.weight is target.model.get_input_embeddings().weight))
+            shared = is_head and module.weight is target.model.get_input_embeddings().weight
+            linears.append(QuantisedLinear(path, module, scheme, is_head, shared))
         else:
             left[path] = obstacle
     experts = {path: module for path, module in found.experts.items() if path in wanted and not left_experts(path, module, left)}
@@ -73,7 +75,7 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope =
         raise NothingMatched(f"{name} has no {kind} that can be converted ({reasons})")
     for path, module in [*((block.name, block.module) for block in linears), *experts.items()]:
         for key, weight in module.named_parameters(recurse=False):
-            refuse_weight(f"{path}.{key}", weight)
+            refuse_weight(f"{path}.{key}", weight, scheme.kind)
     return FoundBlocks(linears, experts, left)
 
 
@@ -109,8 +111,8 @@ def _head(target: Target, left: dict[str, str]) -> dict[str, Any]:
 
 
 def accurate_blocks(
-    blocks: Sequence[Int8Linear | Int8Experts], inputs: dict[str, tuple[Any, ...]], min_snr: float | None, record: Record
-) -> tuple[list[Int8Linear | Int8Experts], dict[str, str]]:
+    blocks: Sequence[QuantisedLinear | QuantisedExperts], inputs: dict[str, tuple[Any, ...]], min_snr: float | None, record: Record
+) -> tuple[list[QuantisedLinear | QuantisedExperts], dict[str, str]]:
     """Select the blocks whose outputs on ``inputs`` have a signal-to-noise ratio of at least ``min_snr`` dB, and record them.
 
     Returns:
@@ -119,11 +121,11 @@ def accurate_blocks(
     Raises:
         NothingMatched: no block has that ratio.
     """
-    kept: list[Int8Linear | Int8Experts] = []
+    kept: list[QuantisedLinear | QuantisedExperts] = []
     left: dict[str, str] = {}
     for block in blocks:
         snr = block.signal_to_noise(inputs.get(block.name))
-        if isinstance(block, Int8Linear) and block.is_head and snr is not None:
+        if isinstance(block, QuantisedLinear) and block.is_head and snr is not None:
             changed, of = block.changed_choices(inputs[block.name])
             record.measured("head", f"{snr:.1f} dB; another likeliest token at {changed} of {of} positions")
         if min_snr is not None and snr is not None and not snr >= min_snr:  # nan, of a weight that is not finite, is no ratio either

@@ -1,0 +1,138 @@
+"""Definition of modules with weights of four bits: the rule by which they are rounded, in NumPy, group by group.
+
+Numbers are float32, sums float64, scales and minima float16, so that a choice between two grids falls alike wherever it is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from patchkit.definitions.rounded import logits_over, rounded
+
+if TYPE_CHECKING:
+    from patchkit.record import PatchReport
+
+_WIDTHS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def rounded_in_groups(
+    model: Any,
+    ids: torch.Tensor,
+    facts: PatchReport,
+    *,
+    group: int = 32,
+    symmetric: bool = False,
+    at: torch.Tensor | None = None,
+    unsure: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Logits with the weights of the patch's modules on 16 levels for each group of inputs; in mode "dynamic" inputs too, on 255 per group.
+
+    A weight all of whose groups are on such levels stays as it is. Otherwise the grid of a group spans a share of its range (1, 0.95, ..., 0.7);
+    each is fitted by least squares to the levels that it gives, and the one with the smallest squared error is taken.
+
+    Args:
+        unsure: described at `rounded_logits`.
+
+    Raises:
+        NoDefinition: as `rounded_logits`.
+    """
+    round_weight = functools.partial(_weight, group=group, symmetric=symmetric)
+    return logits_over(model, ids, facts, round_weight, functools.partial(_inputs, group), at, unsure)
+
+
+def _inputs(group: int, x: torch.Tensor, unsure: torch.Generator | None) -> torch.Tensor:
+    parts = x.split(group, -1)
+    return torch.cat([rounded(part, -1, unsure) for part in parts], -1)
+
+
+def _weight(weight: torch.Tensor, across: int, group: int, symmetric: bool) -> torch.Tensor:
+    if weight.ndim == 3:
+        return torch.stack([_weight(each, across - 1, group, symmetric) for each in weight])
+    rows = (weight if across == 1 else weight.T).float().numpy()
+    with np.errstate(all="ignore"):
+        done = _rows(rows, group, symmetric)
+    made = torch.from_numpy(done).to(weight.dtype)
+    return made if across == 1 else made.T.contiguous()
+
+
+def _rows(rows: _Array, group: int, symmetric: bool) -> _Array:
+    n, k = rows.shape
+    _, exponent = np.frexp(np.abs(rows).max(1, keepdims=True))
+    unit = np.ldexp(np.float32(1), np.maximum(exponent, -115) - 11)
+    unit[~np.abs(rows).max(1, keepdims=True).astype(bool)] = 1
+    filled = np.pad(rows / unit, ((0, 0), (0, -k % group)), mode="edge").astype(np.float32)
+    groups = filled.reshape(-1, group)
+    if not (_is_symmetric(groups) if symmetric else _is_on_levels(groups)):
+        groups = np.concatenate([_fitted(part, symmetric) for part in np.array_split(groups, max(1, len(groups) // 4096))])
+    return (groups.reshape(n, -1)[:, :k] * unit).astype(np.float32)
+
+
+def _is_on_levels(groups: _Array) -> bool:
+    """Whether the differences within every group are multiples, up to 15, of one number in float16, beginning at another."""
+    known = np.zeros(len(groups), bool)
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    for span in range(16):
+        for sign in (1, -1):
+            scale = np.float16(sign * (high - low) / np.float32(max(1, span))).astype(np.float32)
+            for first in range(16 - span):
+                start = np.float16((low if sign > 0 else high) - first * scale).astype(np.float32)
+                level = np.nan_to_num(np.rint((groups - start) / scale)).clip(0, 15)
+                known |= (level * scale + start == groups).all(1)
+    return bool(known.all())
+
+
+def _is_symmetric(groups: _Array) -> bool:
+    """Whether every group consists of multiples, from -8 to 7, of one number in float16."""
+    known = (groups == 0).all(1)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
+    for level in (*range(-8, 0), *range(1, 8)):
+        scale = np.float16(largest / np.float32(level)).astype(np.float32)
+        known |= (np.rint(groups / scale).clip(-8, 7) * scale == groups).all(1)
+    return bool(known.all())
+
+
+def _fitted(groups: _Array, symmetric: bool) -> _Array:
+    best, least = np.zeros_like(groups), np.full(len(groups), np.inf)
+    lowest = -8 if symmetric else 0
+    for width in map(np.float32, _WIDTHS):
+        if symmetric:
+            scale = np.float16(-width * np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1) / np.float32(8))
+            start = np.float16(0 * scale)
+        else:
+            low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+            scale = np.float16(width * (high - low) / np.float32(15))
+            start = np.float16(low + np.float32((1 - float(width)) / 2) * (high - low))
+        level = _levels(groups, scale, start, lowest)
+        if symmetric:
+            square = _mean(level**2)
+            scale = np.where(square > 0, _half(_mean(level * groups) / square), scale)
+        else:
+            mean, middle = _mean(level), _mean(groups)
+            spread = _mean(level**2) - mean**2
+            scale = _half(np.where(spread > 0, (_mean(level * groups) - mean * middle) / spread, scale))
+            start = _half(middle - scale.astype(np.float64) * mean)
+        level = _levels(groups, scale, start, lowest)
+        values = level * scale.astype(np.float32) + start.astype(np.float32)
+        error = ((groups - values) ** 2).sum(1, dtype=np.float64)
+        better = error < least
+        best[better], least[better] = values[better], error[better]
+    return best
+
+
+def _mean(products: _Array) -> _Array:
+    return products.sum(1, keepdims=True, dtype=np.float64) / products.shape[1]
+
+
+def _half(wide: _Array) -> _Array:
+    return wide.astype(np.float32).astype(np.float16)
+
+
+def _levels(groups: _Array, scale: _Array, start: _Array, lowest: int) -> _Array:
+    step = scale.astype(np.float32)
+    steps = np.where(step == 0, np.float32(0), (groups - start.astype(np.float32)) / step)
+    return np.rint(steps).clip(lowest, lowest + 15).astype(np.float32)

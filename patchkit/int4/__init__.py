@@ -1,0 +1,1 @@
+"""int4 weights of linear layers and fused experts, in groups of inputs."""

@@ -1,0 +1,170 @@
+"""Rounding to 4 bits: weights that are on a grid keep their values, others come as near as the rule says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from patchkit.int4.clipped import WIDTHS, clipped
+from patchkit.int4.error_feedback import with_feedback
+from patchkit.int4.grid import on_a_grid
+from patchkit.int4.grouped import groups_of, unit_of
+from patchkit.int4.half_quadratic import half_quadratic
+from patchkit.int4.scheme import Int4Scheme
+
+RANDOM = torch.Generator().manual_seed(0)
+
+
+def bell(*shape: int) -> torch.Tensor:
+    """Weights as models have them: bell-shaped, with a few large ones."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.02
+    weight.view(-1)[::97] *= 4
+    return weight
+
+
+def q4(kind: str, rows: int, columns: int) -> torch.Tensor:
+    """A weight that llama.cpp's format has been through."""
+    gguf: Any = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install gguf")
+    packed = gguf.quantize(bell(rows, columns).numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(np.array(gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
+@pytest.mark.parametrize(("kind", "symmetric"), [("Q4_0", True), ("Q4_0", False), ("Q4_1", False)])
+def test_blocks_of_gguf_keep_their_bits(kind: str, symmetric: bool, scale: float) -> None:
+    """Whatever the size of the numbers, as far as fp16 lets the format have them."""
+    weight = q4(kind, 48, 96)
+    if scale != 1.0:
+        weight = weight * 2.0 ** round(np.log2(scale))
+    for fit in ("clip", "hqq"):
+        assert torch.equal(Int4Scheme(symmetric=symmetric, fit=fit).quantize(weight).dequantize(), weight)  # type: ignore[arg-type]
+
+
+def test_one_weight_beside_the_grid_is_enough() -> None:
+    weight = q4("Q4_1", 40, 64)
+    groups = groups_of(weight, unit_of(weight), 32)
+    assert on_a_grid(groups, False) is not None
+    for where in (0, 13, len(groups) - 1):
+        other = groups.clone()
+        other[where, 5] += 0.3 * (other[where].max() - other[where].min()) / 15
+        assert on_a_grid(other, False) is None
+    assert on_a_grid(groups, True) is None, "blocks with minima are on no symmetric grid"
+
+
+def test_grids_of_every_span_are_found() -> None:
+    """Also where the levels at the ends are not used, or a group has one value."""
+    step = torch.tensor(0.3).half().float()
+    minimum = torch.tensor(-2.1).half().float()
+    for low in range(16):
+        for high in range(low, 16):
+            levels = torch.randint(low, high + 1, (4, 32), generator=RANDOM)
+            groups = levels * step + minimum
+            found = on_a_grid(groups, False)
+            assert found is not None and torch.equal(found.values(), groups), (low, high)
+            mirrored = (levels - 8) * step
+            found = on_a_grid(mirrored, True)
+            assert found is not None and torch.equal(found.values(), mirrored), (low, high)
+
+
+def squared(weight: torch.Tensor, scheme: Int4Scheme) -> float:
+    return float((scheme.quantize(weight).dequantize() - weight).double().square().sum())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 128])
+def test_clipping_is_better_than_the_whole_range_and_no_grid_nearby_is_better(group: int, symmetric: bool) -> None:
+    weight = bell(32, 256)
+    groups = groups_of(weight, torch.ones(32), group)
+    found = clipped(groups, symmetric)
+    assert found.levels.min() >= 0 and found.levels.max() <= 15 and torch.equal(found.levels, found.levels.round())
+    error = (groups - found.values()).double().square().sum(1)
+    # By definition: the whole range.
+    if symmetric:
+        extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+        step = -extreme / 8
+        naive = (groups / step).round().clamp(-8, 7) * step
+    else:
+        low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+        step = (high - low) / 15
+        naive = ((groups - low) / step).round() * step + low
+    worst = (groups - naive).double().square().sum(1)
+    assert (error <= 1.001 * worst).all() and error.sum() < 0.9 * worst.sum()
+    # Levels are the nearest of the grid.
+    levels = torch.arange(16.0)
+    grid = (levels - 8) * found.scale.float()[:, None] if found.minimum is None else (
+        levels * found.scale.float()[:, None] + found.minimum.float()[:, None]
+    )  # fmt: skip
+    assert (error <= (groups[:, :, None] - grid[:, None]).abs().amin(2).double().square().sum(1) * (1 + 1e-6) + 1e-12).all()
+
+
+def test_minima_and_small_groups_are_more_accurate() -> None:
+    weight = bell(64, 256)
+    error = {(group, symmetric): squared(weight, Int4Scheme(group, symmetric)) for group in (32, 128) for symmetric in (False, True)}
+    assert error[32, False] < error[32, True] < error[128, True] and error[32, False] < error[128, False]
+    assert error[32, False] < 0.008 * float(weight.double().square().sum())
+
+
+def test_half_quadratic_steps_make_the_error_smaller_that_they_are_for() -> None:
+    weight = bell(32, 256)
+    groups = groups_of(weight, torch.ones(32), 32)
+    for symmetric in (False, True):
+        before, after = ((groups - fit(groups, symmetric).values()).abs().double().pow(0.7).sum(1) for fit in (clipped, half_quadratic))
+        assert (after <= before).all() and after.sum() < 0.999 * before.sum()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_error_feedback_makes_outputs_more_accurate(symmetric: bool) -> None:
+    weight = bell(48, 128)
+    mixing = torch.randn(128, 128, generator=RANDOM)
+    x = torch.randn(400, 128, generator=RANDOM) @ mixing * torch.logspace(-1, 1, 128)
+    fresh = torch.randn(400, 128, generator=RANDOM) @ mixing * torch.logspace(-1, 1, 128)
+    found = with_feedback(weight, x.T @ x, 32, symmetric).values().view(48, 128)
+    plain = clipped(groups_of(weight, torch.ones(48), 32), symmetric).values().view(48, 128)
+    for rows, share in ((x, 0.6), (fresh, 0.8)):
+        assert ((found - weight) @ rows.T).square().sum() < share * ((plain - weight) @ rows.T).square().sum()
+    assert (found - weight).square().sum() > (plain - weight).square().sum()
+
+
+def test_inputs_that_never_occur_do_not_matter() -> None:
+    weight = bell(16, 64)
+    x = torch.randn(100, 64, generator=RANDOM)
+    x[:, 10:20] = 0
+    assert with_feedback(weight, x.T @ x, 32, False).values().isfinite().all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_numbers_at_the_ends_of_the_range(symmetric: bool) -> None:
+    scheme = Int4Scheme(symmetric=symmetric)
+    weight = bell(6, 70)
+    weight[1], weight[2], weight[3] = 0, weight[2] * 1e-35, weight[3] * 1e38
+    found = scheme.quantize(weight).dequantize()
+    for row in (0, 2, 3, 4, 5):
+        assert (found[row] / weight[row].abs().max() - weight[row] / weight[row].abs().max()).abs().max() < 0.15, row
+    assert not found[1].any()
+    weight[4, 3], weight[5, 60] = torch.inf, torch.nan
+    found = scheme.quantize(weight).dequantize()
+    assert not found[4, :32].isfinite().any() and not found[5, 32:64].isfinite().any()
+    assert found[:4].isfinite().all() and found[4, 32:].isfinite().all() and found[5, :32].isfinite().all()
+
+
+def test_transposed_weights_and_16_bits_are_rounded_as_they_are() -> None:
+    weight = bell(40, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = weight.to(dtype)
+        found = Int4Scheme().quantize(given)
+        turned = Int4Scheme().quantize(given.T.contiguous(), transposed=True)
+        assert torch.equal(found.dequantize(), turned.dequantize().T) and turned.shape == (64, 40)
+        assert found.dtype == dtype and torch.equal(found.qdata, Int4Scheme().quantize(given.float()).qdata)
+
+
+def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = bell(100, 64)
+    whole = Int4Scheme().quantize(weight)
+    monkeypatch.setattr("patchkit.int4.scheme._AT_ONCE", 64 * 32)
+    monkeypatch.setattr("patchkit.int4.clipped._AT_ONCE", 7)
+    parts = Int4Scheme().quantize(weight)
+    assert torch.equal(whole.qdata, parts.qdata) and torch.equal(whole.scale, parts.scale)
+    assert 1.0 in WIDTHS
