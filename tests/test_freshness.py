@@ -18,6 +18,7 @@ from torch.optim import optimizer as optimizers
 from patchkit import patch_model, unpatch_model
 from patchkit.freshness import WeightWatch
 from patchkit.int8.weight import Int8Weight
+from patchkit.quantised.freed import FreedWeight
 from patchkit.testing import assert_restored, snapshot, tiny_model
 
 IDS = torch.arange(12)[None] % 5 * 7 + 5

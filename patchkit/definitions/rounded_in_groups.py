@@ -32,8 +32,8 @@ def rounded_in_groups(
 ) -> torch.Tensor:
     """Logits with the weights of the patch's modules on 16 levels for each group of inputs; in mode "dynamic" inputs too, on 255 per group.
 
-    A weight all of whose groups are on such levels stays as it is. Otherwise the grid of a group spans a share of its range (1, 0.95, ..., 0.7);
-    each is fitted by least squares to the levels that it gives, and the one with the smallest squared error is taken.
+    A weight all of whose groups are on such levels stays as it is. Otherwise the grid of a group spans a share of its range (1, 0.95, ...
+    0.7); each is fitted by least squares to the levels that it gives, and the one with the smallest squared error is taken.
 
     Args:
         unsure: described at `rounded_logits`.
@@ -74,11 +74,13 @@ def _rows(rows: _Array, group: int, symmetric: bool) -> _Array:
 
 def _is_on_levels(groups: _Array) -> bool:
     """Whether the differences within every group are multiples, up to 15, of one number in float16, beginning at another."""
-    known = np.zeros(len(groups), bool)
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-    for span in range(16):
+    # One value is the sum of two numbers in float16.
+    start = np.float16(low).astype(np.float32)
+    known = (np.float16(low - start).astype(np.float32) + start == groups).all(1)
+    for span in range(1, 16):
         for sign in (1, -1):
-            scale = np.float16(sign * (high - low) / np.float32(max(1, span))).astype(np.float32)
+            scale = np.float16(sign * (high - low) / np.float32(span)).astype(np.float32)
             for first in range(16 - span):
                 start = np.float16((low if sign > 0 else high) - first * scale).astype(np.float32)
                 level = np.nan_to_num(np.rint((groups - start) / scale)).clip(0, 15)

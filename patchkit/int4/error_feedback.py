@@ -69,7 +69,7 @@ def with_feedback(rows: torch.Tensor, moment: torch.Tensor, group: int, symmetri
     Returns:
         The groups [N * K // group, group], ordered as `groups_of` orders them.
     """
-    n, k = rows.shape
+    k = rows.shape[1]
     left, influence = rows.clone(), _influence(moment)
     parts: list[Grouped] = []
     for first in range(0, k, group):

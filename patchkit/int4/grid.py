@@ -54,12 +54,15 @@ def _symmetric(level: int, groups: torch.Tensor) -> Grouped:
 
 
 def _shifted(span: int, first: int, sign: int, groups: torch.Tensor) -> Grouped:
-    """The smallest and the largest weight are ``span`` levels apart, and the first of them in the order of levels has the level ``first``.
+    """The smallest and the largest weight are ``span`` levels apart, and the one with the lower level has the level ``first``.
 
     Args:
         sign: of the scale.
     """
     low, high = groups.aminmax(dim=1)
-    scale = (sign * (high - low) / max(1, span)).half()
+    if span == 0:  # one value, of more digits than fp16 has: the scale has the rest
+        minimum = low.half()
+        return Grouped(torch.ones_like(groups), (low - minimum.float()).half(), minimum)
+    scale = (sign * (high - low) / span).half()
     minimum = ((low if sign > 0 else high) - first * scale.float()).half()
     return nearest(groups, scale, minimum)

@@ -1,8 +1,8 @@
 """Fitting without data: half-quadratic quantisation (Badri and Shaji 2023, HQQ, https://mobiusml.github.io/hqq_blog/).
 
 Minimises ``sum |w - (scale * level + minimum)|^p`` with p < 1, for which large errors count less than in a squared error, by two steps in
-turn: errors ``e`` are the shrunk residuals, and scale and minimum are those of least squares for ``w - e``. It differs from the paper in that the
-scale is fitted too, and in that it starts from the grid of `patchkit.int4.clipped`.
+turn: errors ``e`` are the shrunk residuals, and scale and minimum are those of least squares for ``w - e``. It differs from the paper in
+that the scale is fitted too, and in that it starts from the grid of `patchkit.int4.clipped`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The form of symmetric int4 weights on disk: compressed-tensors' "pack-quantized", which stock transformers and vLLM load.
 
 Formats: https://github.com/vllm-project/compressed-tensors. A weight [N, K] is ``weight_packed`` [N, K / 8] int32, of which each holds 8
-levels, the first in its lowest bits; ``weight_scale`` [N, K / group]; and ``weight_shape``. Its zero points are whole numbers, so weights with
-minima have no form there.
+levels, the first in its lowest bits; ``weight_scale`` [N, K / group]; and ``weight_shape``. Its zero points are whole numbers, so weights
+with minima have no form there.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class Int4Scheme:
     Attributes:
         group: inputs of a group, 32 or 128.
         symmetric: levels stand for -8 to 7 times the scale.
-        fit: "clip", the width of the grid with the smallest squared error; "hqq", half-quadratic; "gptq", with error feedback on calibration
-            text for linear layers, and "clip" for experts.
+        fit: "clip", the width of the grid with the smallest squared error; "hqq", half-quadratic; "gptq", with error feedback on
+            calibration text for linear layers, and "clip" for experts.
     """
 
     kind: ClassVar[str] = "int4"

@@ -26,15 +26,16 @@ _MOST_PLAIN_ROWS = 2
 def int4_linear(
     x: torch.Tensor, weight: torch.Tensor, unit: torch.Tensor, bias: torch.Tensor | None = None, group: int = 32, activation: str = "float"
 ) -> torch.Tensor:
-    """Linear layer over int4 weights, ``y = x W^T + bias``, with a scale and a minimum for each group of inputs; activations as they are, or
-    rounded to int8 per group.
+    """Linear layer over int4 weights, ``y = x W^T + bias``, with a scale and a minimum for each group of inputs; activations as they
+    are, or rounded to int8 per group.
 
     ``W[n, k] = unit[n] * (level[n, k] * scale[n, k // group] + minimum[n, k // group])``, levels from 0 to 15; without minima
     ``unit[n] * (level[n, k] - 8) * scale[n, k // group]``. Summed in fp32, returned in x's dtype.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
-        weight: [ceil(N / 16), ceil(K / group), B] uint8, packed by `patchkit.kernels.int4_layout.pack`: levels, and scale and minimum in fp16.
+        weight: [ceil(N / 16), ceil(K / group), B] uint8: levels, and scales and minima in fp16, as
+            `patchkit.kernels.int4_layout.pack` packs them.
         unit: [N] fp32, a power of two for each output, which brings its scales into fp16's range.
         bias: [N] in x's dtype, or None.
         group: 32 or 128.

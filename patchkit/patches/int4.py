@@ -1,11 +1,11 @@
 """int4: int4 weights, in groups of inputs, for feed-forward blocks, attention and, if asked for, the LM head.
 
-1. Each group of 32 or 128 inputs of an output has a scale and a minimum in fp16, and its weights are 16 levels: ``w = level * scale + minimum``,
-   or ``(level - 8) * scale`` if symmetric.
+1. Each group of 32 or 128 inputs of an output has a scale and a minimum in fp16, and its weights are 16 levels:
+   ``w = level * scale + minimum``, or ``(level - 8) * scale`` if symmetric.
 2. Weights that are on such grids already, such as those of a GGUF file in Q4_0 or Q4_1, keep their values.
 3. Others are rounded without data: of a few widths of the grid, each fitted by least squares, a group has the one with the smallest squared
-   error. Half-quadratic fitting (HQQ, https://mobiusml.github.io/hqq_blog/) and rounding with error feedback on calibration text (Frantar et
-   al. 2022, GPTQ, https://arxiv.org/abs/2210.17323) are options.
+   error. Half-quadratic fitting (HQQ, https://mobiusml.github.io/hqq_blog/) and rounding with error feedback on calibration text
+   (Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323) are options.
 4. Weights stay in their modules and run the op `int4_linear`, as `mlp_int8` says of int8. An embedding that shares the head's weight stays
    as it is.
 
@@ -39,8 +39,10 @@ class Int4(QuantisedWeights):
         scope: "mlp" for feed-forward blocks, "all" for these and attention, "all+head" for the head too.
         group: inputs that share a scale, 32 or 128.
         symmetric: no minimum for each group: 4.5 in place of 5 bits a weight in groups of 32, and less accurate.
-        fit: "clip" and "hqq" need no data; "gptq" needs a ``calibration`` text of some thousand tokens, and cannot follow weights that change.
-        mode, keep_original, modules, min_snr, calibration, strict: see `QuantisedWeights`; mode "dynamic" rounds activations per token and group.
+        fit: "clip" and "hqq" need no data; "gptq" needs a ``calibration`` text of some thousand tokens, and cannot follow weights that
+            change.
+        mode, keep_original, modules, min_snr, calibration, strict: see `QuantisedWeights`; mode "dynamic" rounds activations per token
+            and group.
 
     Raises:
         ValueError: an option out of range.
@@ -79,8 +81,8 @@ class Int4(QuantisedWeights):
         device = target.model.device.type
         if device not in ("cpu", "meta"):  # what is not loaded is refused by its own name
             raise UnsupportedModel(
-                f"{type(target.model).__name__} is on {device}, and int4 is for a CPU: there, use torchao (Int4WeightOnlyConfig) or GemLite, "
-                "and patch the model that they have quantised with the other patches"
+                f"{type(target.model).__name__} is on {device}, and int4 is for a CPU: there, use torchao (Int4WeightOnlyConfig) or "
+                "GemLite, and patch the model that they have quantised with the other patches"
             )
         super().check(target)
 

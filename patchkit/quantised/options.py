@@ -21,8 +21,8 @@ class QuantisedWeights(Patch):
     """Weights of few bits for linear layers; a subclass says in which form by its `scheme`.
 
     Args:
-        mode: "weight_only" keeps activations in floating point; "dynamic" also rounds them to int8; "auto" times both for every shape on one
-            row, and takes weight-only, which is more accurate, unless it costs over 30 % more.
+        mode: "weight_only" keeps activations in floating point; "dynamic" also rounds them to int8; "auto" times both for every shape on
+            one row, and takes weight-only, which is more accurate, unless it costs over 30 % more.
         keep_original: keep the floating-point weights for `unpatch_model`. False frees them; `unpatch_model` then raises
             IrreversiblePatch.
         modules: names of the modules to convert, or patterns such as "*.down_proj"; None for all that are found.

@@ -16,8 +16,8 @@ ACTIVATIONS = {"weight_only": "float", "dynamic": "int8"}
 # A weight-only product that costs at most this much more than a dynamic one is preferred: it is 5 to 8 dB more accurate.
 _PREFER_WEIGHT_ONLY = 1.30
 
-# By the first weight of every shape, then the scheme and the number of threads. So views of one model (those that draft, prove or tune) make the same
-# choice, and no choice depends on other models of the process.
+# By the first weight of every shape, then the scheme and the number of threads. So views of one model (those that draft, prove or
+# tune) make the same choice, and no choice depends on other models of the process.
 _found_faster: Any = WeakIdKeyDictionary()
 
 
