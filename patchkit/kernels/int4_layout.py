@@ -1,8 +1,7 @@
 """The layout of int4 weights in memory: blocks of 16 outputs by one group of inputs, in the order in which they are read.
 
-A block is, in bytes: 16 scales in fp16, 16 minima in fp16 unless the weight is symmetric, and group / 8 chunks of 64
-bytes. Byte ``4 o + j``
-of a chunk holds the level of output o and input j in its low half, and of input ``4 + j`` in its high half.
+A block is, in bytes: 16 scales in fp16, 16 minima in fp16 unless the weight is symmetric, and group / 8 chunks of 64 bytes. Byte
+``4 o + j`` of a chunk holds the level of output o and input j in its low half, and of input ``4 + j`` in its high half.
 """
 
 from __future__ import annotations

@@ -187,12 +187,12 @@ def test_the_definition_by_hand() -> None:
     levels = torch.full((1, 33), 8, dtype=torch.uint8)
     levels[0, 0], levels[0, 1], levels[0, 32] = 3, 15, 0
     x = torch.zeros(1, 33, dtype=torch.float64)
-    x[0, 0], x[0, 1], x[0, 32] = 1.0, 10.0, 100.0
+    x[0, 0], x[0, 1], x[0, 32] = 1.0, 10.0, 127.0
     packed, unit = pack(levels, torch.tensor([[0.5, 2.0]]).half(), None, 32), torch.tensor([0.25])
-    assert int4_linear.exact(x, packed, unit)[0].tolist() == [[0.25 * (-2.5 + 35.0 - 1600.0)]]
+    assert int4_linear.exact(x, packed, unit)[0].tolist() == [[0.25 * (-2.5 + 35.0 - 127 * 16.0)]]
     minimum = torch.tensor([[1.0, -3.0]]).half()
     packed = pack(levels, torch.tensor([[0.5, 2.0]]).half(), minimum, 32)
-    assert int4_linear.exact(x, packed, unit)[0].tolist() == [[0.25 * (2.5 + 85.0 - 300.0)]]
+    assert int4_linear.exact(x, packed, unit)[0].tolist() == [[0.25 * (2.5 + 85.0 - 127 * 3.0)]]
     # A step of 1 / 64 in the first group, and a tie.
     x[0, 0], x[0, 1] = 32.5 / 64, 127 / 64
-    assert int4_linear.exact(x, packed, unit, None, 32, "int8")[0].tolist() == [[0.25 * (2.5 * 32 / 64 + 8.5 * 127 / 64 - 300.0)]]
+    assert int4_linear.exact(x, packed, unit, None, 32, "int8")[0].tolist() == [[0.25 * (2.5 * 32 / 64 + 8.5 * 127 / 64 - 127 * 3.0)]]

@@ -28,6 +28,13 @@ constexpr int64_t kRowsAtOnce = 256; // rows that are quantised together
 
 enum Level { kPlain = 1, kAvx2 = 2, kVnni = 3 };
 
+// Four bytes, which are broadcast to all lanes as they are loaded.
+inline int32_t four(const int8_t* p) {
+    int32_t value;
+    std::memcpy(&value, p, 4);
+    return value;
+}
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 constexpr int kLevel = kVnni;
@@ -41,7 +48,7 @@ inline Nibbles low(const uint8_t* p) { return _mm512_and_si512(_mm512_loadu_si51
 inline Nibbles high(const uint8_t* p) { return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15)); }
 inline Ints splat(int32_t v) { return _mm512_set1_epi32(v); }
 inline Sums begin(Ints total) { return total; }
-inline void dot(Sums& sums, Nibbles w, int32_t x) { sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)); }
+inline void dot(Sums& sums, Nibbles w, const int8_t* x) { sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(four(x))); }
 inline Ints end(Ints, Sums sums) { return sums; }
 inline Ints joined(Ints low, Ints high) { return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8)); }
 inline Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
@@ -74,8 +81,8 @@ inline Nibbles high(const uint8_t* p) { return {shifted(half(p)), shifted(half(p
 inline Ints splat(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 inline Sums begin(Ints) { return splat(0); }
 // Sums in 16 bits: 2 * 15 * 128 per call, and 8 calls between `begin` and `end`, are at most 30720.
-inline void dot(Sums& sums, Nibbles w, int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
+inline void dot(Sums& sums, Nibbles w, const int8_t* x) {
+    const __m256i v = _mm256_set1_epi32(four(x));
     sums.a = _mm256_add_epi16(sums.a, _mm256_maddubs_epi16(w.a, v));
     sums.b = _mm256_add_epi16(sums.b, _mm256_maddubs_epi16(w.b, v));
 }
@@ -131,11 +138,9 @@ inline Ints splat(int32_t v) {
     return r;
 }
 inline Sums begin(const Ints& total) { return total; }
-inline void dot(Sums& sums, const Nibbles& w, int32_t x) {
-    int8_t four[4];
-    std::memcpy(four, &x, 4);
+inline void dot(Sums& sums, const Nibbles& w, const int8_t* x) {
     for (int64_t o = 0; o < kOutputs; ++o) {
-        for (int64_t j = 0; j < 4; ++j) sums.v[o] += int32_t(w.v[4 * o + j]) * four[j];
+        for (int64_t j = 0; j < 4; ++j) sums.v[o] += int32_t(w.v[4 * o + j]) * x[j];
     }
 }
 inline Ints end(const Ints&, const Sums& sums) { return sums; }
@@ -259,10 +264,9 @@ void tile(const Rows& x, int64_t row, const uint8_t* weight, const float* unit, 
                 const Nibbles first = low(chunk), second = high(chunk);
                 for (int r = 0; r < kRows; ++r) {
                     for (int p = 0; p < kPlanes; ++p) {
-                        int32_t four[2];
-                        std::memcpy(four, bytes + (r * kPlanes + p) * x.padded + g * x.group + i + j, 8);
-                        dot(sums[r][p], first, four[0]);
-                        dot(sums[r][p], second, four[1]);
+                        const int8_t* inputs = bytes + (r * kPlanes + p) * x.padded + g * x.group + i + j;
+                        dot(sums[r][p], first, inputs);
+                        dot(sums[r][p], second, inputs + 4);
                     }
                 }
             }
