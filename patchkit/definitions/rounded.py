@@ -23,8 +23,8 @@ _UNSURE_STEPS = 127 * 2.0**-21
 # The same where inputs are not rounded, as a share of a row's largest: kernels take them as integers of 16 bits (docs/kernels.md).
 _UNSURE_SHARE = 2.0**-16
 
-# (tensor, dimension along which it is multiplied) -> the rounded tensor
-_RoundWeight = Callable[[torch.Tensor, int], torch.Tensor]
+# (name of the module, weight, dimension along which it is multiplied) -> the rounded weight
+_RoundWeight = Callable[[str, torch.Tensor, int], torch.Tensor]
 # (inputs [..., K], generator of uncertainty or None) -> the rounded inputs
 _RoundInput = Callable[[torch.Tensor, "torch.Generator | None"], torch.Tensor]
 
@@ -41,7 +41,11 @@ def rounded_logits(
     Raises:
         NoDefinition: fused experts that round their inputs, which is not visible from outside; or weights that were loaded in int8.
     """
-    return logits_over(model, ids, facts, rounded, lambda x, unsure: rounded(x, -1, unsure), at, unsure)
+
+    def round_weight(name: str, weight: torch.Tensor, across: int) -> torch.Tensor:
+        return rounded(weight, across)
+
+    return logits_over(model, ids, facts, round_weight, lambda x, unsure: rounded(x, -1, unsure), at, unsure)
 
 
 def logits_over(
@@ -75,7 +79,7 @@ def logits_over(
                 if isinstance(module, _compat.Conv1D) or getattr(module, "is_transposed", False):
                     across -= 1
                 originals.append((module, key, parameter))
-                _compat.parameters_of(module)[key] = nn.Parameter(round_weight(parameter.detach(), across), requires_grad=False)
+                _compat.parameters_of(module)[key] = nn.Parameter(round_weight(name, parameter.detach(), across), requires_grad=False)
             if dynamic or unsure is not None:
                 hooks.append(module.register_forward_pre_hook(functools.partial(_input_rounded, round_input if dynamic else None, unsure)))
         with hooks_removed(hooks):

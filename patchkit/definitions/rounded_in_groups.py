@@ -6,6 +6,7 @@ Numbers are float32, sums float64, scales and minima float16, so that a choice b
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from patchkit.definitions.rounded import logits_over, rounded
 if TYPE_CHECKING:
     from patchkit.record import PatchReport
 
-_WIDTHS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_WIDTHS, _FITS = (1.0, 0.9, 0.8, 0.7, 0.6), 2
+_FLOOR = 0.01
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -27,48 +29,57 @@ def rounded_in_groups(
     *,
     group: int = 32,
     symmetric: bool = False,
+    squares: Mapping[str, torch.Tensor] | None = None,
     at: torch.Tensor | None = None,
     unsure: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Logits with the weights of the patch's modules on 16 levels for each group of inputs; in mode "dynamic" inputs too, on 255 per group.
 
-    A weight all of whose groups are on such levels stays as it is. Otherwise the grid of a group spans a share of its range (1, 0.95, ...
-    0.7); each is fitted by least squares to the levels that it gives, and the one with the smallest squared error is taken.
+    A weight all of whose groups are on such levels stays as it is. Otherwise the grid of a group spans a share of its range (1, 0.9, ...
+    0.6), and is fitted twice by least squares to the levels that it gives; of all these the one with the smallest squared error is taken.
 
     Args:
+        squares: mean square [K] of each input, by the name of the module. An error counts as much as they say, relative to their mean,
+            and 0.01 more; all count alike where there are none.
         unsure: described at `rounded_logits`.
 
     Raises:
         NoDefinition: as `rounded_logits`.
     """
-    round_weight = functools.partial(_weight, group=group, symmetric=symmetric)
+
+    def round_weight(name: str, weight: torch.Tensor, across: int) -> torch.Tensor:
+        given = None if squares is None or name not in squares or weight.ndim != 2 else squares[name].numpy()
+        return _weight(weight, across, given, group, symmetric)
+
     return logits_over(model, ids, facts, round_weight, functools.partial(_inputs, group), at, unsure)
 
 
 def _inputs(group: int, x: torch.Tensor, unsure: torch.Generator | None) -> torch.Tensor:
-    parts = x.split(group, -1)
-    return torch.cat([rounded(part, -1, unsure) for part in parts], -1)
+    return torch.cat([rounded(part, -1, unsure) for part in x.split(group, -1)], -1)
 
 
-def _weight(weight: torch.Tensor, across: int, group: int, symmetric: bool) -> torch.Tensor:
+def _weight(weight: torch.Tensor, across: int, squares: _Array | None, group: int, symmetric: bool) -> torch.Tensor:
     if weight.ndim == 3:
-        return torch.stack([_weight(each, across - 1, group, symmetric) for each in weight])
+        return torch.stack([_weight(each, across - 1, squares, group, symmetric) for each in weight])
     rows = (weight if across == 1 else weight.T).float().numpy()
     with np.errstate(all="ignore"):
-        done = _rows(rows, group, symmetric)
+        done = _rows(rows, squares, group, symmetric)
     made = torch.from_numpy(done).to(weight.dtype)
     return made if across == 1 else made.T.contiguous()
 
 
-def _rows(rows: _Array, group: int, symmetric: bool) -> _Array:
+def _rows(rows: _Array, squares: _Array | None, group: int, symmetric: bool) -> _Array:
     n, k = rows.shape
-    _, exponent = np.frexp(np.abs(rows).max(1, keepdims=True))
-    unit = np.ldexp(np.float32(1), np.maximum(exponent, -115) - 11)
-    unit[~np.abs(rows).max(1, keepdims=True).astype(bool)] = 1
-    filled = np.pad(rows / unit, ((0, 0), (0, -k % group)), mode="edge").astype(np.float32)
-    groups = filled.reshape(-1, group)
+    largest = np.abs(rows).max(1, keepdims=True)
+    unit = np.where(largest > 0, np.ldexp(np.float32(1), np.maximum(np.frexp(largest)[1], -115) - 11), np.float32(1))
+    missing = -k % group
+    groups = np.pad(rows / unit, ((0, 0), (0, missing)), mode="edge").astype(np.float32).reshape(-1, group)
+    counts = np.ones(k) if squares is None or not squares.any() else squares / squares.mean() + _FLOOR
+    counts = np.pad(counts.astype(np.float32).astype(np.float64), (0, missing)).reshape(-1, group)
     if not (_is_symmetric(groups) if symmetric else _is_on_levels(groups)):
-        groups = np.concatenate([_fitted(part, symmetric) for part in np.array_split(groups, max(1, len(groups) // 4096))])
+        apart = max(1, 4096 // len(counts)) * len(counts)
+        parts = [groups[first : first + apart] for first in range(0, len(groups), apart)]
+        groups = np.concatenate([_fitted(part, np.tile(counts, (len(part) // len(counts), 1)), symmetric) for part in parts])
     return (groups.reshape(n, -1)[:, :k] * unit).astype(np.float32)
 
 
@@ -98,36 +109,36 @@ def _is_symmetric(groups: _Array) -> bool:
     return bool(known.all())
 
 
-def _fitted(groups: _Array, symmetric: bool) -> _Array:
+def _fitted(groups: _Array, counts: _Array, symmetric: bool) -> _Array:
     best, least = np.zeros_like(groups), np.full(len(groups), np.inf)
     lowest = -8 if symmetric else 0
-    for width in map(np.float32, _WIDTHS):
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    for width in _WIDTHS:
         if symmetric:
-            scale = np.float16(-width * np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1) / np.float32(8))
-            start = np.float16(0 * scale)
+            scale = np.float16(np.float32(-width) * np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1) / np.float32(8))
+            start = np.float16(0 * low)
         else:
-            low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-            scale = np.float16(width * (high - low) / np.float32(15))
-            start = np.float16(low + np.float32((1 - float(width)) / 2) * (high - low))
-        level = _levels(groups, scale, start, lowest)
-        if symmetric:
-            square = _mean(level**2)
-            scale = np.where(square > 0, _half(_mean(level * groups) / square), scale)
-        else:
-            mean, middle = _mean(level), _mean(groups)
-            spread = _mean(level**2) - mean**2
-            scale = _half(np.where(spread > 0, (_mean(level * groups) - mean * middle) / spread, scale))
-            start = _half(middle - scale.astype(np.float64) * mean)
-        level = _levels(groups, scale, start, lowest)
-        values = level * scale.astype(np.float32) + start.astype(np.float32)
-        error = ((groups - values) ** 2).sum(1, dtype=np.float64)
-        better = error < least
-        best[better], least[better] = values[better], error[better]
+            scale = np.float16(np.float32(width) * (high - low) / np.float32(15))
+            start = np.float16(low + np.float32((1 - width) / 2) * (high - low))
+        for _ in range(_FITS):
+            level = _levels(groups, scale, start, lowest).astype(np.float64)
+            square, product = _mean(level**2, counts), _mean(level * groups, counts)
+            if symmetric:
+                scale = np.where(square > 0, _half(product / square), scale)
+            else:
+                mean, middle = _mean(level, counts), _mean(groups, counts)
+                spread = square - mean**2
+                scale = _half(np.where(spread > 0, (product - mean * middle) / spread, scale))
+                start = _half(middle - scale.astype(np.float64) * mean)
+            values = _levels(groups, scale, start, lowest) * scale.astype(np.float32) + start.astype(np.float32)
+            error = (counts * (groups - values).astype(np.float64) ** 2).sum(1)
+            better = error < least
+            best[better], least[better] = values[better], error[better]
     return best
 
 
-def _mean(products: _Array) -> _Array:
-    return products.sum(1, keepdims=True, dtype=np.float64) / products.shape[1]
+def _mean(products: _Array, counts: _Array) -> _Array:
+    return (counts * products).sum(1, keepdims=True) / counts.sum(1, keepdims=True)
 
 
 def _half(wide: _Array) -> _Array:

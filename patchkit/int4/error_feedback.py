@@ -63,30 +63,32 @@ def _add(sums: dict[str, torch.Tensor], name: str, module: Any, args: tuple[Any,
     sums[name] = found if name not in sums else sums[name].add_(found)
 
 
-def with_feedback(rows: torch.Tensor, moment: torch.Tensor, group: int, symmetric: bool) -> Grouped:
-    """Round the weights ``rows`` [N, K] float32, K a multiple of ``group``, for inputs with the second moments ``moment`` [K, K].
+def with_feedback(groups: torch.Tensor, importance: torch.Tensor, moment: torch.Tensor, symmetric: bool) -> Grouped:
+    """Round ``groups`` [N, G, g] float32 for inputs with these second moments.
 
-    Returns:
-        The groups [N * K // group, group], ordered as `groups_of` orders them.
+    Args:
+        importance: [G, g] float64, with which the grid of each group is chosen.
+        moment: [G g, G g] float32.
     """
-    k = rows.shape[1]
-    left, influence = rows.clone(), _influence(moment)
+    _, count, group = groups.shape
+    left, influence = groups.flatten(1).clone(), _influence(moment)
     parts: list[Grouped] = []
-    for first in range(0, k, group):
+    for number in range(count):
+        first = number * group
         here, share = left[:, first : first + group], influence[first : first + group]
-        grid = clipped(here, symmetric)
+        grid = clipped(here[:, None], importance[number : number + 1], symmetric)
         errors = torch.empty_like(here)
         for i in range(group):
             column = here[:, i : i + 1]
-            rounded = nearest(column, grid.scale, grid.minimum)
-            grid.levels[:, i : i + 1] = rounded.levels
-            errors[:, i : i + 1] = (column - rounded.values()) / share[i, first + i]
+            rounded = nearest(column[:, None], grid.scale, grid.minimum)
+            grid.levels[:, :, i] = rounded.levels[..., 0]
+            errors[:, i : i + 1] = (column - rounded.values()[:, 0]) / share[i, first + i]
             here[:, i + 1 :] -= errors[:, i : i + 1] * share[i, first + i + 1 : first + group]
         left[:, first + group :] -= errors @ share[:, first + group :]
         parts.append(grid)
-    levels, scales = torch.stack([part.levels for part in parts], 1), torch.stack([part.scale for part in parts], 1)
     minima = [part.minimum for part in parts if part.minimum is not None]
-    return Grouped(levels.reshape(-1, group), scales.reshape(-1), torch.stack(minima, 1).reshape(-1) if minima else None)
+    levels, scales = torch.cat([part.levels for part in parts], 1), torch.cat([part.scale for part in parts], 1)
+    return Grouped(levels, scales, torch.cat(minima, 1) if minima else None)
 
 
 def _influence(moment: torch.Tensor) -> torch.Tensor:

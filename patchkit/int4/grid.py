@@ -14,11 +14,15 @@ _SAMPLE = 256
 
 
 def on_a_grid(groups: torch.Tensor, symmetric: bool) -> Grouped | None:
-    """Levels that stand for exactly the weights ``groups`` [M, g], with scales and minima in fp16; None if a group has none."""
-    sample = groups[:: max(1, len(groups) // _SAMPLE)]
-    if not groups.isfinite().all() or _found(sample, symmetric) is None:
+    """Levels that stand for exactly the weights ``groups`` [N, G, g], with scales and minima in fp16; None if a group has none."""
+    n, flat = len(groups), groups.flatten(0, 1)
+    if not groups.isfinite().all() or _found(flat[:: max(1, len(flat) // _SAMPLE)], symmetric) is None:
         return None
-    return _found(groups, symmetric)
+    found = _found(flat, symmetric)
+    if found is None:
+        return None
+    minimum = None if found.minimum is None else found.minimum.view(n, -1)
+    return Grouped(found.levels.view_as(groups), found.scale.view(n, -1), minimum)
 
 
 def _found(groups: torch.Tensor, symmetric: bool) -> Grouped | None:

@@ -1,4 +1,7 @@
-"""Weights as groups of inputs, in units that bring scales and minima into fp16's range."""
+"""Weights as groups of inputs, in units that bring scales and minima into fp16's range.
+
+Shapes: N outputs, G groups, g inputs of a group.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ _EXPONENT = 11
 
 
 class Grouped(NamedTuple):
-    """Levels of M groups of g weights.
+    """Levels of groups of weights.
 
     Attributes:
-        levels: [M, g] float32, whole numbers from 0 to 15.
-        scale: [M] fp16.
-        minimum: [M] fp16, or None for a symmetric weight.
+        levels: [..., g] float32, whole numbers from 0 to 15.
+        scale: [...] fp16.
+        minimum: [...] fp16, or None for a symmetric weight.
     """
 
     levels: torch.Tensor
@@ -27,10 +30,10 @@ class Grouped(NamedTuple):
     minimum: torch.Tensor | None
 
     def values(self) -> torch.Tensor:
-        """The weights [M, g] in float32 that the levels stand for."""
+        """The weights [..., g] in float32 that the levels stand for."""
         if self.minimum is None:
-            return (self.levels - MIDDLE) * self.scale.float()[:, None]
-        return self.levels * self.scale.float()[:, None] + self.minimum.float()[:, None]
+            return (self.levels - MIDDLE) * self.scale.float()[..., None]
+        return self.levels * self.scale.float()[..., None] + self.minimum.float()[..., None]
 
     def put(self, where: torch.Tensor, other: Grouped, chosen: torch.Tensor) -> None:
         """Overwrite the groups at the indices ``where`` with those of ``other`` at ``chosen``."""
@@ -40,12 +43,12 @@ class Grouped(NamedTuple):
 
 
 def nearest(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> Grouped:
-    """The nearest levels of ``groups`` [M, g] float32 on grids of ``scale`` [M] and ``minimum`` [M] (or None), both in fp16; ties to even.
+    """The nearest levels of ``groups`` [..., g] float32 on grids of ``scale`` [...] and ``minimum`` [...] (or None), in fp16; ties to even.
 
     Where a scale is 0, all levels stand for the same value.
     """
-    step = scale.float()[:, None]
-    shifted = groups if minimum is None else groups - minimum.float()[:, None]
+    step = scale.float()[..., None]
+    shifted = groups if minimum is None else groups - minimum.float()[..., None]
     steps = torch.where(step == 0, 0.0, shifted / step)
     return Grouped((steps + (MIDDLE if minimum is None else 0)).round_().clamp_(0, LARGEST), scale, minimum)
 
@@ -59,7 +62,7 @@ def unit_of(rows: torch.Tensor) -> torch.Tensor:
 
 
 def groups_of(rows: torch.Tensor, unit: torch.Tensor, group: int) -> torch.Tensor:
-    """The weights [N * G, group] in float32 of ``rows`` [N, K], in ``unit`` [N]; a last group that is not full repeats its last weight."""
+    """The weights [N, G, group] in float32 of ``rows`` [N, K], in ``unit`` [N]; a last group that is not full repeats its last weight."""
     scaled = rows / unit[:, None]
     missing = -rows.shape[1] % group
-    return (F.pad(scaled, (0, missing), mode="replicate") if missing else scaled).reshape(-1, group)
+    return (F.pad(scaled, (0, missing), mode="replicate") if missing else scaled).unflatten(1, (-1, group))

@@ -31,7 +31,7 @@ class Int8Scheme:
         found = _compat.torchao_int8(weight)
         return None if found is None else Int8Weight(found[0], found[1], weight.dtype, found[2])
 
-    def quantize(self, weight: torch.Tensor, transposed: bool = False) -> Int8Weight:
+    def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> Int8Weight:
         return Int8Weight.quantize(weight, transposed=transposed)
 
     def fit_layers(self, target: Target, linears: Sequence[Layer], calibration: Any) -> None:

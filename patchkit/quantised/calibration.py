@@ -13,6 +13,16 @@ from patchkit.anatomy.target import Target
 _CALIBRATION_TOKENS = 64
 
 
+def calibration_ids(target: Target, calibration: Any) -> torch.Tensor:
+    """Token ids [B, T] of the calibration text on the model's device: those given, [T] or [B, T]; 64 random ones for None."""
+    if calibration is None:
+        vocabulary = getattr(target.config, "vocab_size", 100)
+        longest = min(_CALIBRATION_TOKENS, target.position_limit or _CALIBRATION_TOKENS)
+        calibration = torch.randint(vocabulary, (longest,), generator=torch.Generator().manual_seed(0))
+    ids = torch.as_tensor(calibration)
+    return ids.reshape(-1, ids.shape[-1]).to(target.model.device)
+
+
 def calibrated_inputs(target: Target, modules: dict[str, Any], calibration: Any) -> dict[str, tuple[Any, ...]]:
     """Positional arguments of each module in one forward over the calibration text; a module that is not called is missing.
 
@@ -25,14 +35,9 @@ def calibrated_inputs(target: Target, modules: dict[str, Any], calibration: Any)
     def notice(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.setdefault(name, args)
 
-    if calibration is None:
-        vocabulary = getattr(target.config, "vocab_size", 100)
-        longest = min(_CALIBRATION_TOKENS, target.position_limit or _CALIBRATION_TOKENS)
-        calibration = torch.randint(vocabulary, (longest,), generator=torch.Generator().manual_seed(0))
-    ids = torch.as_tensor(calibration).reshape(-1, torch.as_tensor(calibration).shape[-1]).to(target.model.device)
     hooks = [module.register_forward_pre_hook(functools.partial(notice, name)) for name, module in modules.items()]
     try:
-        target.forward(ids)
+        target.forward(calibration_ids(target, calibration))
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,7 +13,7 @@ from patchkit import _compat
 from patchkit.handle import Handle
 from patchkit.quantised.calibration import decibels
 from patchkit.quantised.freed import FreedWeight
-from patchkit.quantised.saving import save_plain
+from patchkit.quantised.saving import Original, save_plain
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.weight import QuantisedWeight
 
@@ -86,7 +86,7 @@ class QuantisedExperts:
         """Signal-to-noise ratio in dB of the outputs on ``inputs``; None without inputs."""
         return None if inputs is None else decibels(self.run_original(*inputs), self.run(*inputs))
 
-    def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
+    def install(self, handle: Handle, originals: list[Original], keep_original: bool) -> None:
         """Make the module run over the quantised weights, and append the replaced parameters to ``originals``."""
         handle.set_attribute(self.module, _WEIGHTS, self.weights)
         config = self.module.config
@@ -97,7 +97,7 @@ class QuantisedExperts:
             original = getattr(self.module, key)
             weights.implementation = implementation
             handle.record.describe(self.name, **{f"{key}_bytes": weights.stored_bytes(), f"{key}_original_bytes": original.nbytes})
-            originals.append((self.module, key, original))
+            originals.append(Original(self.module, key, original))
             freed = FreedWeight(original.shape, original.dtype, original.device)
             _compat.parameters_of(self.module)[key] = nn.Parameter(freed, requires_grad=False)
             handle.state_dict_hook(self.module, functools.partial(save_plain, key, original if keep_original else None, weights))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from patchkit import _compat
 from patchkit.anatomy.target import Target
@@ -20,7 +19,7 @@ from patchkit.quantised.experts import QuantisedExperts
 from patchkit.quantised.find_blocks import FoundBlocks, Scope, accurate_blocks
 from patchkit.quantised.linears import QuantisedLinear
 from patchkit.quantised.requantize import checksums, refuse_changes, requantize
-from patchkit.quantised.saving import restore_weights
+from patchkit.quantised.saving import Original, restore_weights
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.timing import choose_activations
 
@@ -63,7 +62,7 @@ def install(target: Target, handle: Handle, options: QuantisedOptions, found: Fo
         handle.record.left_alone(what, why)
     report_speed(options.name, kept, handle.record, options.strict, (1, 256), "leave the patch out unless you want the memory")
 
-    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    originals: list[Original] = []
     handle.on_undo(functools.partial(restore_weights, originals))
     for block in kept:
         block.install(handle, originals, options.keep_original)
@@ -75,7 +74,7 @@ def install(target: Target, handle: Handle, options: QuantisedOptions, found: Fo
         renew: Callable[[], bool] = functools.partial(requantize, originals, handle.record.hits, scheme)
         if not scheme.follows:
             renew = functools.partial(refuse_changes, originals, checksums(originals), scheme.kind)
-        derived = Derived([original for _, _, original in originals], renew)
+        derived = Derived([original.weight for original in originals], renew)
         keep_fresh(handle, target.model, _compat.decoder_of(target.model), derived)
     else:
         handle.make_final(

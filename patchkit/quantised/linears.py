@@ -12,7 +12,7 @@ from torch import nn
 from patchkit import _compat
 from patchkit.handle import Handle
 from patchkit.quantised.calibration import decibels
-from patchkit.quantised.saving import save_plain
+from patchkit.quantised.saving import Original, save_plain
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.weight import QuantisedWeight
 
@@ -24,6 +24,7 @@ class QuantisedLinear:
         transposed: the module is a `Conv1D`, which keeps its weight as [in, out].
         is_head: the module is the model's LM head.
         shared: the original weight is the embeddings' too, which stay as they are.
+        squares: mean square [K] of each input on the calibration text, if the scheme uses it.
         fixed: the kind of activation of a weight that another library has quantised; None for other weights.
     """
 
@@ -31,13 +32,14 @@ class QuantisedLinear:
         self.name, self.module, self.scheme, self.is_head, self.shared = name, module, scheme, is_head, shared
         self.transposed = isinstance(module, _compat.Conv1D)
         self.original: nn.Parameter = module.weight
+        self.squares: torch.Tensor | None = None
         self._adopted = scheme.adopted(module.weight)
         self.fixed = None if self._adopted is None else self._adopted.activation
 
     @functools.cached_property
     def weight(self) -> QuantisedWeight:
         """The quantised weight, made at the first use."""
-        return self.scheme.quantize(self.original, transposed=self.transposed) if self._adopted is None else self._adopted
+        return self.scheme.quantize(self.original, self.transposed, self.squares) if self._adopted is None else self._adopted
 
     @property
     def activation(self) -> str:
@@ -91,10 +93,10 @@ class QuantisedLinear:
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
         return int((self.run_original(x).argmax(-1) != self.run(x).argmax(-1)).sum()), len(x)
 
-    def install(self, handle: Handle, originals: list[tuple[nn.Module, str, nn.Parameter]], keep_original: bool) -> None:
+    def install(self, handle: Handle, originals: list[Original], keep_original: bool) -> None:
         """Put the quantised weight into the module, and append the replaced parameter to ``originals``."""
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
-        originals.append((self.module, "weight", self.original))
+        originals.append(Original(self.module, "weight", self.original, self.squares))
         _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)
         saved = None if self.transposed or self.is_head else self.scheme.saved(self)
         if saved is None:

@@ -11,16 +11,16 @@ from torch import nn
 from patchkit import _compat
 from patchkit.errors import StaleWeights
 from patchkit.quantised.experts import ExpertWeights, quantised_experts_of
+from patchkit.quantised.saving import Original
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.weight import QuantisedWeight
-
-Original = tuple[nn.Module, str, nn.Parameter]
 
 
 def requantize(originals: Sequence[Original], hits: Counter[str], scheme: Scheme) -> bool:
     """Quantise the floating-point weights again, into the tensors that are in use: addresses stay, compiled code goes on.
 
-    The values are those of a model that is patched now. Which modules are quantised, and in which mode, is not chosen again.
+    The values are those of a model that is patched now. Which modules are quantised, in which mode, and which of their inputs count more,
+    is not chosen again.
 
     Returns:
         Whether any quantised tensor differs from before; only that is counted in ``hits``.
@@ -28,27 +28,26 @@ def requantize(originals: Sequence[Original], hits: Counter[str], scheme: Scheme
     Raises:
         StaleWeights: a weight has another shape than its quantised copy, or is no longer in memory; nothing was changed.
     """
-    for module, key, original in originals:
+    for module, key, original, _ in originals:
         _refuse(module, key, original, scheme.kind)
     differs = False
     with torch.no_grad():
-        for module, key, original in originals:
+        for module, key, original, squares in originals:
             now = _compat.parameters_of(module).get(key)
             experts = quantised_experts_of(module)
             if experts is not None and now is not None:
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
                 differs |= _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed), scheme))
             elif isinstance(now, QuantisedWeight):  # else the module was given another weight, and runs over that
-                differs |= _overwrite(now, _quantized(original, now, scheme))
+                differs |= _overwrite(now, _quantized(original, now, scheme, squares))
     hits["requantised"] += differs
     return differs
 
 
 def checksums(originals: Sequence[Original]) -> list[torch.Tensor]:
-    """Of each weight, the sum and the sum of squares [2] float64."""
-    return [
-        torch.stack([original.detach().sum(dtype=torch.float64), original.detach().double().square().sum()]) for *_, original in originals
-    ]
+    """Of each weight, the sum and the norm [2] float64."""
+    weights = [each.weight.detach() for each in originals]
+    return [torch.stack([each.sum(dtype=torch.float64), torch.linalg.vector_norm(each, dtype=torch.float64)]) for each in weights]
 
 
 def refuse_changes(originals: Sequence[Original], before: Sequence[torch.Tensor], kind: str) -> bool:
@@ -57,9 +56,9 @@ def refuse_changes(originals: Sequence[Original], before: Sequence[torch.Tensor]
     Raises:
         StaleWeights: they have others, and the quantised ones were fitted with more than the weights, so that they cannot be made again.
     """
-    for module, key, original in originals:
+    for module, key, original, _ in originals:
         _refuse(module, key, original, kind)
-    for (module, key, _), old, new in zip(originals, before, checksums(originals), strict=True):
+    for (module, key, *_), old, new in zip(originals, before, checksums(originals), strict=True):
         if not torch.equal(old.view(torch.int64), new.to(old.device).view(torch.int64)):
             raise StaleWeights(
                 f"the {key} of a {type(module).__name__} has changed, and its {kind} weight was fitted to calibration text: "
@@ -88,9 +87,11 @@ def _refuse(module: nn.Module, key: str, original: nn.Parameter, kind: str) -> N
         )
 
 
-def _quantized(original: nn.Parameter, now: QuantisedWeight, scheme: Scheme) -> QuantisedWeight:
+def _quantized(original: nn.Parameter, now: QuantisedWeight, scheme: Scheme, squares: torch.Tensor | None) -> QuantisedWeight:
     adopted = scheme.adopted(original)
-    return scheme.quantize(original.detach().to(now.device, now.dtype), transposed=now.transposed) if adopted is None else adopted
+    if adopted is not None:
+        return adopted
+    return scheme.quantize(original.detach().to(now.device, now.dtype), now.transposed, squares)
 
 
 def _overwrite(weight: QuantisedWeight, new: QuantisedWeight) -> bool:

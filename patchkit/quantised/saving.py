@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +10,23 @@ from torch import nn
 from patchkit import _compat
 
 
-def restore_weights(originals: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    """Put original parameters, given as (module, name, parameter), back into their modules."""
-    for module, key, original in reversed(originals):
+class Original(NamedTuple):
+    """A weight in floating point that a quantised one has replaced.
+
+    Attributes:
+        key: its name in the module.
+        squares: mean square [K] of each input on the calibration text; None if the scheme does not use it.
+    """
+
+    module: nn.Module
+    key: str
+    weight: nn.Parameter
+    squares: torch.Tensor | None = None
+
+
+def restore_weights(originals: list[Original]) -> None:
+    """Put original parameters back into their modules."""
+    for module, key, original, _ in reversed(originals):
         now = _compat.parameters_of(module)[key]
         if now is not None:  # the patched model may have been moved, or cast
             original.data = original.data.to(now.device, now.dtype)

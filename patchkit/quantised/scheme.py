@@ -15,12 +15,17 @@ from patchkit.quantised.weight import QuantisedWeight
 
 
 class Layer(Protocol):
-    """A linear layer, as schemes see it: `patchkit.quantised.linears.QuantisedLinear`."""
+    """A linear layer, as schemes see it: `patchkit.quantised.linears.QuantisedLinear`.
+
+    Attributes:
+        squares: mean square [K] of each of its inputs on the calibration text, for schemes that use it; None if it is not known.
+    """
 
     name: str
     module: Any
     original: nn.Parameter
     transposed: bool
+    squares: torch.Tensor | None
 
     @property
     def weight(self) -> QuantisedWeight: ...
@@ -55,8 +60,12 @@ class Scheme(Protocol):
     def adopted(self, weight: Any) -> QuantisedWeight | None:
         """The weight in this form, if another library has loaded it in the same form already."""
 
-    def quantize(self, weight: torch.Tensor, transposed: bool = False) -> QuantisedWeight:
-        """Round ``weight`` [N, K], or ``transposed`` [K, N]."""
+    def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> QuantisedWeight:
+        """Round ``weight`` [N, K], or ``transposed`` [K, N].
+
+        Args:
+            squares: mean square [K] of each input, or None.
+        """
 
     def fit_layers(self, target: Target, linears: Sequence[Layer], calibration: Any) -> None:
         """Set the weights of ``linears`` where they depend on more than the originals; others are rounded when first used."""

@@ -142,10 +142,8 @@ def test_decode(benchmark: Any, record: Callable[..., None]) -> None:
 FORMS: dict[str, tuple[dict[str, Any], float | None]] = {
     "clip": ({}, 1.04),
     "clip_dynamic": ({"mode": "dynamic"}, 1.04),
-    "hqq": ({"fit": "hqq"}, 1.04),
     "gptq": ({"fit": "gptq"}, 1.02),
     "symmetric": ({"symmetric": True}, None),
-    "symmetric_hqq": ({"symmetric": True, "fit": "hqq"}, None),
     "symmetric_gptq": ({"symmetric": True, "fit": "gptq"}, None),
     "group_128": ({"group": 128}, None),
     "group_128_gptq": ({"group": 128, "fit": "gptq"}, None),
