@@ -32,6 +32,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "nemotron_h": "cache layers of type",
         "qwen3_next": "cache layers of type LinearAttentionLayer",
     },
+    "int4": {"mamba": "no linear layer that can be converted"},
+    "int8": {"mamba": "no linear layer that can be converted"},
     "linear": {
         "bloom": "ALiBi",
         "deepseek_v2": "latent attention",

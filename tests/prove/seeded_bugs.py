@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import patchkit.int4.scheme
+import patchkit.int4.weight
 import patchkit.int8.weight
 import patchkit.linear.attention
 import patchkit.streaming.hooks
@@ -108,6 +110,17 @@ def inputs_rounded_together(monkeypatch: Any) -> None:
         return (y if bias is None else y + bias).to(x.dtype)
 
     monkeypatch.setattr(patchkit.int8.weight, "int8_linear", int8_linear)
+
+
+def unit_a_little_large(monkeypatch: Any) -> None:
+    right = patchkit.int4.weight.int4_linear
+    monkeypatch.setattr(patchkit.int4.weight, "int4_linear", lambda x, w, unit, *rest: right(x, w, 1.001 * unit, *rest))
+
+
+def inputs_that_count_alike(monkeypatch: Any) -> None:
+    """The grid of a group is chosen without the inputs of its layer."""
+    right = patchkit.int4.scheme.importance_of
+    monkeypatch.setattr(patchkit.int4.scheme, "importance_of", lambda squares, *rest: right(None, *rest))
 
 
 def mask_lost(monkeypatch: Any) -> None:
@@ -237,6 +250,8 @@ BUGS = {
     "scale of another channel": Bug(scale_of_another_channel, "mlp_int8", "logits are those of the definition"),
     "scale a little large": Bug(scale_a_little_large, "mlp_int8(mode=weight_only)", "logits are those of the definition"),
     "scale a little large, inputs rounded": Bug(scale_a_little_large, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
+    "unit a little large": Bug(unit_a_little_large, "int4(mode=weight_only)", "logits are those of the definition"),
+    "inputs that count alike": Bug(inputs_that_count_alike, "int4(mode=dynamic)", "logits are those of the definition"),
     "inputs rounded together": Bug(inputs_rounded_together, "mlp_int8(mode=dynamic)", "logits are those of the definition"),
     "mask lost": Bug(mask_lost, STREAMING, "no token sees a later one"),
     "window off by one": Bug(window_off_by_one, STREAMING, "logits are those of the definition"),

@@ -66,6 +66,9 @@ HEALTHY = [
     ("gpt2", "mlp_int8(mode=dynamic)"),
     ("llama", "streaming(sinks=2, window=10) + mlp_int8(mode=dynamic)"),
     ("mixtral", "mlp_int8"),
+    ("gpt2", "int4(scope='all+head', group=128, mode=weight_only)"),
+    ("llama", "streaming(sinks=2, window=10) + int4(symmetric=True, mode=dynamic)"),
+    ("mixtral", "int4(mode=weight_only)"),
 ]
 
 
@@ -83,6 +86,8 @@ def test_healthy_patches_pass(family: str, spec: str, untimed: None) -> None:
         matrix("streaming(sinks=2, window=10)", torch.float16),
         matrix("mlp_int8(mode=weight_only)", torch.bfloat16),
         matrix("mlp_int8(mode=dynamic) + speculative", torch.bfloat16),
+        matrix("int4(mode=weight_only)", torch.bfloat16),
+        matrix("int4(mode=dynamic)", torch.float16),
         ("mlp_int8(mode=dynamic) + speculative", torch.float16),
     ],
 )
