@@ -16,7 +16,13 @@ _SAMPLE = 256
 def on_a_grid(groups: torch.Tensor, symmetric: bool) -> Grouped | None:
     """Levels that stand for exactly the weights ``groups`` [N, G, g], with scales and minima in fp16; None if a group has none."""
     n, flat = len(groups), groups.flatten(0, 1)
-    if not groups.isfinite().all() or _found(flat[:: max(1, len(flat) // _SAMPLE)], symmetric) is None:
+    sample = flat[:: max(1, len(flat) // _SAMPLE)]
+    # Most weights have more values than levels in the first groups already.
+    if (
+        int(sample.sort(1).values.diff(dim=1).ne(0).sum(1).max()) > LARGEST
+        or not groups.isfinite().all()
+        or _found(sample, symmetric) is None
+    ):
         return None
     found = _found(flat, symmetric)
     if found is None:
