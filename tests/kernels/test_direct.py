@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -100,6 +101,56 @@ def test_shapes_of_no_linear_layer_are_refused(direct: Op) -> None:
     for x in (torch.randn(1, args[0].shape[-1] - 1), torch.randn(args[0].shape[-1] + 1), torch.randn(())):
         with pytest.raises((RuntimeError, IndexError)):
             direct._direct(x, *args[1:])  # type: ignore[misc]
+
+
+@torch.no_grad()
+def test_a_bias_and_scales_of_other_shapes_are_the_ops(direct: Op) -> None:
+    """The kernel reads as many of each as the weight has outputs."""
+    _, args = next(iter(direct.sample_inputs("cpu")))
+    x, weight = args[:2]
+    names = direct._arguments[: len(args)]
+    others = [("bias", torch.ones(1)), ("bias", torch.ones(1, len(weight)))]
+    others += [("scale", torch.full((1,), 1e-3)), ("scale", torch.full((len(weight) + 1,), 1e-3))] if "scale" in names else []
+    for name, other in others:
+        given = [other if each == name else value for each, value in zip(names, args, strict=True)]
+        if name == "scale" and len(other) > 1:
+            with pytest.raises(RuntimeError):
+                direct(*given)
+        else:
+            assert torch.equal(direct(*given), direct.reference(*given)), (name, other.shape)
+
+
+@torch.no_grad()
+def test_calls_leave_no_memory(direct: Op) -> None:
+    """torch's own conversion of a text, such as int8_linear's activation, loses some 48 bytes in every call."""
+    args = [
+        arg[..., :64].contiguous() if torch.is_tensor(arg) and arg.ndim > 1 else arg for arg in next(iter(direct.sample_inputs("cpu")))[1]
+    ]
+
+    def grown(calls: int) -> int:
+        before = allocated()
+        for _ in range(calls):
+            direct._direct(*args)  # type: ignore[misc]
+        return allocated() - before
+
+    grown(200)
+    assert min(grown(2000) for _ in range(3)) < 8 * 2000
+
+
+def allocated() -> int:
+    """Bytes that the C library has handed out and not got back."""
+
+    class Mallinfo(ctypes.Structure):
+        _fields_: ClassVar = [
+            (name, ctypes.c_size_t)
+            for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+        ]
+
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("glibc 2.33 or newer counts what is allocated")
+    library.mallinfo2.restype = Mallinfo
+    return int(library.mallinfo2().uordblks)
 
 
 def test_a_folder_of_headers_is_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -29,6 +29,21 @@ inline bool is_dense(const Tensor& tensor, ScalarType dtype) {
     return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous();
 }
 
+inline bool is_vector(const Tensor& tensor, int64_t n) {
+    return tensor.dim() == 1 && tensor.size(0) == n && is_dense(tensor, ScalarType::Float);
+}
+
+// The text behind a handle, which is given up. A parameter of type std::string is not: torch 2.13 loses the memory of each.
+inline std::string taken(StringHandle handle) {
+    size_t length = 0;
+    const char* text = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    std::string found(text, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return found;
+}
+
 // Outputs [..., n] of a linear layer for x [..., k], not written yet.
 inline Tensor outputs_for(const Tensor& x, int64_t n) {
     const auto sizes = x.sizes();

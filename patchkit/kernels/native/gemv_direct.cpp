@@ -12,7 +12,7 @@ direct::Tensor gemv_direct(direct::Tensor x, direct::Tensor weight, std::optiona
     using direct::ScalarType;
     const bool served = direct::is_wanted() && weight.dim() == 2 && weight.numel() > 0 && direct::is_dense(x, ScalarType::Float) &&
                         direct::is_dense(weight, ScalarType::Float) && direct::has_few_rows(x, weight.size(1), kMostDirectRows) &&
-                        (!bias.has_value() || (direct::is_dense(*bias, ScalarType::Float) && bias->numel() == weight.size(0)));
+                        (!bias.has_value() || direct::is_vector(*bias, weight.size(0)));
     if (!served) return direct::call("patchkit::gemv", x, weight, bias);
     const int64_t n = weight.size(0), k = weight.size(1);
     direct::Tensor y = direct::outputs_for(x, n);

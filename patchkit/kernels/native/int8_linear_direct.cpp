@@ -9,14 +9,15 @@ constexpr int64_t kMostFeatures = 2147483647 / (255 * 128);
 constexpr int64_t kMostBytes = 10;  // rows times bytes per activation, as in int8_linear.py
 
 direct::Tensor int8_linear_direct(direct::Tensor x, direct::Tensor weight, direct::Tensor scale, std::optional<direct::Tensor> bias,
-                                  std::string activation) {
+                                  StringHandle activation_handle) {
     using direct::ScalarType;
+    const std::string activation = direct::taken(activation_handle);
     const int planes = activation == "int8" ? 1 : 2;
-    const int64_t n = weight.size(0), k = weight.size(1);
+    const bool is_matrix = weight.dim() == 2;
+    const int64_t n = is_matrix ? weight.size(0) : 0, k = is_matrix ? weight.size(1) : 0;
     const bool served = direct::is_wanted() && direct::is_dense(x, ScalarType::Float) && direct::is_dense(weight, ScalarType::Char) &&
-                        scale.dim() == 1 && direct::is_dense(scale, ScalarType::Float) && n > 0 && k <= kMostFeatures &&
-                        direct::has_few_rows(x, k, kMostBytes / planes) &&
-                        (!bias.has_value() || direct::is_dense(*bias, ScalarType::Float));
+                        direct::is_vector(scale, n) && n > 0 && k <= kMostFeatures && direct::has_few_rows(x, k, kMostBytes / planes) &&
+                        (!bias.has_value() || direct::is_vector(*bias, n));
     if (!served) return direct::call("patchkit::int8_linear", x, weight, scale, bias, activation);
     direct::Tensor y = direct::outputs_for(x, n);
     const auto* b = bias.has_value() ? static_cast<const float*>(bias->data_ptr()) : nullptr;
