@@ -61,6 +61,11 @@ def _(x: Any, weight: Any, unit: Any, bias: Any = None, group: int = 32, activat
     return x.new_empty(*x.shape[:-1], unit.shape[0])
 
 
+@int4_linear.direct
+def _(x: Any, weight: Any, unit: Any, bias: Any = None, group: int = 32, activation: str = "float") -> bool:
+    return bool(x.is_cpu and x.dtype is torch.float32 and x.numel() > 0)
+
+
 @int4_linear.definition
 def _(x: Any, weight: Any, unit: Any, bias: Any = None, group: int = 32, activation: str = "float") -> torch.Tensor:
     """Each level, scale and minimum is looked up by its address."""
