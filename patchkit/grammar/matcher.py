@@ -21,7 +21,7 @@ class Matcher:
         grammar: in llguidance's form.
         vocabulary: the tokens.
         parser: one at the start; None: a new one.
-        source: the matcher that this is a copy of; None for none.
+        source: the matcher that this is a copy of, and shares with; None for none.
 
     Attributes:
         tokens: those that the parser has consumed.
@@ -54,6 +54,7 @@ class Matcher:
 
     def bring(self, tokens: list[int]) -> None:
         """Go to the end of ``tokens``: roll back what differs, consume the rest."""
+        self.left_shared()
         known = self.tokens
         if tokens[: len(known)] != known:
             common = next((i for i, (old, new) in enumerate(zip(known, tokens, strict=False)) if old != new), min(len(known), len(tokens)))
@@ -68,6 +69,8 @@ class Matcher:
             return
         end = next((i for i, token in enumerate(rest) if token in self.vocabulary.ends), len(rest))
         consumed = self.parser.try_consume_tokens(rest[:end]) if end else 0
+        if self.left_shared():
+            consumed = self.parser.try_consume_tokens(rest[:end])
         self.check()
         known += rest[:consumed]
         self.lost = consumed < end
@@ -79,10 +82,13 @@ class Matcher:
         Raises:
             GrammarError: nothing may follow, or a limit of the parser is exceeded.
         """
+        self.left_shared()
         if self.over and not self.parser.is_error():
             mask[:] = self._end_mask
             return
         self.parser.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self.left_shared():
+            self.parser.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self.check()
         if not (mask & ~self._end_mask).any() and not self.parser.is_accepting():
             raise GrammarError(
@@ -102,21 +108,44 @@ class Matcher:
             return self._forced[done:]
         self._forced, self._forced_from = [], len(self.tokens)
         if self._can_force:
+            self.left_shared()
             found = self.parser.compute_ff_tokens()
             if self.parser.is_error():  # a limit was met, by a run without an end, for example; this parser is lost
                 self._can_force = False
-                self._source.failed = True
-                self.parser = llguidance().LLMatcher(self.vocabulary.tokens, self.grammar, log_level=0)
-                self.parser.consume_tokens(self.tokens)
+                self._begin_again()
                 self.check()
             else:
                 self._forced = found
         return self._forced
 
-    def check(self) -> None:
-        """Raise a `GrammarError` if the parser has met an error."""
+    def left_shared(self) -> bool:
+        """Go on with a parser of one's own if one of those that share with this one has met an error: after that, they refuse all tokens.
+
+        Returns:
+            Whether it is so; what was asked since the last call is to be asked again.
+        """
+        self.note_error()
+        if self._source is self or not self._source.failed:
+            return False
+        self._begin_again()
+        return True
+
+    def note_error(self) -> None:
+        """Tell those that share with this parser if it has met an error."""
         if self.parser.is_error():
             self._source.failed = True
+
+    def _begin_again(self) -> None:
+        """Bring a new parser, which shares with none, to the end of the tokens."""
+        self._source.failed = True
+        self._source = self
+        self.parser = llguidance().LLMatcher(self.vocabulary.tokens, self.grammar, log_level=0)
+        self.parser.consume_tokens(self.tokens)
+
+    def check(self) -> None:
+        """Raise a `GrammarError` if the parser has met an error."""
+        self.note_error()
+        if self.parser.is_error():
             raise GrammarError(
                 f"llguidance stopped after {len(self.tokens)} tokens: {short(self.parser.get_error())}. Give a simpler grammar"
             )

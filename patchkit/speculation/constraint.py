@@ -101,6 +101,13 @@ class Constraint:
                 asked, self.masks.ctypes.data, 4 * self.vocabulary.words, len(drafts) * (1 + longest)
             )
             for matcher in self.matchers:
+                if isinstance(matcher, Matcher):
+                    matcher.note_error()
+            for row, (matcher, tokens) in enumerate(zip(self.matchers, drafts, strict=True)):
+                if isinstance(matcher, Matcher) and matcher.left_shared():
+                    self.masks[row] = 0
+                    matcher.fill(self.masks[row, 0])
+                    self._fill_one_by_one(row, matcher, tokens[: self._end_of(tokens)])
                 if matcher is not None:
                     matcher.check()
         counts = [self._allowed(row, tokens) for row, tokens in enumerate(drafts)]

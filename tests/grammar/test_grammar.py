@@ -19,6 +19,8 @@ from transformers import LogitsProcessorList
 from patchkit import Grammar, GrammarError
 from patchkit.grammar.masks import allows, apply, mask_of, only_token
 from patchkit.grammar.matcher import Matcher
+from patchkit.grammar.vocabulary import vocabulary_of_bytes
+from patchkit.speculation.constraint import Constraint
 from patchkit.testing import tiny_model
 
 
@@ -279,6 +281,45 @@ def test_copies_share_a_parser_until_they_are_many_or_one_fails() -> None:
     second = source()
     assert second is not first and not second.failed
     assert {id(source()) for _ in range(200)} - {id(second)}
+
+
+# Nearly each letter makes a new state for words of the library, which counts them for all parsers that share.
+MANY_STATES = "[ab]*a[ab]{40}c"
+
+
+def letters(length: int, seed: int) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.choice([0, 1]) for _ in range(length)]
+
+
+def test_what_other_copies_have_used_up_takes_nothing_from_a_text() -> None:
+    grammar = Grammar.regex(MANY_STATES, vocabulary_of_bytes([b"a", b"b", b"c", b""], [3]))
+    matchers = [grammar.matchers(1)[0] for _ in range(66)]
+    first = matchers[0]._source
+    mask = np.zeros(1, dtype=np.int32)
+    for seed, matcher in enumerate(matchers):
+        matcher.bring(letters(4000, seed))
+        matcher.fill(mask)
+        assert len(matcher.tokens) == 4000 and mask[0] & 3 == 3
+    assert first.failed and grammar.matchers(1)[0]._source is not first  # a limit was met
+
+
+def test_drafts_are_judged_though_other_copies_have_used_up_a_limit() -> None:
+    vocabulary = vocabulary_of_bytes([b"a", b"b", b"c", b""], [3])
+    made = Grammar.regex(MANY_STATES, vocabulary).matchers(100)
+    source = made[0]._source
+
+    def masks(matchers: list[Matcher], drafts: list[list[int]]) -> np.ndarray:
+        constraint = Constraint(vocabulary, matchers, [0] * 4)
+        assert constraint.fill(drafts) == [4000] * 4
+        return constraint.masks
+
+    for first in range(0, 100, 4):
+        drafts = [letters(4000, first + row) for row in range(4)]
+        found = masks(made[first : first + 4], drafts)
+        if source.failed:  # a limit was met
+            break
+    assert source.failed and (found == masks([Matcher(source.grammar, vocabulary) for _ in drafts], drafts)).all()
 
 
 def test_copies_and_lists() -> None:
