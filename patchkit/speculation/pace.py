@@ -15,6 +15,8 @@ SHARE = 1.5
 _FIRST, _LEAST = 16, 4
 # Rounds of which the fastest counts.
 _ROUNDS = 4
+# Feeding may take this many times the least chunk in any case: where rounds are compiled, a forward of any chunk may take many of them.
+_OF_LEAST = 1.25
 
 
 class Pace:
@@ -35,6 +37,7 @@ class Pace:
         self.most = most
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)
         self._last: tuple[int, float] | None = None  # tokens and seconds of the last chunk that tells something
+        self._shortest = 0.0  # seconds that the least chunk takes, or less; 0 until there was one
         self._rows, self._left, self._spent = 0, most, 0.0
         self._plan = most
 
@@ -47,7 +50,8 @@ class Pace:
         """Return how many tokens to feed next, of one prompt; 0 for none before the next round."""
         if not self._rows or not self._spent:
             return max(0, min(self._plan, self._left))
-        rest = (self._budget - self._spent - self._round) / (self._budget - self._round) if self._rounds else 0.0
+        budget, fixed = self._budget, max(self._round, self._shortest)
+        rest = (budget - self._spent - fixed) / (budget - fixed) if budget > fixed else 0.0
         tokens = int(self._plan * rest)
         return max(0, min(tokens, self._left)) if tokens >= _FIRST else 0
 
@@ -56,6 +60,7 @@ class Pace:
         is_whole = not self._rows or tokens >= self._plan
         self._left -= tokens
         self._spent += seconds
+        self._shortest = seconds if self._rows and self._plan <= tokens <= _LEAST else min(self._shortest, seconds)
         if is_whole or seconds > self._budget:  # a smaller one, at the end of a prompt, that took less than it may tells nothing
             self._last = tokens, seconds
 
@@ -70,7 +75,7 @@ class Pace:
     @property
     def _budget(self) -> float:
         """Seconds that feeding may take."""
-        return SHARE * self._round
+        return max(SHARE * self._round, _OF_LEAST * self._shortest)
 
     def _planned(self) -> int:
         """Tokens of a chunk that takes the budget."""
@@ -80,4 +85,6 @@ class Pace:
         factor = min(2.0, self._budget / max(seconds, 1e-9))
         if factor < 0.5:  # most of the time was that of the tokens, which says little of the rest
             factor /= 2
-        return min(self.most, max(_LEAST, int(tokens * factor)))
+        # A factor just above 1, of a time that is hardly the tokens', would leave them as few for ever.
+        more = tokens + max(1, tokens // 32) if factor > 1 else 0
+        return min(self.most, max(_LEAST, int(tokens * factor), more))

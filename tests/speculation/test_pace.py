@@ -120,3 +120,32 @@ def test_a_second_prompt_is_fed_in_the_same_step_if_there_is_time() -> None:
     steps = feed(pace, machine, [17] * 12, 4)
     assert max(tokens for tokens, _, _ in steps) >= 34
     assert all(seconds <= SHARE * 1.15 * own for _, seconds, own in steps[1:])
+
+
+@pytest.mark.parametrize("forward", [24.0, 29.0, 40.0, 200.0])
+def test_tokens_that_cost_little_beside_a_forward_are_not_fed_by_a_few(forward: float) -> None:
+    """Rounds of 20 ms, as of compiled code, and forwards of prompts that take longer, whatever they are fed."""
+    pace, machine = Pace(MOST), Machine(forward=forward, token=0.01, row=20.0 - forward)
+    feed(pace, machine, [20], 0)
+    for _ in range(5):
+        pace.round(machine.round(1))
+    steps = feed(pace, machine, [4096], 1)
+    assert len(steps) < 80 and max(tokens for tokens, _, _ in steps) >= 100
+    longest = max(seconds for _, seconds, _ in steps)
+    assert longest <= 1.02 * max(SHARE * 0.020, 1.25 * (forward + 4 * 0.01) / 1000)
+
+
+def test_a_clock_that_stands_still_or_jumps() -> None:
+    pace, machine = Pace(MOST), Machine(forward=5.0, token=0.3, row=1.0)
+    pace.round(0.0)
+    for seconds in (0.0, 0.001):
+        pace.begin(1)
+        pace.fed(pace.next(), seconds)
+    assert pace.next() == 0
+    for _ in range(5):
+        pace.round(machine.round(4))
+    pace.begin(4)
+    pace.fed(pace.next(), 30.0)
+    assert pace.next() == 0
+    sizes = [tokens for tokens, _, _ in feed(pace, machine, [512], 4)]
+    assert sizes[0] <= 8 and max(sizes[:8]) > 20
