@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -125,20 +126,26 @@ def mark_static_address(tensor: torch.Tensor) -> None:
     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def guard_options() -> dict[str, Any]:
-    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on guards about missing names."""
-    return {"guard_filter_fn": kept_guards} if Version(torch.__version__).release >= (2, 9) else {}
+def guard_options(own_weights: bool) -> dict[str, Any]:
+    """The option of torch.compile that leaves guards out (`kept_guards`); none on torch 2.8, which fails on guards about missing names.
+
+    Args:
+        own_weights: the compiled code is called with the same weights every time.
+    """
+    kept = functools.partial(kept_guards, own_weights=own_weights)
+    return {"guard_filter_fn": kept} if Version(torch.__version__).release >= (2, 9) else {}
 
 
-def kept_guards(guards: Any) -> list[bool]:
+def kept_guards(guards: Any, own_weights: bool) -> list[bool]:
     """Return, for each guard of compiled code, whether it is checked at every call.
 
-    Two guards of each weight that is a subclass of a tensor call Python. Those of a class with a true ``fixed_context`` always hold.
+    Two guards of each weight that is a subclass of a tensor call Python. Those of a class with a true ``fixed_context`` always hold in
+    code that has weights of its own.
     """
     fixed = {
         guard.name
         for guard in guards
-        if guard.guard_type == "TENSOR_SUBCLASS_METADATA_MATCH" and getattr(type(guard.value), "fixed_context", False)
+        if own_weights and guard.guard_type == "TENSOR_SUBCLASS_METADATA_MATCH" and getattr(type(guard.value), "fixed_context", False)
     }
     held = fixed | {f"{name}.__tensor_flatten__()[0]" for name in fixed}
     python = ("TENSOR_SUBCLASS_METADATA_MATCH", "EQUALS_MATCH")

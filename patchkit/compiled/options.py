@@ -18,6 +18,8 @@ class Options(Protocol):
     def cudagraphs(self) -> bool: ...
     @property
     def backend(self) -> str: ...
+    @property
+    def scope(self) -> str: ...
 
 
 def uses_cudagraphs(patch: Options, decoder: Any) -> bool:
@@ -27,7 +29,8 @@ def uses_cudagraphs(patch: Options, decoder: Any) -> bool:
 
 def compiler_options(patch: Options, decoder: Any) -> dict[str, Any]:
     """Return ``options`` for torch.compile; ``mode`` is spelled out among them, since torch.compile accepts only one of the two."""
-    options: dict[str, Any] = _compat.guard_options()
+    # Layers share the code of their kind; what follows a graph break may be shared too, with other models even.
+    options: dict[str, Any] = _compat.guard_options(own_weights=patch.scope == "model" and patch.fullgraph)
     if patch.backend == "inductor":
         options.update({"size_asserts": False, "nan_asserts": False, "scalar_asserts": False})
         options["triton.cudagraphs"] = uses_cudagraphs(patch, decoder)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import cache_of, cached
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -159,3 +160,19 @@ def test_a_weight_of_another_shape_is_stale() -> None:
     original.data = torch.zeros(3, 3)
     with pytest.raises(StaleWeights, match="int8 cannot quantise it again"):
         refresh(model)
+
+
+def test_layers_that_share_compiled_code_keep_their_kinds_of_activation() -> None:
+    """As of a model of which torchao has quantised some layers weight-only, and some dynamically."""
+    ids = torch.randint(4, 100, (1, 8), generator=torch.Generator().manual_seed(3))
+    found = []
+    for spec in ("", " + compile(scope=layers, backend=aot_eager)"):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        patch_model(model, f"mlp_int8(mode=weight_only){spec}", verbose=False)
+        for weight in model.model.layers[0].mlp.parameters():
+            weight.activation = "int8"
+        with torch.no_grad():
+            cache = cache_of(model(ids, use_cache=True))
+            found.append(model(ids[:, :1], **cached(cache)).logits)
+    torch.testing.assert_close(found[1], found[0])
