@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,11 +12,40 @@ from patchkit import _compat
 from patchkit.anatomy.rotary import Rotary
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
+from patchkit.static_step import StepCache
 from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.runtime import Runtime
 
 # Queries per attention call in long forwards: bounds the scores to QUERY_BLOCK x (S + W + QUERY_BLOCK) per head.
 QUERY_BLOCK = 512
+
+
+class Further(Protocol):
+    """What a layer sees beyond its window during one forward in blocks of queries."""
+
+    def pieces(self, queries: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Cut the token numbers [T] of the queries into those that are attended at once."""
+
+    def extend(
+        self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Append what these queries see beyond their window to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, t, n]."""
+
+    def end(self) -> None:
+        """Take note that all queries have been attended."""
+
+
+class Beyond(Protocol):
+    """What a layer sees beyond sinks and window: in a one-token step its own keys, which `StreamLayer.update` returns after the window."""
+
+    def fixed_step_mask(self, step: StepCache, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Extend the mask [B or 1, 1, 1, S + W] of a fixed step, to be added to the scores."""
+
+    def step_mask(self, context: ForwardContext, mask: torch.Tensor | None, query: torch.Tensor, additive: bool) -> torch.Tensor:
+        """Extend the mask [B or 1, 1, 1, S + W] of a step; None hides nothing."""
+
+    def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> Further:
+        """Begin a forward over ``keys`` keys in order of time [B, G, n, K] and their values [B, G, n, V]."""
 
 
 def _refuse_two_way(context: ForwardContext, rule: Any, keys: int | None) -> None:
@@ -63,6 +93,7 @@ def attend_in_window(
     rotary: Rotary | None,
     masked: str,
     watch: Any,
+    beyond: Any,
     original: Any,
     module: nn.Module,
     query: torch.Tensor,
@@ -76,6 +107,7 @@ def attend_in_window(
     Args:
         masked: the implementation that runs when a mask is needed.
         watch: called with queries, keys, mask, the keys' token numbers and the scaling; None for no call.
+        beyond: what the layer sees beyond its window, a `Beyond`; None for nothing.
         original: the model's attention function.
         query, key, value: [B, H, T, K], [B, G, n, K] and [B, G, n, V]; keys as `StreamLayer.update` returned them.
 
@@ -83,7 +115,10 @@ def attend_in_window(
         [B, T, H, V], and None for attention weights.
     """
     if runtime.step is not None:
-        return original_function(masked, module)(module, query, key, value, runtime.step.masks[rule.number], **kwargs)
+        mask = runtime.step.masks[rule.number]
+        if beyond is not None:
+            mask = beyond.fixed_step_mask(runtime.step, mask, query)
+        return original_function(masked, module)(module, query, key, value, mask, **kwargs)
     context = runtime.context
     if context is None:
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -99,6 +134,8 @@ def attend_in_window(
     keys = context.key_tokens(rule).to(query.device)
     if not context.in_blocks:
         mask = no_mask if context.pads is None else _mask(context, rule, queries, keys, query, additive)
+        if beyond is not None and context.start >= rule.capacity:
+            mask = beyond.step_mask(context, mask, query, additive)
         if watch is not None:
             watch(query, key, mask, keys, kwargs.get("scaling"))
         return run(module, query, key, value, mask, **kwargs)
@@ -118,7 +155,8 @@ def attend_in_window(
         kwargs["scaling"] = query.shape[-1] ** -0.5
 
     outputs = []
-    for block in queries.split(QUERY_BLOCK):
+    further = None if beyond is None else beyond.begin(context, key, value, keys.shape[-1])
+    for block in queries.split(QUERY_BLOCK) if further is None else further.pieces(queries):
         rows = slice(int(block[0]) - context.start, int(block[-1]) + 1 - context.start)
         columns = visible_columns(context, rule, keys.shape[-1], rows)
         block_keys, k, v = keys[:, columns], key[:, :, columns], value[:, :, columns]
@@ -131,9 +169,13 @@ def attend_in_window(
             k = torch.cat([torch.where(is_sink, zero, k), torch.where(is_sink, k, zero)], -1)
             q = torch.cat([q, sink_query[:, :, rows]], -1)
         mask = _mask(context, rule, block, block_keys, q, additive)
+        if further is not None:
+            k, v, mask = further.extend(block, q, k, v, mask)
         if watch is not None:
             watch(q, k, mask, block_keys, kwargs.get("scaling"))
         outputs.append(run(module, q, k, v, mask, **kwargs)[0])
+    if further is not None:
+        further.end()
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
 
 

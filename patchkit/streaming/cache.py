@@ -29,9 +29,8 @@ from patchkit.prefix.snapshot import state_as_whole
 from patchkit.static_step import StepCache
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.make_layer import StreamLayerWithState, make_layer
-from patchkit.streaming.rollback_log import ROLLBACK, RollbackLog
+from patchkit.streaming.rollback_log import ROLLBACK
 from patchkit.streaming.rule import Plan
-from patchkit.streaming.sinks import UnrotatedSinks
 from patchkit.streaming.stream import Stream
 
 
@@ -39,7 +38,7 @@ def writable(value: Any) -> Any:
     """Return ``value`` with a copy of every tensor in it that inference mode has made."""
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
-    if isinstance(value, UnrotatedSinks | RollbackLog):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(writable, value))
     if type(value) in (list, tuple):
         return type(value)(map(writable, value))

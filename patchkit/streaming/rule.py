@@ -34,8 +34,13 @@ class LayerRule:
 
     @property
     def capacity(self) -> int:
-        """Tokens kept: S + W."""
+        """Sinks and window: S + W."""
         return self.sinks + self.window
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept per kv head: S + W, and what a subclass keeps beyond the window."""
+        return self.capacity
 
     def same_rule(self, other: LayerRule) -> bool:
         """Whether the layers of both can share one rule."""
@@ -127,6 +132,7 @@ class ForwardContext:
         sees_every_slot: a step in which every query sees every slot, so that no mask is needed.
         rows: B.
         most_pads: the largest of ``pads``, as a plain number.
+        pad_list: ``pads`` as plain numbers; (0,) without padding.
         highest: the most tokens ever seen before this forward, those that were rolled back included.
     """
 
@@ -142,6 +148,7 @@ class ForwardContext:
     rows: int = 1
     most_pads: int = 0
     highest: int = 0
+    pad_list: tuple[int, ...] = (0,)
     _rotations: dict[Any, Any] = field(default_factory=dict)
 
     @property

@@ -39,6 +39,7 @@ class Stream:
         self.recorded_since = 0
         self.pads: torch.Tensor | None = None
         self.most_pads = 0
+        self.pad_list: tuple[int, ...] = (0,)  # of `pads`, as plain numbers: steps must not read tensor values
         self.base = torch.zeros(1, dtype=torch.int64)
         self.rebase_at = self.plan.limit
         self.context: ForwardContext | None = None
@@ -50,7 +51,8 @@ class Stream:
 
     def set_pads(self, pads: torch.Tensor) -> None:
         """Set the left padding [B] int64 of every row."""
-        self.pads, self.most_pads = pads, int(pads.max())
+        self.pads, self.pad_list = pads, tuple(pads.tolist())
+        self.most_pads = max(self.pad_list)
         self._schedule_rebase()
 
     def begin(self, tokens: int, layers: Sequence[KeptLayer], device: torch.device, in_place: bool, batch: int = 1) -> ForwardContext:
@@ -87,6 +89,7 @@ class Stream:
             sees_every_slot=sees_every_slot,
             rows=batch,
             most_pads=self.most_pads,
+            pad_list=self.pad_list,
             highest=max(self.highest, self.seen),
         )
         if not in_blocks and self.seen >= min(rule.full_from for rule in rules):
@@ -167,6 +170,7 @@ class Stream:
         """Apply ``index``, a selection of batch rows, to every tensor with one."""
         if self.pads is not None:
             self.pads = index(self.pads)
+            self.pad_list = tuple(self.pads.tolist())
         if len(self.base) > 1:
             self.base = index(self.base)
         self._fixed_tensors = {}

@@ -1,0 +1,1 @@
+"""Memory beyond the window: exact keys and values chosen from what leaves it, at constant bytes."""

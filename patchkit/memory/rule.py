@@ -1,0 +1,57 @@
+"""The rule of layers with slots beyond their window.
+
+Shapes: B batch. Names as in `patchkit.memory.slots`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from patchkit.streaming.rule import ForwardContext, LayerRule
+from patchkit.streaming.stream import Stream
+
+
+@dataclass(eq=False)
+class MemoryRule(LayerRule):
+    """The rule of layers with S sinks, a window of W tokens, and M slots.
+
+    Attributes:
+        slots: M, per kv head.
+        block: E, tokens from one border to the next; E + reach <= W.
+        reach: r, neighbours on each side whose scores a token shares.
+    """
+
+    slots: int = 1
+    block: int = 1
+    reach: int = 0
+
+    def same_rule(self, other: LayerRule) -> bool:
+        return (
+            isinstance(other, MemoryRule)
+            and super().same_rule(other)
+            and (self.slots, self.block, self.reach) == (other.slots, other.block, other.reach)
+        )
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept per kv head: S + W + M."""
+        return self.capacity + self.slots
+
+    def next_border(self, context: ForwardContext | Stream, start: int) -> int:
+        """The first token number from ``start`` on before which some row is at a border."""
+        return min(start + (pad - start) % self.block for pad in context.pad_list)
+
+    def due(self, context: ForwardContext, token: int) -> torch.Tensor | None:
+        """The rows [B] that are at a border before this token; None for all."""
+        if context.pads is None:
+            return None
+        rows = token - context.pads
+        return (rows > 0) & (rows % self.block == 0)
+
+    def count(self, hits: Counter[str], context: ForwardContext) -> None:
+        super().count(hits, context)
+        first, last = (max(0, tokens - self.window - self.sinks) for tokens in (context.start, context.end))
+        hits["tokens offered to the slots"] += last - first
