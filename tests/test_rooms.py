@@ -26,7 +26,7 @@ FLOORS = (
     {"int8", "int4"},
     {"prefix"},
     {"streaming", "speculation"},
-    {"linear", "compiled"},
+    {"linear", "memory", "compiled"},
     {"patches"},
     {"api"},
     {"export"},

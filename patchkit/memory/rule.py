@@ -40,6 +40,10 @@ class MemoryRule(LayerRule):
         """Tokens kept per kv head: S + W + M."""
         return self.capacity + self.slots
 
+    @property
+    def sees_all(self) -> bool:
+        return False  # a token that has been chosen waits in its slot until it leaves the window
+
     def next_border(self, context: ForwardContext | Stream, start: int) -> int:
         """The first token number from ``start`` on before which some row is at a border."""
         return min(start + (pad - start) % self.block for pad in context.pad_list)

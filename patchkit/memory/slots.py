@@ -132,8 +132,8 @@ def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
     scores = F.max_pool1d(own, 2 * reach + 1, 1) if reach else own
     # Tokens without an own score are no candidates: sinks, padding, what is before the text.
     scores = scores.masked_fill(own[:, :, reach : reach + count] == -torch.inf, -torch.inf)
-    best, order = scores.sort(2, descending=True, stable=True)
-    worst, places = (x[:, :, :count] for x in slots.scores.sort(2, stable=True))
+    best, order = scores.sort(dim=2, descending=True, stable=True)
+    worst, places = (x[:, :, :count] for x in slots.scores.sort(dim=2, stable=True))
     wins = best[:, :, : places.shape[2]] > worst
     order = order[:, :, : places.shape[2]]
     if entry.due is not None:

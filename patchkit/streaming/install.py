@@ -74,7 +74,7 @@ def stream_layer(layer: AttentionLayer, handle: Handle, runtime: Runtime, masked
         handle.pre_hook(layer.module, before_alibi_attention, with_kwargs=True)
     else:
         watch = functools.partial(watch_queries, runtime, layer.index) if isinstance(rule, HeavyHitterRule) else None
-        attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked, watch)
+        attend = functools.partial(attend_in_window, runtime, rule, layer.rotary, masked, watch, None)
         set_attention(handle, layer.module, attend)
 
 

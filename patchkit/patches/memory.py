@@ -1,0 +1,96 @@
+"""Memory: sinks, a window, and exact keys and values chosen from what leaves the window, at constant bytes.
+
+`patchkit.memory.slots` has the rule. Score of a token: minus the cosine of its key without rotation and the mean key (Park et al. 2025,
+"KeyDiff", https://arxiv.org/abs/2504.15364), the largest among its neighbours.
+
+Differs from the paper in four ways: keys are compared without their rotation; a token is scored once, when it leaves the window; it shares
+the best score of its neighbours, so that what is kept are short passages; tokens compete at fixed positions of the text, so that logits do
+not depend on how it is fed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from patchkit.anatomy.layers import AttentionLayer
+from patchkit.anatomy.rotary import Rotary
+from patchkit.anatomy.target import Target
+from patchkit.handle import Handle
+from patchkit.memory.install import install_memory
+from patchkit.memory.rule import MemoryRule
+from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
+from patchkit.streaming.plan_window import plan_window
+from patchkit.streaming.plans import check_layers
+from patchkit.streaming.rule import LayerRule, Plan
+
+# Tokens of a window, and slots, that a short sequence fills several times.
+_SHORT = 24
+
+
+@register_patch("memory")
+@dataclass(frozen=True)
+class Memory(Patch):
+    """Sinks, a window, and slots with what is most distinct of the rest, at constant memory and time per token.
+
+    Args:
+        sinks: S, number of first tokens of every sequence that stay visible.
+        window: W, number of last tokens that are visible, the current one included.
+        slots: M, tokens per kv head that stay visible after they have left the window.
+        block: E, tokens from one competition for the slots to the next.
+        reach: r, neighbours on each side whose scores a token shares.
+        layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    stage = Stage.ATTENTION
+    acts = ("tokens offered to the slots",)
+    example = "memory(sinks=2, window=8, slots=6, block=4, reach=1)"
+    facts = Facts(
+        goal="recall beyond the window, at constant memory",
+        exact="its own rule, to rounding; the unpatched model while a text fits the window",
+        cost="what is dropped is gone, and the question is not known when that is decided",
+        source="Park et al. 2025, [2504.15364](https://arxiv.org/abs/2504.15364)",
+    )
+
+    sinks: int = 4
+    window: int = 64
+    slots: int = 444
+    block: int = 32
+    reach: int = 3
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("window", 1), ("slots", 1), ("block", 1), ("reach", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
+        if self.block + self.reach > self.window:
+            raise ValueError(
+                f"block={self.block} and reach={self.reach} do not fit window={self.window}: tokens are compared before they leave it, so "
+                f"give block={max(1, self.window - self.reach)} or less"
+            )
+        object.__setattr__(self, "layers", check_layers(self.layers))
+
+    def _rule(self, rotary: Rotary | None) -> LayerRule:
+        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, reach=self.reach)
+
+    def check(self, target: Target) -> None:
+        self._plan(target)
+
+    def apply(self, target: Target, handle: Handle) -> None:
+        install_memory(target, handle, *self._plan(target))
+
+    def promises(self, target: Target) -> Promises:
+        plan, _ = self._plan(target)
+        return Promises(same_up_to=plan.main.capacity, definition=None, bounded=plan.owns_all)
+
+    def exercised(self) -> Memory:
+        window = min(self.window, _SHORT)
+        reach = min(self.reach, window - 1)
+        return dataclasses.replace(self, window=window, slots=min(self.slots, _SHORT), block=min(self.block, window - reach), reach=reach)
+
+    def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
+        return plan_window(target, self.layers, self._rule, None)
