@@ -1,6 +1,6 @@
 """What a layer sees in its slots: their keys, values and masks, in steps and in forwards of several tokens.
 
-Shapes: B batch, H query heads, G kv heads, T tokens, n keys, K key dim, V value dim; M slots, S sinks, W window.
+Shapes: B batch, H query heads, G kv heads, T tokens, n keys, K key dim, V value dim; P pools, N slots of a pool, S sinks, W window.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from patchkit.memory.layer import MemoryLayer, advance
 from patchkit.memory.rule import MemoryRule
 from patchkit.memory.slots import Slots, Taken
 from patchkit.static_step import StepCache
+from patchkit.streaming.attention import Extended
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 
@@ -28,25 +29,23 @@ class SeenSlots:
     index: int
     rule: MemoryRule
 
-    def fixed_step_mask(self, step: StepCache, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        tokens = step.layer(self.index).tokens
-        visible = (tokens >= 0) & (tokens <= step.seen - self.rule.window)
-        return _joined(mask, visible[:, :, None], query, additive=True)
+    def in_fixed_step(self, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
+        return extended(step.layer(self.index).kept, step.seen[None], self.rule.window, query, key, value, mask)
 
-    def step_mask(self, context: ForwardContext, mask: torch.Tensor | None, query: torch.Tensor, additive: bool) -> torch.Tensor:
-        layer: Any = None if self.runtime.cache is None else self.runtime.cache.layers[self.index]
-        visible = layer.slots.visible(context.start - self.rule.window + 1)
+    def in_step(
+        self, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, additive: bool
+    ) -> Extended:
+        assert self.runtime.cache is not None
+        layer: Any = self.runtime.cache.layers[self.index]
         if mask is None:
-            mask = query.new_zeros(1, 1, 1, self.rule.capacity) if additive else visible.new_ones(1, 1, 1, self.rule.capacity)
-        return _joined(mask, visible[:, :, None], query, additive)
+            mask = query.new_zeros(1, 1, 1, 1) if additive else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+        mask = mask.expand(-1, -1, -1, key.shape[2])
+        token = torch.tensor([context.start], device=query.device)
+        return extended(layer.slots, token, self.rule.window, query, key, value, mask)
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> SlotsInBlocks:
         layer: Any = None if self.runtime.cache is None else self.runtime.cache.layers[self.index]
-        if layer is not None:
-            slots = layer.slots
-        else:
-            size = (*key.shape[:2], self.rule.slots)
-            slots = Slots.empty(key.new_zeros(*size, key.shape[-1]), value.new_zeros(*size, value.shape[-1]), self.rule.reach)
+        slots = self.rule.empty(key, value) if layer is None else layer.slots
         return SlotsInBlocks(self.rule, context, layer, slots, key, value, keys - context.end)
 
 
@@ -85,16 +84,10 @@ class SlotsInBlocks:
         columns = (tokens + self.offset).clamp(min=0).to(self.key.device)
         return self.key.index_select(2, columns), self.value.index_select(2, columns)
 
-    def extend(
-        self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def extend(self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
         if int(block[-1]) < self.rule.capacity:  # nothing has left the window
             return key, value, mask
-        tokens = self.slots.tokens[:, :, None]
-        visible = (tokens >= 0) & (tokens <= block[:, None] - self.rule.window)
-        slot_keys = F.pad(self.slots.keys, (0, key.shape[-1] - self.slots.keys.shape[-1]))
-        additive = mask.dtype != torch.bool
-        return torch.cat([key, slot_keys], 2), torch.cat([value, self.slots.values], 2), _joined(mask, visible, query, additive)
+        return extended(self.slots, block, self.rule.window, query, key, value, mask)
 
     def end(self) -> None:
         if self.layer is not None and self.taken:
@@ -102,11 +95,21 @@ class SlotsInBlocks:
                 self.layer.keep(self.slots, *self.taken)
 
 
-def _joined(mask: torch.Tensor, visible: torch.Tensor, query: torch.Tensor, additive: bool) -> torch.Tensor:
-    """Append to a mask [B or 1, 1, T, n] what is ``visible`` [B, G, T, M]: [B, H, T, n + M]."""
-    heads = query.shape[1]
-    visible = visible.repeat_interleave(heads // visible.shape[1], 1)
-    if additive:
-        hidden = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device)
-        visible = hidden.masked_fill(~visible, torch.finfo(mask.dtype).min)
-    return torch.cat([mask.expand(*visible.shape[:3], -1), visible], -1)
+def extended(
+    slots: Slots, queries: torch.Tensor, window: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> Extended:
+    """Append slots to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, T, n] of queries [B, H, T, K] with token numbers [T].
+
+    Every kv head gets the slots of its pool; the mask [B, H, T, n + N] hides those of other heads, and tokens inside the window.
+    """
+    groups, pools = key.shape[1], slots.tokens.shape[1]
+    shared = groups // pools
+    keys = F.pad(slots.keys, (0, key.shape[-1] - slots.keys.shape[-1])).repeat_interleave(shared, 1)
+    values = slots.values.repeat_interleave(shared, 1)
+    own = slots.owners[:, :, None] == torch.arange(shared, device=key.device)[:, None]
+    left = (slots.tokens >= 0)[:, :, None] & (slots.tokens[:, :, None] <= queries[:, None] - window)
+    visible = (own[:, :, :, None] & left[:, :, None]).flatten(1, 2).repeat_interleave(query.shape[1] // groups, 1)
+    if mask.dtype != torch.bool:
+        visible = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device).masked_fill(~visible, torch.finfo(mask.dtype).min)
+    mask = torch.cat([mask.expand(*visible.shape[:3], -1), visible], -1)
+    return torch.cat([key, keys], 2), torch.cat([value, values], 2), mask

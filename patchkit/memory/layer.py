@@ -25,21 +25,22 @@ Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class MemoryLayer(StreamLayer):
-    """One layer's sinks, window and slots: keys [B, G, S+W+M, K] and values [B, G, S+W+M, V], allocated once; slots come last."""
+    """One layer's sinks, window and slots, allocated once."""
 
     rule: MemoryRule
+    slots: Any  # a `Slots` once initialized
 
     def __init__(self, rule: MemoryRule, stream: Stream) -> None:
         super().__init__(rule, stream)
 
     def _clear(self) -> None:
         super()._clear()
-        self.marks: tuple[torch.Tensor, ...] = ()  # the tensors of `Slots` after keys and values
+        self.slots = None
         self.taken: list[Taken] = []  # while the past is recorded, of the last borders
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.marks = Slots.empty(*self._slot_buffers(), self.rule.reach)[2:]
+        self.slots = self.rule.empty(key_states, value_states)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         context = self.stream.context
@@ -53,17 +54,9 @@ class MemoryLayer(StreamLayer):
 
     def as_step_layer(self) -> StepLayer:
         slot = self.stream.fixed_tensors(self.rule)[0]
-        return MemoryStepLayer(self.keys, self.values, slot, self._fixed_sinks(), self.slots.tokens)
+        return MemoryStepLayer(self.keys, self.values, slot, self._fixed_sinks(), self.slots)
 
     # -- slots -------------------------------------------------------------------------------------------------------------
-
-    def _slot_buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.keys[:, :, self.rule.capacity :], self.values[:, :, self.rule.capacity :]
-
-    @property
-    def slots(self) -> Slots:
-        """The slots, as views of this layer's tensors."""
-        return Slots(*self._slot_buffers(), *self.marks)
 
     def _before_step(self, context: ForwardContext) -> None:
         """Hold the competition that is due before a one-token step, before the step overwrites a token of the window."""
@@ -107,15 +100,17 @@ class MemoryLayer(StreamLayer):
         rotary = self.rule.rotary
         if rotary is not None and self.is_initialized:
             cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
+            self.slots.keys.copy_(rotary.rotate(self.slots.keys, cos, sin, rotary.cached_start))
             self.taken = [each._replace(keys=rotary.rotate(each.keys, cos, sin, rotary.cached_start)) for each in self.taken]
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().select_rows(index)
-        self.marks = tuple(map(index, self.marks))
+        if self.slots is not None:
+            self.slots = self.slots.map(index)
         self.taken = [each.map(index) for each in self.taken]
 
     def n_bytes(self) -> int:
-        tensors = [*self.marks, *(tensor for each in self.taken for tensor in each[1:])]
+        tensors = [*(self.slots or ()), *(tensor for each in self.taken for tensor in each[1:])]
         return super().n_bytes() + sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -150,12 +145,13 @@ def _real(context: ForwardContext, keys: torch.Tensor, first: int) -> torch.Tens
 
 
 class MemoryStepLayer(StepLayer):
-    """The view of a `MemoryLayer` that compiled code works on; ``tokens`` [B, G, M] are those of its slots."""
+    """The view of a `MemoryLayer` that compiled code works on; ``kept`` are its slots."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, sinks: Sinks | None, tokens: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, sinks: Sinks | None, kept: Slots) -> None:
         super().__init__(keys, values, slots, sinks)
-        self.tokens = tokens
-        _compat.mark_static_address(tokens)
+        self.kept = kept
+        for tensor in kept[:4]:
+            _compat.mark_static_address(tensor)
 
 
 class MemoryLayerWithState(StreamLayerWithState, MemoryLayer):  # type: ignore[override]

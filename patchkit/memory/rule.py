@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from patchkit.memory.slots import Slots
 from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.stream import Stream
 
@@ -22,27 +23,28 @@ class MemoryRule(LayerRule):
         slots: M, per kv head.
         block: E, tokens from one border to the next; E + reach <= W.
         reach: r, neighbours on each side whose scores a token shares.
+        shared: H, kv heads that share their slots.
     """
 
     slots: int = 1
     block: int = 1
     reach: int = 0
+    shared: int = 1
 
     def same_rule(self, other: LayerRule) -> bool:
         return (
             isinstance(other, MemoryRule)
             and super().same_rule(other)
-            and (self.slots, self.block, self.reach) == (other.slots, other.block, other.reach)
+            and (self.slots, self.block, self.reach, self.shared) == (other.slots, other.block, other.reach, other.shared)
         )
-
-    @property
-    def kept(self) -> int:
-        """Tokens kept per kv head: S + W + M."""
-        return self.capacity + self.slots
 
     @property
     def sees_all(self) -> bool:
         return False  # a token that has been chosen waits in its slot until it leaves the window
+
+    def empty(self, keys: torch.Tensor, values: torch.Tensor) -> Slots:
+        """Empty slots of a layer with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]."""
+        return Slots.empty(keys, values, self.slots, self.shared, self.reach)
 
     def next_border(self, context: ForwardContext | Stream, start: int) -> int:
         """The first token number from ``start`` on before which some row is at a border."""

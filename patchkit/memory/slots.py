@@ -1,6 +1,6 @@
-"""M exact keys and values per kv head, chosen from the tokens that leave the window.
+"""Exact keys and values chosen from the tokens that leave the window: M per kv head, on average over the heads that share them.
 
-Shapes: B batch, G kv heads, K key dim, V value dim; M slots, W window, E block, r reach of a score's pooling.
+Shapes: B batch, G kv heads, K key dim, V value dim; M slots per head, W window, E block, r reach of a score's pooling.
 
 At every *border*, a row position t that is a multiple of E, the tokens that the next E tokens will push out of the window compete with the
 M tokens in the slots: those at row positions ``t - W .. t - W + E - 1``, sinks excepted.
@@ -8,9 +8,9 @@ M tokens in the slots: those at row positions ``t - W .. t - W + E - 1``, sinks 
 1. A token's own score is computed once, at the first border at which it is at ``t - W + E + r - 1`` or before, from its key without rotation
    and the mean of all keys before t: see `keydiff`. A token at a row position below S has none (minus infinity).
 2. Its score is the largest of the own scores of its 2 r + 1 neighbours, itself included.
-3. The new tokens in descending order of their scores meet the slots in ascending order, pair by pair; ties go to the earlier token among
-   the new ones and to the lower slot. A new token that scores higher takes the slot, and what was there is gone; an empty slot scores minus
-   infinity. So the M tokens with the highest scores stay.
+3. The new tokens of all heads that share slots, in descending order of their scores, meet the slots in ascending order, pair by pair; of
+   equals the earlier token comes first, then the lower head, and the lower slot. A new token that scores higher takes the slot, and what was
+   there is gone; an empty slot scores minus infinity. So the tokens with the highest scores stay, many of some heads and few of others.
 
 So what is kept depends on tokens and row positions alone. A query sees the tokens in slots that have left its window.
 """
@@ -36,12 +36,13 @@ def keydiff(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 class Slots(NamedTuple):
-    """What one layer keeps beyond its window.
+    """What one layer keeps beyond its window, in P pools that H kv heads each share (P H = G), of N = H M slots.
 
     Attributes:
-        keys, values: [B, G, M, K] and [B, G, M, V], rotated as those of the window.
-        tokens: [B, G, M] int64, token numbers; `EMPTY` in empty slots.
-        scores: [B, G, M] float32; minus infinity in empty slots.
+        keys, values: [B, P, N, K] and [B, P, N, V], rotated as those of the window.
+        tokens: [B, P, N] int64, token numbers; `EMPTY` in empty slots.
+        owners: [B, P, N] int64, the kv head whose token it is, counted within the pool.
+        scores: [B, P, N] float32; minus infinity in empty slots.
         trail: [B, G, 2 r] float32, own scores of the last tokens that have one.
         total: [B, G, K] float64, sum of the keys without rotation of all tokens before the last border.
     """
@@ -49,32 +50,30 @@ class Slots(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     tokens: torch.Tensor
+    owners: torch.Tensor
     scores: torch.Tensor
     trail: torch.Tensor
     total: torch.Tensor
 
     @classmethod
-    def empty(cls, keys: torch.Tensor, values: torch.Tensor, reach: int) -> Slots:
-        """Empty slots in the buffers ``keys`` [B, G, M, K] and ``values`` [B, G, M, V]."""
-        size = keys.shape[:3]
+    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, shared: int, reach: int) -> Slots:
+        """Empty slots for keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]: M each, ``shared`` by H heads."""
+        batch, groups = keys.shape[:2]
+        size = (batch, groups // shared, shared * slots)
         return cls(
-            keys,
-            values,
+            keys.new_zeros(*size, keys.shape[-1]),
+            values.new_zeros(*size, values.shape[-1]),
             torch.full(size, EMPTY, device=keys.device),
+            torch.zeros(size, dtype=torch.int64, device=keys.device),
             keys.new_full(size, -torch.inf, dtype=torch.float32),
-            keys.new_full((*size[:2], 2 * reach), -torch.inf, dtype=torch.float32),
-            keys.new_zeros(*size[:2], keys.shape[-1], dtype=torch.float64),
+            keys.new_full((batch, groups, 2 * reach), -torch.inf, dtype=torch.float32),
+            keys.new_zeros(batch, groups, keys.shape[-1], dtype=torch.float64),
         )
-
-    def visible(self, oldest: int | torch.Tensor) -> torch.Tensor:
-        """Whether a slot holds a token that is older than the token number ``oldest``: bool [B, G, M], or of the broadcast shape."""
-        return (self.tokens >= 0) & (self.tokens < oldest)
 
     def copy_from(self, other: Slots) -> None:
         """Write all tensors of ``other`` into these, in place."""
         for mine, its in zip(self, other, strict=True):
-            if mine is not its:
-                mine.copy_(its)
+            mine.copy_(its)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Slots:
         """Apply a function to every tensor."""
@@ -105,16 +104,17 @@ class Taken(NamedTuple):
 
     Attributes:
         start: the token number before which it took place.
-        slots: [B, G, E] int64, the slots that met new tokens.
-        keys, values, tokens, scores: what these held.
+        places: [B, P, n] int64, the slots that met new tokens.
+        keys, values, tokens, owners, scores: what these held.
         trail, total: before the competition.
     """
 
     start: int
-    slots: torch.Tensor
+    places: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     tokens: torch.Tensor
+    owners: torch.Tensor
     scores: torch.Tensor
     trail: torch.Tensor
     total: torch.Tensor
@@ -126,46 +126,49 @@ class Taken(NamedTuple):
 
 def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
     """Return the slots after the competition before token ``start``, in new tensors, and what was overwritten."""
-    count = entry.own.shape[2]
+    count, pools = entry.own.shape[2], slots.tokens.shape[1]
     own = torch.cat([slots.trail, entry.own], 2)
     reach = slots.trail.shape[2] // 2
     scores = F.max_pool1d(own, 2 * reach + 1, 1) if reach else own
     # Tokens without an own score are no candidates: sinks, padding, what is before the text.
     scores = scores.masked_fill(own[:, :, reach : reach + count] == -torch.inf, -torch.inf)
-    best, order = scores.sort(dim=2, descending=True, stable=True)
-    worst, places = (x[:, :, :count] for x in slots.scores.sort(dim=2, stable=True))
-    wins = best[:, :, : places.shape[2]] > worst
-    order = order[:, :, : places.shape[2]]
+    shared = scores.shape[1] // pools
+
+    def pooled(x: torch.Tensor) -> torch.Tensor:
+        """[B, G, E, ...] as [B, P, E H, ...]."""
+        return x.unflatten(1, (pools, shared)).transpose(2, 3).flatten(2, 3)
+
+    best, order = pooled(scores).sort(dim=2, descending=True, stable=True)
+    worst, places = slots.scores.sort(dim=2, stable=True)
+    pairs = min(best.shape[2], worst.shape[2])
+    order, places = order[:, :, :pairs], places[:, :, :pairs]
+    wins = best[:, :, :pairs] > worst[:, :, :pairs]
     if entry.due is not None:
         wins = wins & entry.due.to(wins.device)[:, None, None]
 
     def met(kept: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        at, frm = (places, order) if kept.ndim == 3 else (_wide(places, kept), _wide(order, new))
+        at, frm, won = (places, order, wins) if kept.ndim == 3 else (_wide(places, kept), _wide(order, new), wins[..., None])
         old = kept.gather(2, at)
-        won = wins if kept.ndim == 3 else wins[..., None]
         return kept.scatter(2, at, torch.where(won, new.gather(2, frm).to(kept.dtype), old)), old
 
-    keys, old_keys = met(slots.keys, entry.keys)
-    values, old_values = met(slots.values, entry.values)
-    tokens, old_tokens = met(slots.tokens, entry.tokens.expand(scores.shape))
-    kept_scores, old_scores = met(slots.scores, scores)
+    heads = torch.arange(shared, device=order.device).expand(*scores.shape[:1], pools, count, shared).flatten(2)
+    new = [pooled(entry.keys), pooled(entry.values), pooled(entry.tokens.expand(scores.shape)), heads, pooled(scores)]
+    after, before = zip(*(met(kept, its) for kept, its in zip(slots[:5], new, strict=True)), strict=True)
     trail, total = own[:, :, count:], entry.total
     if entry.due is not None:
         due = entry.due.to(wins.device)[:, None, None]
         trail, total = torch.where(due, trail, slots.trail), torch.where(due, total, slots.total)
-    taken = Taken(start, places, old_keys, old_values, old_tokens, old_scores, slots.trail.clone(), slots.total.clone())
-    return Slots(keys, values, tokens, kept_scores, trail, total), taken
+    return Slots(*after, trail, total), Taken(start, places, *before, slots.trail.clone(), slots.total.clone())
 
 
 def undo(slots: Slots, taken: Taken) -> None:
     """Write back, in place, what a competition has overwritten; the last one first."""
-    for kept, old in zip(slots[:4], (taken.keys, taken.values, taken.tokens, taken.scores), strict=True):
-        at = taken.slots if kept.ndim == 3 else _wide(taken.slots, kept)
-        kept.scatter_(2, at, old.to(kept.dtype))
+    for kept, old in zip(slots[:5], taken[2:7], strict=True):
+        kept.scatter_(2, taken.places if kept.ndim == 3 else _wide(taken.places, kept), old.to(kept.dtype))
     slots.trail.copy_(taken.trail)
     slots.total.copy_(taken.total)
 
 
 def _wide(places: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Expand indices [B, G, n] into x [B, G, m, D] to [B, G, n, D]."""
+    """Expand indices [B, P, n] into x [B, P, m, D] to [B, P, n, D]."""
     return places[..., None].expand(-1, -1, -1, x.shape[-1])

@@ -39,6 +39,7 @@ class Memory(Patch):
         slots: M, tokens per kv head that stay visible after they have left the window.
         block: E, tokens from one competition for the slots to the next.
         reach: r, neighbours on each side whose scores a token shares.
+        shared: kv heads of a layer that compete for common slots.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
 
     Raises:
@@ -59,7 +60,8 @@ class Memory(Patch):
     window: int = 64
     slots: int = 444
     block: int = 32
-    reach: int = 3
+    reach: int = 0
+    shared: int | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +77,9 @@ class Memory(Patch):
         object.__setattr__(self, "layers", check_layers(self.layers))
 
     def _rule(self, rotary: Rotary | None) -> LayerRule:
-        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, reach=self.reach)
+        return MemoryRule(
+            self.sinks, self.window, rotary, slots=self.slots, block=self.block, reach=self.reach, shared=self.shared or 1
+        )
 
     def check(self, target: Target) -> None:
         self._plan(target)

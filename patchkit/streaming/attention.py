@@ -28,21 +28,26 @@ class Further(Protocol):
 
     def extend(
         self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Extended:
         """Append what these queries see beyond their window to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, t, n]."""
 
     def end(self) -> None:
         """Take note that all queries have been attended."""
 
 
+Extended = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class Beyond(Protocol):
-    """What a layer sees beyond sinks and window: in a one-token step its own keys, which `StreamLayer.update` returns after the window."""
+    """What a layer sees beyond sinks and window. Each method appends it to keys [B, G, n, K], values [B, G, n, V] and the mask."""
 
-    def fixed_step_mask(self, step: StepCache, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Extend the mask [B or 1, 1, 1, S + W] of a fixed step, to be added to the scores."""
+    def in_fixed_step(self, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
+        """Append it in a fixed step; the mask [B or 1, 1, 1, S + W] is added to the scores."""
 
-    def step_mask(self, context: ForwardContext, mask: torch.Tensor | None, query: torch.Tensor, additive: bool) -> torch.Tensor:
-        """Extend the mask [B or 1, 1, 1, S + W] of a step; None hides nothing."""
+    def in_step(
+        self, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, additive: bool
+    ) -> Extended:
+        """Append it in a step of one token; no mask hides nothing."""
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> Further:
         """Begin a forward over ``keys`` keys in order of time [B, G, n, K] and their values [B, G, n, V]."""
@@ -117,7 +122,7 @@ def attend_in_window(
     if runtime.step is not None:
         mask = runtime.step.masks[rule.number]
         if beyond is not None:
-            mask = beyond.fixed_step_mask(runtime.step, mask, query)
+            key, value, mask = beyond.in_fixed_step(runtime.step, query, key, value, mask)
         return original_function(masked, module)(module, query, key, value, mask, **kwargs)
     context = runtime.context
     if context is None:
@@ -135,7 +140,7 @@ def attend_in_window(
     if not context.in_blocks:
         mask = no_mask if context.pads is None else _mask(context, rule, queries, keys, query, additive)
         if beyond is not None and context.start >= rule.capacity:
-            mask = beyond.step_mask(context, mask, query, additive)
+            key, value, mask = beyond.in_step(context, query, key, value, mask, additive)
         if watch is not None:
             watch(query, key, mask, keys, kwargs.get("scaling"))
         return run(module, query, key, value, mask, **kwargs)

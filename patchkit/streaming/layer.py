@@ -48,7 +48,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        size = (*key_states.shape[:2], self.rule.kept)
+        size = (*key_states.shape[:2], self.rule.capacity)
         self.keys = key_states.new_zeros(*size, key_states.shape[-1])
         self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
@@ -218,7 +218,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         oldest = rule.slot(start)
         sinks = self._sinks_for_blocks()
         rings = (self.keys, self.values)
-        keys, values = (torch.cat([s, x[:, :, oldest : rule.capacity], x[:, :, rule.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
+        keys, values = (torch.cat([s, x[:, :, oldest:], x[:, :, rule.sinks : oldest]], 2) for s, x in zip(sinks, rings, strict=True))
         return keys, values
 
     def _sinks_for_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:

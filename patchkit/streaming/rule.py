@@ -34,13 +34,8 @@ class LayerRule:
 
     @property
     def capacity(self) -> int:
-        """Sinks and window: S + W."""
+        """Tokens kept: S + W."""
         return self.sinks + self.window
-
-    @property
-    def kept(self) -> int:
-        """Tokens kept per kv head: S + W, and what a subclass keeps beyond the window."""
-        return self.capacity
 
     def same_rule(self, other: LayerRule) -> bool:
         """Whether the layers of both can share one rule."""
