@@ -118,14 +118,11 @@ def advance(rule: MemoryRule, context: ForwardContext, slots: Slots, token: int,
     """Hold the competition before ``token``, a border of some row: return the slots after it, and what was overwritten."""
     device, block, oldest = slots.keys.device, rule.block, token - rule.window
     total = slots.total + _real(context, _plain(rule, context, fetch, token - block, block), token - block).sum(2, dtype=torch.float64)
-    scored = oldest + rule.reach
     seen = context.row_positions(torch.tensor([token], device=context.device)).clamp(min=1).to(device)
-    rows = context.row_positions(torch.arange(scored, scored + block, device=context.device)).to(device)
-    own = keydiff(_plain(rule, context, fetch, scored, block), total / seen[:, None])
-    own = own.masked_fill((rows < rule.sinks)[:, None], -torch.inf)
     entering = torch.arange(oldest, oldest + block, device=device)
-    keys, values = fetch(entering.clamp(min=0))
-    return compete(slots, Entry(keys, values, entering, own, total, rule.due(context, token)), token)
+    sinks = (context.row_positions(entering.to(context.device)) < rule.sinks).to(device)  # and what is before the text
+    scores = keydiff(_plain(rule, context, fetch, oldest, block), total / seen[:, None]).masked_fill(sinks[:, None], -torch.inf)
+    return compete(slots, Entry(*fetch(entering.clamp(min=0)), entering, scores, total, rule.due(context, token)), token)
 
 
 def _plain(rule: MemoryRule, context: ForwardContext, fetch: Fetch, first: int, count: int) -> torch.Tensor:

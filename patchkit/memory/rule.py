@@ -21,21 +21,19 @@ class MemoryRule(LayerRule):
 
     Attributes:
         slots: M, per kv head.
-        block: E, tokens from one border to the next; E + reach <= W.
-        reach: r, neighbours on each side whose scores a token shares.
+        block: E, tokens from one border to the next; at most W.
         shared: H, kv heads that share their slots.
     """
 
     slots: int = 1
     block: int = 1
-    reach: int = 0
     shared: int = 1
 
     def same_rule(self, other: LayerRule) -> bool:
         return (
             isinstance(other, MemoryRule)
             and super().same_rule(other)
-            and (self.slots, self.block, self.reach, self.shared) == (other.slots, other.block, other.reach, other.shared)
+            and (self.slots, self.block, self.shared) == (other.slots, other.block, other.shared)
         )
 
     @property
@@ -44,7 +42,7 @@ class MemoryRule(LayerRule):
 
     def empty(self, keys: torch.Tensor, values: torch.Tensor) -> Slots:
         """Empty slots of a layer with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]."""
-        return Slots.empty(keys, values, self.slots, self.shared, self.reach)
+        return Slots.empty(keys, values, self.slots, self.shared)
 
     def next_border(self, context: ForwardContext | Stream, start: int) -> int:
         """The first token number from ``start`` on before which some row is at a border."""

@@ -1,16 +1,13 @@
 """Exact keys and values chosen from the tokens that leave the window: M per kv head, on average over the heads that share them.
 
-Shapes: B batch, G kv heads, K key dim, V value dim; M slots per head, W window, E block, r reach of a score's pooling.
+Shapes: B batch, G kv heads, K key dim, V value dim; M slots per head, W window, E block.
 
 At every *border*, a row position t that is a multiple of E, the tokens that the next E tokens will push out of the window compete with the
-M tokens in the slots: those at row positions ``t - W .. t - W + E - 1``, sinks excepted.
+tokens in the slots: those at row positions ``t - W .. t - W + E - 1``, sinks excepted.
 
-1. A token's own score is computed once, at the first border at which it is at ``t - W + E + r - 1`` or before, from its key without rotation
-   and the mean of all keys before t: see `keydiff`. A token at a row position below S has none (minus infinity).
-2. Its score is the largest of the own scores of its 2 r + 1 neighbours, itself included.
-3. The new tokens of all heads that share slots, in descending order of their scores, meet the slots in ascending order, pair by pair; of
-   equals the earlier token comes first, then the lower head, and the lower slot. A new token that scores higher takes the slot, and what was
-   there is gone; an empty slot scores minus infinity. So the tokens with the highest scores stay, many of some heads and few of others.
+1. A token's score is computed once, then, from its key without rotation and the mean of all keys before t: see `keydiff`.
+2. The tokens of all heads that share slots compete together, each with its score in its own head: those with the highest scores stay, many
+   of some heads and few of others. Of equals the earlier token stays, then the lower head. What does not stay is gone.
 
 So what is kept depends on tokens and row positions alone. A query sees the tokens in slots that have left its window.
 """
@@ -26,13 +23,17 @@ import torch.nn.functional as F
 # The token number of an empty slot.
 EMPTY = -1
 
+# Scores are multiples of 1 / _STEPS. Equal tokens have equal keys in the first layer, up to rounding, and rounding must not choose.
+_STEPS = 4096
+
 
 def keydiff(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Minus the cosine of keys [B, G, n, K] and the mean key [B, G, K]: [B, G, n] float32.
+    """Minus the cosine of keys [B, G, n, K] and the mean key [B, G, K], in steps of 1/4096: [B, G, n] float32.
 
     Park et al. 2025, "KeyDiff", https://arxiv.org/abs/2504.15364, equation 5; here of keys without rotation.
     """
-    return -F.cosine_similarity(keys.float(), mean[:, :, None].float(), dim=-1)
+    cosine = F.cosine_similarity(keys.float(), mean[:, :, None].float(), dim=-1)
+    return (cosine * -_STEPS).round() / _STEPS
 
 
 class Slots(NamedTuple):
@@ -43,7 +44,6 @@ class Slots(NamedTuple):
         tokens: [B, P, N] int64, token numbers; `EMPTY` in empty slots.
         owners: [B, P, N] int64, the kv head whose token it is, counted within the pool.
         scores: [B, P, N] float32; minus infinity in empty slots.
-        trail: [B, G, 2 r] float32, own scores of the last tokens that have one.
         total: [B, G, K] float64, sum of the keys without rotation of all tokens before the last border.
     """
 
@@ -52,11 +52,10 @@ class Slots(NamedTuple):
     tokens: torch.Tensor
     owners: torch.Tensor
     scores: torch.Tensor
-    trail: torch.Tensor
     total: torch.Tensor
 
     @classmethod
-    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, shared: int, reach: int) -> Slots:
+    def empty(cls, keys: torch.Tensor, values: torch.Tensor, slots: int, shared: int) -> Slots:
         """Empty slots for keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]: M each, ``shared`` by H heads."""
         batch, groups = keys.shape[:2]
         size = (batch, groups // shared, shared * slots)
@@ -66,7 +65,6 @@ class Slots(NamedTuple):
             torch.full(size, EMPTY, device=keys.device),
             torch.zeros(size, dtype=torch.int64, device=keys.device),
             keys.new_full(size, -torch.inf, dtype=torch.float32),
-            keys.new_full((batch, groups, 2 * reach), -torch.inf, dtype=torch.float32),
             keys.new_zeros(batch, groups, keys.shape[-1], dtype=torch.float64),
         )
 
@@ -86,7 +84,7 @@ class Entry(NamedTuple):
     Attributes:
         keys, values: [B, G, E, K] and [B, G, E, V], rotated as those of the window.
         tokens: [E] int64 token numbers, ascending.
-        own: [B, G, E] float32, own scores of the E tokens that are r tokens later.
+        scores: [B, G, E] float32; minus infinity for those that may not enter.
         total: [B, G, K] float64, sum of the keys without rotation of all tokens before this border.
         due: [B] bool, the rows that are at a border; None for all.
     """
@@ -94,7 +92,7 @@ class Entry(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     tokens: torch.Tensor
-    own: torch.Tensor
+    scores: torch.Tensor
     total: torch.Tensor
     due: torch.Tensor | None
 
@@ -106,7 +104,7 @@ class Taken(NamedTuple):
         start: the token number before which it took place.
         places: [B, P, n] int64, the slots that met new tokens.
         keys, values, tokens, owners, scores: what these held.
-        trail, total: before the competition.
+        total: before the competition.
     """
 
     start: int
@@ -116,7 +114,6 @@ class Taken(NamedTuple):
     tokens: torch.Tensor
     owners: torch.Tensor
     scores: torch.Tensor
-    trail: torch.Tensor
     total: torch.Tensor
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Taken:
@@ -126,20 +123,18 @@ class Taken(NamedTuple):
 
 def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
     """Return the slots after the competition before token ``start``, in new tensors, and what was overwritten."""
-    count, pools = entry.own.shape[2], slots.tokens.shape[1]
-    own = torch.cat([slots.trail, entry.own], 2)
-    reach = slots.trail.shape[2] // 2
-    scores = F.max_pool1d(own, 2 * reach + 1, 1) if reach else own
-    # Tokens without an own score are no candidates: sinks, padding, what is before the text.
-    scores = scores.masked_fill(own[:, :, reach : reach + count] == -torch.inf, -torch.inf)
-    shared = scores.shape[1] // pools
+    pools = slots.tokens.shape[1]
+    batch, groups, count = entry.scores.shape
+    shared = groups // pools
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
         """[B, G, E, ...] as [B, P, E H, ...]."""
         return x.unflatten(1, (pools, shared)).transpose(2, 3).flatten(2, 3)
 
-    best, order = pooled(scores).sort(dim=2, descending=True, stable=True)
-    worst, places = slots.scores.sort(dim=2, stable=True)
+    best, order = pooled(entry.scores).sort(dim=2, descending=True, stable=True)
+    latest = (slots.tokens * shared + slots.owners).argsort(dim=2, descending=True)
+    worst, places = slots.scores.gather(2, latest).sort(dim=2, stable=True)
+    places = latest.gather(2, places)
     pairs = min(best.shape[2], worst.shape[2])
     order, places = order[:, :, :pairs], places[:, :, :pairs]
     wins = best[:, :, :pairs] > worst[:, :, :pairs]
@@ -151,21 +146,20 @@ def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
         old = kept.gather(2, at)
         return kept.scatter(2, at, torch.where(won, new.gather(2, frm).to(kept.dtype), old)), old
 
-    heads = torch.arange(shared, device=order.device).expand(*scores.shape[:1], pools, count, shared).flatten(2)
-    new = [pooled(entry.keys), pooled(entry.values), pooled(entry.tokens.expand(scores.shape)), heads, pooled(scores)]
+    heads = torch.arange(shared, device=order.device).expand(batch, pools, count, shared).flatten(2)
+    tokens = pooled(entry.tokens.expand(batch, groups, count))
+    new = [pooled(entry.keys), pooled(entry.values), tokens, heads, pooled(entry.scores)]
     after, before = zip(*(met(kept, its) for kept, its in zip(slots[:5], new, strict=True)), strict=True)
-    trail, total = own[:, :, count:], entry.total
+    total = entry.total
     if entry.due is not None:
-        due = entry.due.to(wins.device)[:, None, None]
-        trail, total = torch.where(due, trail, slots.trail), torch.where(due, total, slots.total)
-    return Slots(*after, trail, total), Taken(start, places, *before, slots.trail.clone(), slots.total.clone())
+        total = torch.where(entry.due.to(wins.device)[:, None, None], total, slots.total)
+    return Slots(*after, total), Taken(start, places, *before, slots.total.clone())
 
 
 def undo(slots: Slots, taken: Taken) -> None:
     """Write back, in place, what a competition has overwritten; the last one first."""
     for kept, old in zip(slots[:5], taken[2:7], strict=True):
         kept.scatter_(2, taken.places if kept.ndim == 3 else _wide(taken.places, kept), old.to(kept.dtype))
-    slots.trail.copy_(taken.trail)
     slots.total.copy_(taken.total)
 
 

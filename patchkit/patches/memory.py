@@ -1,11 +1,11 @@
 """Memory: sinks, a window, and exact keys and values chosen from what leaves the window, at constant bytes.
 
 `patchkit.memory.slots` has the rule. Score of a token: minus the cosine of its key without rotation and the mean key (Park et al. 2025,
-"KeyDiff", https://arxiv.org/abs/2504.15364), the largest among its neighbours.
+"KeyDiff", https://arxiv.org/abs/2504.15364).
 
-Differs from the paper in four ways: keys are compared without their rotation; a token is scored once, when it leaves the window; it shares
-the best score of its neighbours, so that what is kept are short passages; tokens compete at fixed positions of the text, so that logits do
-not depend on how it is fed.
+Differs from the paper in four ways: keys are compared without their rotation; the kv heads of a layer share their slots, as in AdaKV (Feng et
+al. 2024, https://arxiv.org/abs/2407.11550); a token is scored once, when it leaves the window; tokens compete at fixed positions of the text,
+so that logits do not depend on how it is fed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Memory(Patch):
         window: W, number of last tokens that are visible, the current one included.
         slots: M, tokens per kv head that stay visible after they have left the window.
         block: E, tokens from one competition for the slots to the next.
-        reach: r, neighbours on each side whose scores a token shares.
         shared: kv heads of a layer that compete for common slots.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
 
@@ -48,7 +47,7 @@ class Memory(Patch):
 
     stage = Stage.ATTENTION
     acts = ("tokens offered to the slots",)
-    example = "memory(sinks=2, window=8, slots=6, block=4, reach=1)"
+    example = "memory(sinks=2, window=8, slots=6, block=4)"
     facts = Facts(
         goal="recall beyond the window, at constant memory",
         exact="its own rule, to rounding; the unpatched model while a text fits the window",
@@ -60,26 +59,22 @@ class Memory(Patch):
     window: int = 64
     slots: int = 444
     block: int = 32
-    reach: int = 0
     shared: int | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("window", 1), ("slots", 1), ("block", 1), ("reach", 0)):
+        for name, least in (("sinks", 0), ("window", 1), ("slots", 1), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give a whole number of tokens, at least {least}")
-        if self.block + self.reach > self.window:
+        if self.block > self.window:
             raise ValueError(
-                f"block={self.block} and reach={self.reach} do not fit window={self.window}: tokens are compared before they leave it, so "
-                f"give block={max(1, self.window - self.reach)} or less"
+                f"block={self.block} is more than window={self.window}: tokens are compared before they leave it, so give at most that"
             )
         object.__setattr__(self, "layers", check_layers(self.layers))
 
     def _rule(self, rotary: Rotary | None) -> LayerRule:
-        return MemoryRule(
-            self.sinks, self.window, rotary, slots=self.slots, block=self.block, reach=self.reach, shared=self.shared or 1
-        )
+        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, shared=self.shared or 1)
 
     def check(self, target: Target) -> None:
         self._plan(target)
@@ -93,8 +88,7 @@ class Memory(Patch):
 
     def exercised(self) -> Memory:
         window = min(self.window, _SHORT)
-        reach = min(self.reach, window - 1)
-        return dataclasses.replace(self, window=window, slots=min(self.slots, _SHORT), block=min(self.block, window - reach), reach=reach)
+        return dataclasses.replace(self, window=window, slots=min(self.slots, _SHORT), block=min(self.block, window))
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
         return plan_window(target, self.layers, self._rule, None)
