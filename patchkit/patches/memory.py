@@ -18,11 +18,11 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.handle import Handle
 from patchkit.memory.install import install_memory
+from patchkit.memory.plan_memory import plan_memory
 from patchkit.memory.rule import MemoryRule
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
-from patchkit.streaming.plan_window import plan_window
 from patchkit.streaming.plans import check_layers
-from patchkit.streaming.rule import LayerRule, Plan
+from patchkit.streaming.rule import Plan
 
 # Tokens of a window, and slots, that a short sequence fills several times.
 _SHORT = 24
@@ -38,7 +38,7 @@ class Memory(Patch):
         window: W, number of last tokens that are visible, the current one included.
         slots: M, tokens per kv head that stay visible after they have left the window.
         block: E, tokens from one competition for the slots to the next.
-        shared: kv heads of a layer that compete for common slots.
+        shared: kv heads of a layer that share their slots; None for as many as divide their number, and are at most 4.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
 
     Raises:
@@ -71,10 +71,12 @@ class Memory(Patch):
             raise ValueError(
                 f"block={self.block} is more than window={self.window}: tokens are compared before they leave it, so give at most that"
             )
+        if self.shared is not None and (not isinstance(self.shared, int) or isinstance(self.shared, bool) or self.shared < 1):
+            raise ValueError(f"shared={self.shared!r}: give a number of kv heads, or None")
         object.__setattr__(self, "layers", check_layers(self.layers))
 
-    def _rule(self, rotary: Rotary | None) -> LayerRule:
-        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, shared=self.shared or 1)
+    def _rule(self, rotary: Rotary | None, shared: int) -> MemoryRule:
+        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, shared=shared)
 
     def check(self, target: Target) -> None:
         self._plan(target)
@@ -91,4 +93,4 @@ class Memory(Patch):
         return dataclasses.replace(self, window=window, slots=min(self.slots, _SHORT), block=min(self.block, window))
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
-        return plan_window(target, self.layers, self._rule, None)
+        return plan_memory(target, self.layers, self.shared, self._rule)
