@@ -28,7 +28,7 @@ class MemoryLayer(StreamLayer):
     """One layer's sinks, window and slots, allocated once."""
 
     rule: MemoryRule
-    slots: Any  # a `Slots` once initialized
+    slots: Any  # a `Slots` after the first tokens
 
     def __init__(self, rule: MemoryRule, stream: Stream) -> None:
         super().__init__(rule, stream)
@@ -38,15 +38,19 @@ class MemoryLayer(StreamLayer):
         self.slots = None
         self.taken: list[Taken] = []  # while the past is recorded, of the last borders
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.slots = self.rule.empty(key_states, value_states)
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         context = self.stream.context
-        if context is not None and not context.in_blocks:
+        if self.slots is None:
+            self.slots = self.rule.empty(key_states, value_states)
+        elif context is not None and not context.in_blocks:
             self._before_step(context)
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super()._of_one_dtype(keys, values)
+        if self.slots.keys.dtype != self.keys.dtype or self.slots.values.dtype != self.values.dtype:
+            self.slots = self.slots._replace(keys=self.slots.keys.to(self.keys.dtype), values=self.slots.values.to(self.values.dtype))
+        return keys, values
 
     def before_fixed_step(self, context: ForwardContext) -> None:
         self._before_step(context)
@@ -60,7 +64,7 @@ class MemoryLayer(StreamLayer):
 
     def _before_step(self, context: ForwardContext) -> None:
         """Hold the competition that is due before a one-token step, before the step overwrites a token of the window."""
-        if self.is_initialized and context.start and self.rule.next_border(context, context.start) == context.start:
+        if context.start and self.rule.next_border(context, context.start) == context.start:
             with torch.no_grad():
                 self.keep(*advance(self.rule, context, self.slots, context.start, self._in_ring))
 
@@ -80,7 +84,7 @@ class MemoryLayer(StreamLayer):
 
     def can_roll_back(self, count: int) -> bool:
         kept, rule = self.stream.seen - count, self.rule
-        if count == 0 or not self.is_initialized:
+        if count == 0 or self.slots is None:
             return True
         undone = [each.start for each in self.taken if each.start >= kept]
         wanted, border = [], rule.next_border(self.stream, max(kept, 1))
@@ -92,13 +96,13 @@ class MemoryLayer(StreamLayer):
     def roll_back(self, count: int) -> None:
         super().roll_back(count)
         kept = self.stream.seen - count
-        while self.is_initialized and self.taken and self.taken[-1].start >= kept:
+        while self.taken and self.taken[-1].start >= kept:
             undo(self.slots, self.taken.pop())
 
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         super().rotate_window(cos, sin)
         rotary = self.rule.rotary
-        if rotary is not None and self.is_initialized:
+        if rotary is not None and self.slots is not None:
             cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
             self.slots.keys.copy_(rotary.rotate(self.slots.keys, cos, sin, rotary.cached_start))
             self.taken = [each._replace(keys=rotary.rotate(each.keys, cos, sin, rotary.cached_start)) for each in self.taken]
