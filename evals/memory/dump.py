@@ -18,7 +18,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model, tokenizer = load_model("smollm2")
     reader = Reader(model)
-    rows = needles(tokenizer, count, after, seed=seed, first=seed * 20) if task == "needle" else recalls(tokenizer, task, count, after, seed=seed)
+    rows = (
+        needles(tokenizer, count, after, seed=seed, first=seed * 20)
+        if task == "needle"
+        else recalls(tokenizer, task, count, after, seed=seed)
+    )
     dump = Full(reader, rows.ids.shape[1], count)
     started = time.time()
     dump.read(rows.ids, progress=True)

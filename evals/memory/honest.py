@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from cases import Rows, needles, recalls
 from offline import score_of
-from reader import Full, Reader
+from reader import Reader
 
 from patchkit.models import load_model
 

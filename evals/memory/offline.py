@@ -13,7 +13,7 @@ from typing import Any
 
 import rules as R
 import torch
-from cases import Rows, needles, recalls
+from cases import Rows, needles
 from reader import Asked, Full, Reader
 
 from patchkit.models import load_model
@@ -63,9 +63,12 @@ def v(dump: Full, layer: int) -> torch.Tensor:
 
 
 def candidates() -> Iterator[tuple[str, Any]]:
-    yield "streaming", lambda dump, ends: [
-        [R.top(torch.zeros_like(k(dump, 0)[..., :end, 0]), SINKS, TOTAL - SINKS, SINKS, 0, False)] * dump.reader.layers for end in ends
-    ]
+    yield (
+        "streaming",
+        lambda dump, ends: [
+            [R.top(torch.zeros_like(k(dump, 0)[..., :end, 0]), SINKS, TOTAL - SINKS, SINKS, 0, False)] * dump.reader.layers for end in ends
+        ],
+    )
     kd = lambda d, i: R.keydiff(k(d, i))  # noqa: E731
     for joint in (False, True):
         tag = " joint" if joint else ""
@@ -124,7 +127,9 @@ def report(name: str, dump: Full, rows: Rows, ends: list[int], masks: Any) -> No
     chosen = time.time() - started
     words = []
     for end, visible in zip(ends, found, strict=True):
-        stated = torch.stack([m[b, :, p : p + n].float().mean(1) for m in visible for b, (p, n) in enumerate(zip(rows.places, rows.stated))])
+        stated = torch.stack(
+            [m[b, :, p : p + n].float().mean(1) for m in visible for b, (p, n) in enumerate(zip(rows.places, rows.stated))]
+        )
         hits, logs = ask(dump, rows, end, visible)
         words.append(f"{int(hits.sum()):3d}/{len(hits)} {logs.mean():7.3f} kept {stated.mean():.2f}")
     print(f"{name:40s} {'   '.join(words)}   ({chosen:.0f} + {time.time() - started - chosen:.0f} s)", flush=True)

@@ -80,7 +80,7 @@ def left(end: int, window: int, block: int) -> int:
 
 def top(score: torch.Tensor, gone: int, window: int, sinks: int, slots: int, joint: bool) -> torch.Tensor:
     """Mask [B, G, n] of tokens kept out of those before ``gone``, per head or, ``joint``, in one competition of the layer's heads."""
-    batch, groups, tokens = score.shape
+    _, groups, tokens = score.shape
     eligible = score.clone()
     eligible[..., :sinks] = -torch.inf
     eligible[..., gone:] = -torch.inf

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
-import rules as R
 import torch
 from offline import k, r, report, static, v  # noqa: F401
 from reader import Full, Reader
@@ -33,7 +33,7 @@ def main() -> None:
         report(name, dump, rows, ends, masks)
 
     namespace = {**globals(), "dump": dump, "rows": rows, "ends": ends, "show": show, "reader": reader}
-    exec(compile(open(sys.argv[3]).read(), sys.argv[3], "exec"), namespace)  # noqa: S102
+    exec(compile(Path(sys.argv[3]).read_text(), sys.argv[3], "exec"), namespace)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,13 @@ class SeenSlots:
         return extended(step.layer(self.index).kept, step.seen[None], self.rule.window, query, key, value, mask)
 
     def in_step(
-        self, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, additive: bool
+        self,
+        context: ForwardContext,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        additive: bool,
     ) -> Extended:
         assert self.runtime.cache is not None
         layer: Any = self.runtime.cache.layers[self.index]
@@ -45,7 +51,7 @@ class SeenSlots:
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> SlotsInBlocks:
         layer: Any = None if self.runtime.cache is None else self.runtime.cache.layers[self.index]
-        slots = self.rule.empty(key, value) if layer is None else layer.slots
+        slots = self.rule.empty(self.index, key, value) if layer is None else layer.slots
         return SlotsInBlocks(self.rule, context, layer, slots, key, value, keys - context.end)
 
 

@@ -30,7 +30,8 @@ class MemoryLayer(StreamLayer):
     rule: MemoryRule
     slots: Any  # a `Slots` after the first tokens
 
-    def __init__(self, rule: MemoryRule, stream: Stream) -> None:
+    def __init__(self, rule: MemoryRule, stream: Stream, index: int) -> None:
+        self.index = index
         super().__init__(rule, stream)
 
     def _clear(self) -> None:
@@ -41,7 +42,7 @@ class MemoryLayer(StreamLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         context = self.stream.context
         if self.slots is None:
-            self.slots = self.rule.empty(key_states, value_states)
+            self.slots = self.rule.empty(self.index, key_states, value_states)
         elif context is not None and not context.in_blocks:
             self._before_step(context)
         return super().update(key_states, value_states, *args, **kwargs)
@@ -158,9 +159,13 @@ class MemoryStepLayer(StepLayer):
 class MemoryLayerWithState(StreamLayerWithState, MemoryLayer):  # type: ignore[override]
     """A `MemoryLayer` of a model whose layers hold convolution or recurrent states in addition to keys and values."""
 
+    def __init__(self, rule: MemoryRule, stream: Stream, index: int, number_of_states: int) -> None:
+        self.index = index
+        StreamLayerWithState.__init__(self, rule, stream, number_of_states)
+
 
 @make_layer.register
 def _(rule: MemoryRule, index: int, stream: Stream, stock: Any) -> StreamLayer:
     if isinstance(stock, _compat.LinearAttentionLayer):
-        return MemoryLayerWithState(rule, stream, stock.number_of_states)
-    return MemoryLayer(rule, stream)
+        return MemoryLayerWithState(rule, stream, index, stock.number_of_states)
+    return MemoryLayer(rule, stream, index)

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from patchkit.anatomy.layers import AttentionLayer
-from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, UnsupportedModel
+from patchkit.memory.budgets import measured_shares, split
 from patchkit.memory.rule import MemoryRule
 from patchkit.streaming.plans import chosen_layers, listed, make_plan, windows_of
-from patchkit.streaming.rule import Plan
+from patchkit.streaming.rule import LayerRule, Plan
+
+
+class MemoryOptions(Protocol):
+    """The options of the patch `memory`."""
+
+    @property
+    def sinks(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def shared(self) -> int | None: ...
+    @property
+    def budgets(self) -> str | tuple[int, ...]: ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+
 
 # Every head of a pool is compared with the slots of all of them, so the work grows with their number.
 MOST_SHARED = 4
 
 
-def plan_memory(
-    target: Target, indices: tuple[int, ...] | None, shared: int | None, rule_of: Callable[[Rotary | None, int], MemoryRule]
-) -> tuple[Plan, list[AttentionLayer]]:
+def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[AttentionLayer]]:
     """Return the plan, with the rules of all layers that patchkit will keep, and those layers.
-
-    Args:
-        indices: indices of the attention layers to patch; None for all with full attention.
-        shared: kv heads that share their slots; None for as many as divide a layer's number of them, and are at most `MOST_SHARED`.
-        rule_of: makes the rule of a layer with this rotary embedding, of which so many heads share their slots.
 
     Raises:
         NothingMatched: there is no layer to patch.
         UnsupportedModel: the rule could not be kept on this model.
-        ValueError: ``shared`` does not divide the kv heads of a layer.
+        ValueError: ``shared`` does not divide the kv heads of a layer, or there are other layers than ``budgets``.
     """
     layers, name = target.attention_layers, type(target.model).__name__
+    indices, shared = options.layers, options.shared
     chosen = [layer for layer in layers if layer.kind == "full"] if indices is None else chosen_layers(layers, indices)
     if not chosen:
         raise NothingMatched(
@@ -45,13 +59,27 @@ def plan_memory(
         if obstacle is not None and (layer in chosen or layer.kind != "full"):
             raise UnsupportedModel(f"memory would not be exact on {name}: in layer {layer.index} ({layer.name}), {obstacle}")
     heads = {call["layer"]: call["key"].shape[1] for call in target.attention_calls}
-    rules = {}
     for layer in chosen:
-        count = heads[layer.index]
-        if shared is not None and count % shared:
+        if shared is not None and heads[layer.index] % shared:
+            count = heads[layer.index]
             raise ValueError(f"shared={shared}: layer {layer.index} of {name} has {count} kv heads, so give a divisor of that")
-        rules[layer.index] = rule_of(layer.rotary, shared or max(n for n in range(1, MOST_SHARED + 1) if count % n == 0))
-    return make_plan(target, "memory", dict(rules))
+    slots = _budgets(options, target, chosen, heads)
+    rules: dict[int, LayerRule] = {}
+    for layer in chosen:
+        pool = shared or max(n for n in range(1, MOST_SHARED + 1) if heads[layer.index] % n == 0)
+        rules[layer.index] = MemoryRule(options.sinks, options.window, layer.rotary, slots=slots, block=options.block, shared=pool)
+    return make_plan(target, "memory", rules)
+
+
+def _budgets(options: MemoryOptions, target: Target, chosen: list[AttentionLayer], heads: dict[int, int]) -> dict[int, int]:
+    """Slots per kv head of each layer, by its index."""
+    if isinstance(options.budgets, tuple):
+        if len(options.budgets) != len(chosen):
+            raise ValueError(f"budgets={list(options.budgets)}: give one number for each of the {len(chosen)} layers that are patched")
+        return {layer.index: count for layer, count in zip(chosen, options.budgets, strict=True)}
+    if options.budgets == "equal":
+        return {layer.index: options.slots for layer in chosen}
+    return split(measured_shares(target, chosen), options.slots, heads)
 
 
 def obstacle_of(layer: AttentionLayer) -> str | None:

@@ -6,7 +6,8 @@ Shapes: B batch. Names as in `patchkit.memory.slots`.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,12 +21,12 @@ class MemoryRule(LayerRule):
     """The rule of layers with S sinks, a window of W tokens, and M slots.
 
     Attributes:
-        slots: M, per kv head.
+        slots: M of each layer, per kv head on average over the heads that share them, by the layer's index.
         block: E, tokens from one border to the next; at most W.
         shared: H, kv heads that share their slots.
     """
 
-    slots: int = 1
+    slots: Mapping[int, int] = field(default_factory=dict)
     block: int = 1
     shared: int = 1
 
@@ -40,9 +41,9 @@ class MemoryRule(LayerRule):
     def sees_all(self) -> bool:
         return False  # a token that has been chosen waits in its slot until it leaves the window
 
-    def empty(self, keys: torch.Tensor, values: torch.Tensor) -> Slots:
-        """Empty slots of a layer with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]."""
-        return Slots.empty(keys, values, self.slots, self.shared)
+    def empty(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> Slots:
+        """Empty slots of layer ``index``, with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]."""
+        return Slots.empty(keys, values, self.slots[index], self.shared)
 
     def next_border(self, context: ForwardContext | Stream, start: int) -> int:
         """The first token number from ``start`` on before which some row is at a border."""

@@ -3,23 +3,26 @@
 `patchkit.memory.slots` has the rule. Score of a token: minus the cosine of its key without rotation and the mean key (Park et al. 2025,
 "KeyDiff", https://arxiv.org/abs/2504.15364).
 
-Differs from the paper in four ways: keys are compared without their rotation; the kv heads of a layer share their slots, as in AdaKV (Feng et
-al. 2024, https://arxiv.org/abs/2407.11550); a token is scored once, when it leaves the window; tokens compete at fixed positions of the text,
-so that logits do not depend on how it is fed.
+Differs from the paper in five ways:
+
+* keys are compared without their rotation;
+* the kv heads of a layer share their slots, as in AdaKV (Feng et al. 2024, https://arxiv.org/abs/2407.11550);
+* layers whose keys spread get more slots (`patchkit.memory.budgets`);
+* a token is scored once, when it leaves the window;
+* tokens compete at fixed positions of the text, so that logits do not depend on how it is fed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from patchkit.anatomy.layers import AttentionLayer
-from patchkit.anatomy.rotary import Rotary
 from patchkit.anatomy.target import Target
 from patchkit.handle import Handle
 from patchkit.memory.install import install_memory
 from patchkit.memory.plan_memory import plan_memory
-from patchkit.memory.rule import MemoryRule
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.streaming.plans import check_layers
 from patchkit.streaming.rule import Plan
@@ -36,9 +39,11 @@ class Memory(Patch):
     Args:
         sinks: S, number of first tokens of every sequence that stay visible.
         window: W, number of last tokens that are visible, the current one included.
-        slots: M, tokens per kv head that stay visible after they have left the window.
+        slots: M, tokens per kv head, on average over all heads, that stay visible after they have left the window.
         block: E, tokens from one competition for the slots to the next.
         shared: kv heads of a layer that share their slots; None for as many as divide their number, and are at most 4.
+        budgets: slots of each layer: "measured" distributes them by how distinct keys are in each, on random token ids, when the model is
+            patched; "equal" gives every layer M per kv head; or one number per patched layer.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
 
     Raises:
@@ -60,6 +65,7 @@ class Memory(Patch):
     slots: int = 444
     block: int = 32
     shared: int | None = None
+    budgets: Literal["measured", "equal"] | tuple[int, ...] = "measured"
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -73,10 +79,13 @@ class Memory(Patch):
             )
         if self.shared is not None and (not isinstance(self.shared, int) or isinstance(self.shared, bool) or self.shared < 1):
             raise ValueError(f"shared={self.shared!r}: give a number of kv heads, or None")
+        if isinstance(self.budgets, list):
+            object.__setattr__(self, "budgets", tuple(self.budgets))
+        if self.budgets not in ("measured", "equal") and not (
+            isinstance(self.budgets, tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in self.budgets)
+        ):
+            raise ValueError(f'budgets={self.budgets!r}: give "measured", "equal", or a number of slots, at least 1, for each layer')
         object.__setattr__(self, "layers", check_layers(self.layers))
-
-    def _rule(self, rotary: Rotary | None, shared: int) -> MemoryRule:
-        return MemoryRule(self.sinks, self.window, rotary, slots=self.slots, block=self.block, shared=shared)
 
     def check(self, target: Target) -> None:
         self._plan(target)
@@ -93,4 +102,4 @@ class Memory(Patch):
         return dataclasses.replace(self, window=window, slots=min(self.slots, _SHORT), block=min(self.block, window))
 
     def _plan(self, target: Target) -> tuple[Plan, list[AttentionLayer]]:
-        return plan_memory(target, self.layers, self.shared, self._rule)
+        return plan_memory(self, target)

@@ -26,9 +26,7 @@ class Further(Protocol):
     def pieces(self, queries: torch.Tensor) -> Iterable[torch.Tensor]:
         """Cut the token numbers [T] of the queries into those that are attended at once."""
 
-    def extend(
-        self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> Extended:
+    def extend(self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
         """Append what these queries see beyond their window to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, t, n]."""
 
     def end(self) -> None:
@@ -45,7 +43,13 @@ class Beyond(Protocol):
         """Append it in a fixed step; the mask [B or 1, 1, 1, S + W] is added to the scores."""
 
     def in_step(
-        self, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, additive: bool
+        self,
+        context: ForwardContext,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        additive: bool,
     ) -> Extended:
         """Append it in a step of one token; no mask hides nothing."""
 

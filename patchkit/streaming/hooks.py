@@ -69,7 +69,14 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     else:
         base = torch.zeros(1, dtype=torch.int64, device=inputs.device)
         runtime.context = ForwardContext(
-            runtime.plan, 0, tokens, stream.pads, base, inputs.device, cached=False, rows=batch,
+            runtime.plan,
+            0,
+            tokens,
+            stream.pads,
+            base,
+            inputs.device,
+            cached=False,
+            rows=batch,
             most_pads=stream.most_pads,
             pad_list=stream.pad_list,
         )

@@ -23,7 +23,7 @@ def tokens(rows: int = 1, length: int = TOKENS, seed: int = 3) -> torch.Tensor:
 
 
 def memory(shared=2, **options) -> Memory:
-    return Memory(**{**dict(sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=shared), **options})
+    return Memory(**{**dict(sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=shared, budgets="equal"), **options})
 
 
 def remembering(family="llama", **options):
@@ -49,16 +49,18 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
     logits = []
     for t, token in enumerate(ids[0]):
         hidden = model.model.embed_tokens(token)
-        for layer, held in zip(model.model.layers, layers, strict=True):
+        for number, (layer, held) in enumerate(zip(model.model.layers, layers, strict=True)):
             if t and t % block == 0:
-                keys = torch.stack([torch.stack([turned(k[g], j) if rotated else k[g] for g in range(groups)]) for j, k in enumerate(held["k"])])
+                keys = torch.stack(
+                    [torch.stack([turned(k[g], j) if rotated else k[g] for g in range(groups)]) for j, k in enumerate(held["k"])]
+                )
                 for pool, kept in enumerate(held["kept"]):
                     for j in range(max(sinks, t - window), t - window + block):
                         for g in range(pool * shared, (pool + 1) * shared):
                             cosine = torch.cosine_similarity(keys[j, g], keys[:, g].mean(0), dim=0)
                             kept.append((-round(cosine.item() * 4096), j, g))
                     kept.sort(key=lambda item: (-item[0], *item[1:]))
-                    del kept[slots * shared :]
+                    del kept[(slots if isinstance(slots, int) else slots[number]) * shared :]
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
             q = attention.q_proj(x).view(heads, dim).double()
             k, v = (p(x).view(groups, dim).double() for p in (attention.k_proj, attention.v_proj))
@@ -82,12 +84,14 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("options", [{}, {"shared": 1}, {"slots": 1, "block": 6}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"shared": 1}, {"slots": 1, "block": 6}, {"slots": (2, 7)}], ids=str)
 def test_every_way_of_feeding_gives_the_logits_of_the_definition(family, options):
     model, ids = tiny_model(family), tokens()
     expected = by_definition(model, ids, **options)
     window = by_definition(model, ids, slots=0)
     assert (window - expected)[:, SINKS + WINDOW :].abs().max() > DIFFERS, "the slots change nothing here"
+    if isinstance(options.get("slots"), tuple):
+        options = {"budgets": options["slots"]}
     patch_model(model, memory(**options), verbose=False)
     for way in WAYS:
         close(feed(model, ids, way)[0], expected)
@@ -100,7 +104,14 @@ def test_every_way_of_feeding_gives_the_logits_of_the_definition(family, options
 def test_a_wrong_block_budget_or_rotation_would_be_seen():
     model, ids = tiny_model("llama"), tokens()
     ours = feed(remembering(), ids, [TOKENS])[0]
-    for wrong in (dict(block=BLOCK + 1), dict(slots=SLOTS + 1), dict(shared=1), dict(rotated=True), dict(window=WINDOW - 1), dict(sinks=SINKS + 1)):
+    for wrong in (
+        dict(block=BLOCK + 1),
+        dict(slots=SLOTS + 1),
+        dict(shared=1),
+        dict(rotated=True),
+        dict(window=WINDOW - 1),
+        dict(sinks=SINKS + 1),
+    ):
         assert (by_definition(model, ids, **wrong) - ours).abs().max() > DIFFERS, wrong
 
 
