@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import rules as R  # noqa: F401  for the script
 import torch
 from offline import k, r, report, static, v  # noqa: F401
 from reader import Full, Reader

@@ -1,4 +1,4 @@
-"""What a layer sees in its slots: their keys, values and masks, in steps and in forwards of several tokens.
+"""Attention to the slots of a layer together with its window, in steps and in forwards of several tokens.
 
 Shapes: B batch, H query heads, G kv heads, T tokens, n keys, K key dim, V value dim; P pools, N slots of a pool, S sinks, W window.
 """
@@ -16,43 +16,63 @@ from patchkit.memory.layer import MemoryLayer, advance
 from patchkit.memory.rule import MemoryRule
 from patchkit.memory.slots import Slots, Taken
 from patchkit.static_step import StepCache
-from patchkit.streaming.attention import Extended
+from patchkit.streaming.attention import Run
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 
 
 @dataclass(eq=False)
 class SeenSlots:
-    """What attention layer ``index`` sees in its slots: `patchkit.streaming.attention.Beyond`."""
+    """What attention layer ``index`` sees in its slots: `patchkit.streaming.attention.Beyond`.
+
+    Attributes:
+        scaling: of the scores, where attention is a plain softmax, so that the slots of a pool need not be copied for each of its heads;
+            None where the model's own function has to run.
+    """
 
     runtime: Runtime
     index: int
     rule: MemoryRule
+    scaling: float | None
 
-    def in_fixed_step(self, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
-        return extended(step.layer(self.index).kept, step.seen[None], self.rule.window, query, key, value, mask)
+    def in_fixed_step(
+        self, run: Run, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return self.attend(run, step.layer(self.index).kept, step.seen[None], query, key, value, mask)
 
     def in_step(
-        self,
-        context: ForwardContext,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        additive: bool,
-    ) -> Extended:
+        self, run: Run, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         assert self.runtime.cache is not None
         layer: Any = self.runtime.cache.layers[self.index]
-        if mask is None:
-            mask = query.new_zeros(1, 1, 1, 1) if additive else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
-        mask = mask.expand(-1, -1, -1, key.shape[2])
-        token = torch.tensor([context.start], device=query.device)
-        return extended(layer.slots, token, self.rule.window, query, key, value, mask)
+        return self.attend(run, layer.slots, torch.tensor([context.start], device=query.device), query, key, value, mask)
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> SlotsInBlocks:
         layer: Any = None if self.runtime.cache is None else self.runtime.cache.layers[self.index]
         slots = self.rule.empty(self.index, key, value) if layer is None else layer.slots
-        return SlotsInBlocks(self.rule, context, layer, slots, key, value, keys - context.end)
+        return SlotsInBlocks(self, context, layer, slots, key, value, keys - context.end)
+
+    def attend(
+        self,
+        run: Run,
+        slots: Slots,
+        tokens: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend from queries [B, H, T, K] with token numbers [T] to keys [B, G, n, K] under a mask [B or 1, 1, T, n], and to the slots."""
+        visible = visible_slots(slots, tokens, self.rule.window, query.shape[1], key.shape[1])
+        if self.scaling is not None:
+            return attend_pools(slots, query, key, value, mask, visible, self.scaling)
+        shared = key.shape[1] // slots.tokens.shape[1]
+        keys = F.pad(slots.keys, (0, key.shape[-1] - slots.keys.shape[-1])).repeat_interleave(shared, 1)
+        values = slots.values.repeat_interleave(shared, 1)
+        if mask.dtype != torch.bool:
+            visible = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device).masked_fill(~visible, torch.finfo(mask.dtype).min)
+        mask = torch.cat([mask.expand(*visible.shape[:3], -1), visible], -1)
+        return run(query, torch.cat([key, keys], 2), torch.cat([value, values], 2), mask)
 
 
 @dataclass(eq=False)
@@ -65,7 +85,7 @@ class SlotsInBlocks:
         key, value: [B, G, n, K] and [B, G, n, V], in order of time; token i is in column i + ``offset``.
     """
 
-    rule: MemoryRule
+    seen: SeenSlots
     context: ForwardContext
     layer: MemoryLayer | None
     slots: Slots
@@ -76,7 +96,7 @@ class SlotsInBlocks:
 
     def pieces(self, queries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Cut the queries at borders, and hold the competition of each before its queries are attended."""
-        context, rule = self.context, self.rule
+        context, rule = self.context, self.seen.rule
         start = context.start
         while start < context.end:
             if start and rule.next_border(context, start) == start:
@@ -90,10 +110,12 @@ class SlotsInBlocks:
         columns = (tokens + self.offset).clamp(min=0).to(self.key.device)
         return self.key.index_select(2, columns), self.value.index_select(2, columns)
 
-    def extend(self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
-        if int(block[-1]) < self.rule.capacity:  # nothing has left the window
-            return key, value, mask
-        return extended(self.slots, block, self.rule.window, query, key, value, mask)
+    def attend(
+        self, run: Run, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        if int(block[-1]) < self.seen.rule.capacity:  # nothing has left the window
+            return run(query, key, value, mask)
+        return self.seen.attend(run, self.slots, block, query, key, value, mask)
 
     def end(self) -> None:
         if self.layer is not None and self.taken:
@@ -101,21 +123,42 @@ class SlotsInBlocks:
                 self.layer.keep(self.slots, *self.taken)
 
 
-def extended(
-    slots: Slots, queries: torch.Tensor, window: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-) -> Extended:
-    """Append slots to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, T, n] of queries [B, H, T, K] with token numbers [T].
+def visible_slots(slots: Slots, tokens: torch.Tensor, window: int, heads: int, groups: int) -> torch.Tensor:
+    """Whether queries of H heads with token numbers [T] see the slots of their pool: bool [B, H, T, N].
 
-    Every kv head gets the slots of its pool; the mask [B, H, T, n + N] hides those of other heads, and tokens inside the window.
+    They see those of their own kv head whose token has left their window.
     """
-    groups, pools = key.shape[1], slots.tokens.shape[1]
-    shared = groups // pools
-    keys = F.pad(slots.keys, (0, key.shape[-1] - slots.keys.shape[-1])).repeat_interleave(shared, 1)
-    values = slots.values.repeat_interleave(shared, 1)
-    own = slots.owners[:, :, None] == torch.arange(shared, device=key.device)[:, None]
-    left = (slots.tokens >= 0)[:, :, None] & (slots.tokens[:, :, None] <= queries[:, None] - window)
-    visible = (own[:, :, :, None] & left[:, :, None]).flatten(1, 2).repeat_interleave(query.shape[1] // groups, 1)
-    if mask.dtype != torch.bool:
-        visible = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device).masked_fill(~visible, torch.finfo(mask.dtype).min)
-    mask = torch.cat([mask.expand(*visible.shape[:3], -1), visible], -1)
-    return torch.cat([key, keys], 2), torch.cat([value, values], 2), mask
+    shared = groups // slots.tokens.shape[1]
+    own = slots.owners[:, :, None] == torch.arange(shared, device=tokens.device)[:, None]
+    left = (slots.tokens >= 0)[:, :, None] & (slots.tokens[:, :, None] <= tokens[:, None] - window)
+    return (own[:, :, :, None] & left[:, :, None]).flatten(1, 2).repeat_interleave(heads // groups, 1)
+
+
+def attend_pools(
+    slots: Slots, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Softmax attention from queries [B, H, T, K] to keys [B, G, n, K] under ``mask``, and to slots where ``visible`` [B, H, T, N].
+
+    No key or value is copied: the heads of a pool read its slots in one product.
+
+    Returns:
+        [B, T, H, V].
+    """
+    batch, heads, count = query.shape[:3]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    near = _by_head(query, key) @ key.mT
+    kept = slots.keys.to(query.dtype)
+    far = _by_head(query[..., : kept.shape[-1]], kept) @ kept.mT
+    near = near.view(batch, heads, count, -1) * scaling + mask
+    far = (far.view(batch, heads, count, -1) * scaling).masked_fill(~visible, torch.finfo(query.dtype).min)
+    weights = torch.cat([near, far], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    near, far = weights.split([near.shape[-1], far.shape[-1]], -1)
+    out = (_by_head(near, value) @ value).view(batch, heads, count, -1)
+    out = out + (_by_head(far, slots.values) @ slots.values.to(query.dtype)).view(batch, heads, count, -1)
+    return out.transpose(1, 2).contiguous()
+
+
+def _by_head(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, D] as [B, G, H / G T, D], for the G heads or pools of ``kept``."""
+    return x.unflatten(1, (kept.shape[1], -1)).flatten(2, 3)

@@ -14,6 +14,17 @@ from patchkit.streaming.attention import attend_in_window
 from patchkit.streaming.install import masked_implementation, open_stream, report_layers, stream_layer, warn_of_positions
 from patchkit.streaming.rule import Plan
 
+# Arguments of attention calls under which attention is a softmax of scaled scores.
+_PLAIN = {"scaling", "is_causal", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_hidden_states"}
+
+
+def plain_scaling(target: Target, layer: AttentionLayer) -> float | None:
+    """Return the scaling of a layer whose attention is a softmax of scaled scores; None for other layers."""
+    call = next(call for call in target.attention_calls if call["layer"] == layer.index)
+    if not set(layer.arguments) <= _PLAIN:
+        return None
+    return float(call["kwargs"].get("scaling") or call["query"].shape[-1] ** -0.5)
+
 
 def install_memory(target: Target, handle: Handle, plan: Plan, owned: list[AttentionLayer]) -> None:
     """Make the layers ``owned`` attend by the rules of ``plan``, and report it in the handle's record."""
@@ -22,7 +33,7 @@ def install_memory(target: Target, handle: Handle, plan: Plan, owned: list[Atten
     for layer in owned:
         rule = runtime.plan.rules[layer.index]
         if isinstance(rule, MemoryRule):
-            seen = SeenSlots(runtime, layer.index, rule)
+            seen = SeenSlots(runtime, layer.index, rule, plain_scaling(target, layer))
             set_attention(handle, layer.module, functools.partial(attend_in_window, runtime, rule, layer.rotary, masked, None, seen))
         else:
             stream_layer(layer, handle, runtime, masked)

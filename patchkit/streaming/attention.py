@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -20,38 +21,37 @@ from patchkit.streaming.runtime import Runtime
 QUERY_BLOCK = 512
 
 
+# Runs an attention function over queries, keys, values and a mask, and returns [B, T, H, V].
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Further(Protocol):
     """What a layer sees beyond its window during one forward in blocks of queries."""
 
     def pieces(self, queries: torch.Tensor) -> Iterable[torch.Tensor]:
         """Cut the token numbers [T] of the queries into those that are attended at once."""
 
-    def extend(self, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
-        """Append what these queries see beyond their window to keys [B, G, n, K], values [B, G, n, V] and mask [B or 1, 1, t, n]."""
+    def attend(
+        self, run: Run, block: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend from the queries [B, H, t, K] with token numbers ``block`` [t] to these keys, and to those beyond the window."""
 
     def end(self) -> None:
         """Take note that all queries have been attended."""
 
 
-Extended = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 class Beyond(Protocol):
-    """What a layer sees beyond sinks and window. Each method appends it to keys [B, G, n, K], values [B, G, n, V] and the mask."""
+    """What a layer sees beyond sinks and window. ``run`` is the model's attention function, for the model's arguments."""
 
-    def in_fixed_step(self, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Extended:
-        """Append it in a fixed step; the mask [B or 1, 1, 1, S + W] is added to the scores."""
+    def in_fixed_step(
+        self, run: Run, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend in a fixed step; the mask [B or 1, 1, 1, S + W] is added to the scores."""
 
     def in_step(
-        self,
-        context: ForwardContext,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        additive: bool,
-    ) -> Extended:
-        """Append it in a step of one token; no mask hides nothing."""
+        self, run: Run, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend in a step of one token; mask as for `Further.attend`."""
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> Further:
         """Begin a forward over ``keys`` keys in order of time [B, G, n, K] and their values [B, G, n, V]."""
@@ -126,7 +126,8 @@ def attend_in_window(
     if runtime.step is not None:
         mask = runtime.step.masks[rule.number]
         if beyond is not None:
-            key, value, mask = beyond.in_fixed_step(runtime.step, query, key, value, mask)
+            run = functools.partial(_run, original_function(masked, module), module, kwargs)
+            return beyond.in_fixed_step(run, runtime.step, query, key, value, mask), None
         return original_function(masked, module)(module, query, key, value, mask, **kwargs)
     context = runtime.context
     if context is None:
@@ -142,9 +143,9 @@ def attend_in_window(
     queries = torch.arange(context.start, context.end, device=query.device)
     keys = context.key_tokens(rule).to(query.device)
     if not context.in_blocks:
-        mask = no_mask if context.pads is None else _mask(context, rule, queries, keys, query, additive)
+        mask = no_mask if context.pads is None and beyond is None else _mask(context, rule, queries, keys, query, additive)
         if beyond is not None and context.start >= rule.capacity:
-            key, value, mask = beyond.in_step(context, query, key, value, mask, additive)
+            return beyond.in_step(functools.partial(_run, run, module, kwargs), context, query, key, value, mask), None
         if watch is not None:
             watch(query, key, mask, keys, kwargs.get("scaling"))
         return run(module, query, key, value, mask, **kwargs)
@@ -178,14 +179,27 @@ def attend_in_window(
             k = torch.cat([torch.where(is_sink, zero, k), torch.where(is_sink, k, zero)], -1)
             q = torch.cat([q, sink_query[:, :, rows]], -1)
         mask = _mask(context, rule, block, block_keys, q, additive)
-        if further is not None:
-            k, v, mask = further.extend(block, q, k, v, mask)
         if watch is not None:
             watch(q, k, mask, block_keys, kwargs.get("scaling"))
-        outputs.append(run(module, q, k, v, mask, **kwargs)[0])
+        if further is not None:
+            outputs.append(further.attend(functools.partial(_run, run, module, kwargs), block, q, k, v, mask))
+        else:
+            outputs.append(run(module, q, k, v, mask, **kwargs)[0])
     if further is not None:
         further.end()
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), None
+
+
+def _run(
+    function: Any,
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    return function(module, query, key, value, mask, **kwargs)[0]
 
 
 def watch_queries(
