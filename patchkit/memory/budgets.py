@@ -2,9 +2,9 @@
 
 Shapes: L layers, G kv heads, T tokens, K key dim.
 
-The rule is that of one competition over all layers: of the scores of all tokens in all heads, the highest `SHARE` is taken, and a layer's
-budget is proportional to how many of them are its own. It is measured once, when a model is patched, because buffers have to be of fixed
-size.
+Half of all slots is the same for every layer. The other half is distributed as in one competition over all layers: of the scores of all
+tokens in all heads the highest `SHARE` is taken, and each layer gets in proportion to how many of them are its own. This is measured once,
+when a model is patched, because buffers have to be of fixed size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _measured: weakref.WeakKeyDictionary[Target, dict[int, float]] = weakref.WeakKey
 
 
 def measured_shares(target: Target, layers: list[AttentionLayer]) -> dict[int, float]:
-    """Return the share of each of these layers in all slots, by its index; their sum is 1.
+    """Return the share of each of these layers in the slots that are distributed, by its index; their sum is 1.
 
     Raises:
         UnsupportedModel: the model fails on `_TOKENS` tokens, or returns no cache.
@@ -46,8 +46,9 @@ def measured_shares(target: Target, layers: list[AttentionLayer]) -> dict[int, f
 
 def split(shares: Mapping[int, float], slots: int, heads: Mapping[int, int]) -> dict[int, int]:
     """Slots per kv head of each layer, by its index: at least 1 each, and at most ``slots`` on average over the ``heads`` of all layers."""
-    room = slots * sum(heads[index] for index in shares) - sum(heads[index] for index in shares)
-    return {index: 1 + int(room * share / heads[index]) for index, share in shares.items()}
+    equal = (slots + 1) // 2
+    room = (slots - equal) * sum(heads[index] for index in shares)
+    return {index: equal + int(room * share / heads[index]) for index, share in shares.items()}
 
 
 @torch.no_grad()

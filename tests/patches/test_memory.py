@@ -293,6 +293,21 @@ def test_speculation_writes_the_same_text(draft):
     assert torch.equal(both.generate(ids, **options), plain)
 
 
+def test_steps_are_one_graph_with_eager_logits():
+    compiling = 'compile(backend="eager")'
+    plain, model = remembering(), patch_model(tiny_model("llama"), memory(), *parse_spec(compiling), verbose=False)
+    ids = tokens(2, length=90)
+    ids[0, :5] = 0
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    feed(model, ids[:, :4], [3, 1], mask[:, :4])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for first in (3, 9, 30):
+            way = [first] + [1] * (90 - first)
+            close(feed(model, ids, way, mask)[0], feed(plain, ids, way, mask)[0])
+    assert report(model).patches[-1].hits["compiled steps"] > 200
+
+
 def test_options_out_of_range_are_refused():
     for wrong, said in ((dict(slots=0), "slots=0"), (dict(block=9), "block=9"), (dict(sinks=-1), "sinks=-1"), (dict(shared=3), "shared=3")):
         with pytest.raises(ValueError, match=said):
