@@ -68,7 +68,9 @@ def main() -> None:
             seen = before + end
             right, texts, logs = ask(model, tokenizer, rows, copy.deepcopy(cache), task)
             kept = cache.n_bytes() // count if spec != "unpatched" else None
-            results.append(dict(spec=spec, task=task, end=end, rows=count, right=sum(right), log=logs, bytes=kept, texts=texts, keys=rows.keys))
+            results.append(
+                dict(spec=spec, task=task, end=end, rows=count, right=sum(right), log=logs, bytes=kept, texts=texts, keys=rows.keys)
+            )
             line.append(f"{end}: {sum(right):2d}/{count} {logs:7.3f}")
             print(f"   {end}: {sum(right):2d}/{count} {logs:7.3f} {kept} bytes ({time.time() - started:.0f} s)", flush=True)
         if spec != "unpatched":

@@ -12,7 +12,7 @@ import torch
 
 from patchkit import _compat
 from patchkit.memory.rule import MemoryRule
-from patchkit.memory.slots import Entry, Slots, Taken, compete, keydiff, undo
+from patchkit.memory.slots import LOWEST, Entry, Slots, Taken, compete, keydiff, undo
 from patchkit.static_step import Sinks, StepLayer
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.make_layer import StreamLayerWithState, make_layer
@@ -106,7 +106,10 @@ class MemoryLayer(StreamLayer):
         if rotary is not None and self.slots is not None:
             cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
             self.slots.keys.copy_(rotary.rotate(self.slots.keys, cos, sin, rotary.cached_start))
-            self.taken = [each._replace(keys=rotary.rotate(each.keys, cos, sin, rotary.cached_start)) for each in self.taken]
+            for number, each in enumerate(self.taken):
+                keys, unmoved = (None if x is None else rotary.rotate(x, cos, sin, rotary.cached_start) for x in (each.keys, each.unmoved))
+                assert keys is not None
+                self.taken[number] = each._replace(keys=keys, unmoved=unmoved)
 
     def select_rows(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().select_rows(index)
@@ -115,7 +118,7 @@ class MemoryLayer(StreamLayer):
         self.taken = [each.map(index) for each in self.taken]
 
     def n_bytes(self) -> int:
-        tensors = [*(self.slots or ()), *(tensor for each in self.taken for tensor in each[1:])]
+        tensors = [*(self.slots or ()), *(tensor for each in self.taken for tensor in each[1:] if tensor is not None)]
         return super().n_bytes() + sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -126,8 +129,16 @@ def advance(rule: MemoryRule, context: ForwardContext, slots: Slots, token: int,
     seen = context.row_positions(torch.tensor([token], device=context.device)).clamp(min=1).to(device)
     entering = torch.arange(oldest, oldest + block, device=device)
     sinks = (context.row_positions(entering.to(context.device)) < rule.sinks).to(device)  # and what is before the text
-    scores = keydiff(_plain(rule, context, fetch, oldest, block), total / seen[:, None]).masked_fill(sinks[:, None], -torch.inf)
-    return compete(slots, Entry(*fetch(entering.clamp(min=0)), entering, scores, total, rule.due(context, token)), token)
+    scores = keydiff(_plain(rule, context, fetch, oldest, block), total / seen[:, None]).masked_fill(sinks[:, None], LOWEST)
+    slots, taken = compete(slots, Entry(*fetch(entering.clamp(min=0)), entering, scores, total, rule.due(context, token)), token)
+    moving = rule.moving(context, slots, token)
+    if moving is not None:
+        assert rule.rotary is not None
+        cos, sin = (x.to(device) for x in rule.rotary.angles(torch.tensor([rule.turn])))
+        moved = rule.rotary.rotate(slots.keys, cos, sin, rule.rotary.cached_start)
+        taken = taken._replace(unmoved=slots.keys)
+        slots = slots._replace(keys=torch.where(moving[..., None], moved, slots.keys))
+    return slots, taken
 
 
 def _plain(rule: MemoryRule, context: ForwardContext, fetch: Fetch, first: int, count: int) -> torch.Tensor:

@@ -24,17 +24,20 @@ class MemoryRule(LayerRule):
         slots: M of each layer, per kv head on average over the heads that share them, by the layer's index.
         block: E, tokens from one border to the next; at most W.
         shared: H, kv heads that share their slots.
+        far, turn: L and R, multiples of the block; None where positions have no limit.
     """
 
     slots: Mapping[int, int] = field(default_factory=dict)
     block: int = 1
     shared: int = 1
+    far: int | None = None
+    turn: int = 1
 
     def same_rule(self, other: LayerRule) -> bool:
         return (
             isinstance(other, MemoryRule)
             and super().same_rule(other)
-            and (self.slots, self.block, self.shared) == (other.slots, other.block, other.shared)
+            and (self.slots, self.block, self.shared, self.far) == (other.slots, other.block, other.shared, other.far)
         )
 
     @property
@@ -55,6 +58,16 @@ class MemoryRule(LayerRule):
             return None
         rows = token - context.pads
         return (rows > 0) & (rows % self.block == 0)
+
+    def moving(self, context: ForwardContext, slots: Slots, token: int) -> torch.Tensor | None:
+        """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due for that."""
+        if self.far is None or self.rotary is None or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
+            return None
+        far = (slots.tokens >= 0) & (token - slots.tokens > self.far)
+        if context.pads is None:
+            return far
+        rows = token - context.pads
+        return far & ((rows > 0) & (rows % self.turn == 0)).to(far.device)[:, None, None]
 
     def count(self, hits: Counter[str], context: ForwardContext) -> None:
         super().count(hits, context)

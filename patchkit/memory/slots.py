@@ -9,7 +9,9 @@ tokens in the slots: those at row positions ``t - W .. t - W + E - 1``, sinks ex
 2. The tokens of all heads that share slots compete together, each with its score in its own head: those with the highest scores stay, many
    of some heads and few of others. Of equals the earlier token stays, then the lower head. What does not stay is gone.
 
-So what is kept depends on tokens and row positions alone. A query sees the tokens in slots that have left its window.
+So what is kept depends on tokens and row positions alone. A query sees the tokens in slots that have left its window, at their true
+distances, as long as these are positions that the model was made for. At every border that is a multiple of R, tokens more than L positions
+back move R positions closer: their distances stay between L and L + R from then on.
 """
 
 from __future__ import annotations
@@ -23,17 +25,20 @@ import torch.nn.functional as F
 # The token number of an empty slot.
 EMPTY = -1
 
-# Scores are multiples of 1 / _STEPS. Equal tokens have equal keys in the first layer, up to rounding, and rounding must not choose.
+# A score of 1 in steps. Equal tokens have equal keys in the first layer, up to rounding, and rounding must not choose between them.
 _STEPS = 4096
+
+# The score of what may not be kept, and of an empty slot.
+LOWEST = -(2**15)
 
 
 def keydiff(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Minus the cosine of keys [B, G, n, K] and the mean key [B, G, K], in steps of 1/4096: [B, G, n] float32.
+    """Minus the cosine of keys [B, G, n, K] and the mean key [B, G, K], in steps of 1/4096: [B, G, n] int16.
 
     Park et al. 2025, "KeyDiff", https://arxiv.org/abs/2504.15364, equation 5; here of keys without rotation.
     """
     cosine = F.cosine_similarity(keys.float(), mean[:, :, None].float(), dim=-1)
-    return (cosine * -_STEPS).round() / _STEPS
+    return (cosine * -_STEPS).round().to(torch.int16)
 
 
 class Slots(NamedTuple):
@@ -41,9 +46,9 @@ class Slots(NamedTuple):
 
     Attributes:
         keys, values: [B, P, N, K] and [B, P, N, V], rotated as those of the window.
-        tokens: [B, P, N] int64, token numbers; `EMPTY` in empty slots.
-        owners: [B, P, N] int64, the kv head whose token it is, counted within the pool.
-        scores: [B, P, N] float32; minus infinity in empty slots.
+        tokens: [B, P, N] int32, token numbers; `EMPTY` in empty slots.
+        owners: [B, P, N] uint8, the kv head whose token it is, counted within the pool.
+        scores: [B, P, N] int16; `LOWEST` in empty slots.
         total: [B, G, K] float64, sum of the keys without rotation of all tokens before the last border.
     """
 
@@ -62,9 +67,9 @@ class Slots(NamedTuple):
         return cls(
             keys.new_zeros(*size, keys.shape[-1]),
             values.new_zeros(*size, values.shape[-1]),
-            torch.full(size, EMPTY, device=keys.device),
-            torch.zeros(size, dtype=torch.int64, device=keys.device),
-            keys.new_full(size, -torch.inf, dtype=torch.float32),
+            keys.new_full(size, EMPTY, dtype=torch.int32),
+            keys.new_zeros(size, dtype=torch.uint8),
+            keys.new_full(size, LOWEST, dtype=torch.int16),
             keys.new_zeros(batch, groups, keys.shape[-1], dtype=torch.float64),
         )
 
@@ -84,7 +89,7 @@ class Entry(NamedTuple):
     Attributes:
         keys, values: [B, G, E, K] and [B, G, E, V], rotated as those of the window.
         tokens: [E] int64 token numbers, ascending.
-        scores: [B, G, E] float32; minus infinity for those that may not enter.
+        scores: [B, G, E] int16; `LOWEST` for those that may not enter.
         total: [B, G, K] float64, sum of the keys without rotation of all tokens before this border.
         due: [B] bool, the rows that are at a border; None for all.
     """
@@ -105,6 +110,7 @@ class Taken(NamedTuple):
         places: [B, P, n] int64, the slots that met new tokens.
         keys, values, tokens, owners, scores: what these held.
         total: before the competition.
+        unmoved: [B, P, N, K], all keys before those far away moved; None where none did.
     """
 
     start: int
@@ -115,10 +121,11 @@ class Taken(NamedTuple):
     owners: torch.Tensor
     scores: torch.Tensor
     total: torch.Tensor
+    unmoved: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Taken:
         """Apply a function to every tensor."""
-        return Taken(self.start, *map(function, self[1:]))  # type: ignore[arg-type]
+        return Taken(self.start, *(None if x is None else function(x) for x in self[1:]))  # type: ignore[arg-type]
 
 
 def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
@@ -132,7 +139,7 @@ def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
         return x.unflatten(1, (pools, shared)).transpose(2, 3).flatten(2, 3)
 
     best, order = pooled(entry.scores).sort(dim=2, descending=True, stable=True)
-    latest = (slots.tokens * shared + slots.owners).argsort(dim=2, descending=True)
+    latest = (slots.tokens.long() * shared + slots.owners).argsort(dim=2, descending=True)
     worst, places = slots.scores.gather(2, latest).sort(dim=2, stable=True)
     places = latest.gather(2, places)
     pairs = min(best.shape[2], worst.shape[2])
@@ -158,6 +165,8 @@ def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
 
 def undo(slots: Slots, taken: Taken) -> None:
     """Write back, in place, what a competition has overwritten; the last one first."""
+    if taken.unmoved is not None:
+        slots.keys.copy_(taken.unmoved)
     for kept, old in zip(slots[:5], taken[2:7], strict=True):
         kept.scatter_(2, taken.places if kept.ndim == 3 else _wide(taken.places, kept), old.to(kept.dtype))
     slots.total.copy_(taken.total)

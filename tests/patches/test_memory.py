@@ -35,7 +35,7 @@ def close(actual, expected):
 
 
 @torch.no_grad()
-def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=2, rotated=False):
+def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=2, rotated=False, limit=None):
     """A Llama written out, token by token, with lists of what each kv head keeps: no cache, no mask, no ring."""
     config = model.config
     dim, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -44,6 +44,12 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
     def turned(x, position):
         angle = (position * frequencies).repeat(2)
         return x * angle.cos() + torch.cat([-x[dim // 2 :], x[: dim // 2]]) * angle.sin()
+
+    def distance(t, j):
+        if limit is None:
+            return t - j
+        turn = limit // 8 // block * block
+        return t - j - turn * sum(border - j > limit - turn for border in range(turn, t + 1, turn))
 
     layers = [dict(k=[], v=[], kept=[[] for _ in range(groups // shared)]) for _ in model.model.layers]
     logits = []
@@ -70,7 +76,7 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
             for head in range(heads):
                 g = head // (heads // groups)
                 seen = {j: t - j for j in range(max(0, t - window + 1), t + 1)}
-                seen |= {j: t - j for _, j, its in held["kept"][g // shared] if its == g and j <= t - window}
+                seen |= {j: distance(t, j) for _, j, its in held["kept"][g // shared] if its == g and j <= t - window}
                 seen |= {j: min(t, sinks + window - 1) - j for j in range(min(sinks, t + 1))}
                 scores = torch.stack([held["k"][j][g] @ turned(q[head], distance) for j, distance in seen.items()])
                 mixed.append((scores * dim**-0.5).softmax(0) @ torch.stack([held["v"][j][g] for j in seen]))
@@ -99,6 +105,27 @@ def test_every_way_of_feeding_gives_the_logits_of_the_definition(family, options
         out = model(input_ids=ids, use_cache=False)
     close(out.logits, expected)
     assert cache_of(out) is None
+
+
+def short_positions(limit=64):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = limit
+    return model
+
+
+def test_what_is_far_stays_at_distances_that_the_model_knows():
+    ids, options = tokens(length=150), dict(slots=12)
+    expected = by_definition(short_positions(), ids, limit=64, **options)
+    assert (by_definition(short_positions(), ids, **options) - expected).abs().max() > DIFFERS, "nothing is far here"
+    model = patch_model(short_positions(), memory(**options), verbose=False)
+    for way in ([150], [1] * 150, [7] * 21 + [3]):
+        close(feed(model, ids, way)[0], expected)
+    cache = feed(model, ids[:, :60], [60])[1]
+    cache.activate_past_recording()
+    for start in range(60, 130):
+        cache = feed(model, torch.cat([ids[:, start : start + 1], tokens(length=9, seed=start)], 1), [10], cache=cache)[1]
+        cache.crop(-9)
+    close(feed(model, ids[:, 130:], [20], cache=cache)[0], expected[:, 130:])
 
 
 def test_a_wrong_block_budget_or_rotation_would_be_seen():
