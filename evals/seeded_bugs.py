@@ -61,7 +61,7 @@ CONTRACT = ("tests/test_contract.py",)
 BUGS = [
     # -- streaming
     Bug("window one token too long", "return key > query - self.window", "return key >= query - self.window", STREAMING),
-    Bug("sinks one position off", "(self.plan.main.capacity - 1)).clamp(min=0)", "self.plan.main.capacity).clamp(min=0)", STREAMING),
+    Bug("sinks one position off", "(self.plan.main.reach - 1)).clamp(min=0)", "self.plan.main.reach).clamp(min=0)", STREAMING),
     Bug(
         "sinks rotated the wrong way",
         "rotated = torch.addcmul(raw * cos.to(k.device), quarter, sin.to(k.device))",

@@ -32,6 +32,9 @@ class MemoryOptions(Protocol):
     def layers(self) -> tuple[int, ...] | None: ...
 
 
+# Distances stay below this where a model has no limit.
+_NO_LIMIT = 8192
+
 # R is this part of the positions that a model was made for, about: moving rounds keys once more, and a larger R leaves L smaller.
 _TURNS = 8
 
@@ -67,7 +70,7 @@ def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[Atte
             count = heads[layer.index]
             raise ValueError(f"shared={shared}: layer {layer.index} of {name} has {count} kv heads, so give a divisor of that")
     slots = _budgets(options, target, chosen, heads)
-    far, turn = distances(target.position_limit, options)
+    far, turn = distances(target.position_limit or _NO_LIMIT, options)
     rules: dict[int, LayerRule] = {}
     for layer in chosen:
         pool = shared or max(n for n in range(1, MOST_SHARED + 1) if heads[layer.index] % n == 0)
@@ -77,13 +80,8 @@ def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[Atte
     return make_plan(target, "memory", rules)
 
 
-def distances(limit: int | None, options: MemoryOptions) -> tuple[int | None, int]:
-    """Return L and R: no token is seen at a distance of L + R or more, which is at most the model's ``limit`` of positions.
-
-    None for L where there is no limit.
-    """
-    if limit is None:
-        return None, 1
+def distances(limit: int, options: MemoryOptions) -> tuple[int, int]:
+    """Return L and R: no token is seen at a distance of L + R or more, which is the model's ``limit`` of positions."""
     turn = max(1, limit // _TURNS // options.block) * options.block
     return max(options.window, limit - turn), turn
 

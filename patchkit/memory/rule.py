@@ -24,13 +24,13 @@ class MemoryRule(LayerRule):
         slots: M of each layer, per kv head on average over the heads that share them, by the layer's index.
         block: E, tokens from one border to the next; at most W.
         shared: H, kv heads that share their slots.
-        far, turn: L and R, multiples of the block; None where positions have no limit.
+        far, turn: L and R; R is a multiple of the block.
     """
 
     slots: Mapping[int, int] = field(default_factory=dict)
     block: int = 1
     shared: int = 1
-    far: int | None = None
+    far: int = 0
     turn: int = 1
 
     def same_rule(self, other: LayerRule) -> bool:
@@ -39,6 +39,10 @@ class MemoryRule(LayerRule):
             and super().same_rule(other)
             and (self.slots, self.block, self.shared, self.far) == (other.slots, other.block, other.shared, other.far)
         )
+
+    @property
+    def reach(self) -> int:
+        return max(self.capacity, self.far + self.turn)  # sinks are no nearer than what the slots hold
 
     @property
     def sees_all(self) -> bool:
@@ -61,7 +65,7 @@ class MemoryRule(LayerRule):
 
     def moving(self, context: ForwardContext, slots: Slots, token: int) -> torch.Tensor | None:
         """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due for that."""
-        if self.far is None or self.rotary is None or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
+        if self.rotary is None or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
             return None
         far = (slots.tokens >= 0) & (token - slots.tokens > self.far)
         if context.pads is None:

@@ -157,7 +157,7 @@ def attend_in_window(
             window_query = rotary.rotate(query, cos, sin, rotary.start)
             if not context.cached:
                 key = rotary.rotate(key, cos, sin, rotary.start)
-        elif runtime.plan.limit is None and rule.in_cache and context.end > runtime.plan.main.capacity:
+        elif runtime.plan.limit is None and rule.in_cache and context.end > runtime.plan.main.reach:
             cos, sin = (t.to(query.device) for t in context.sink_rotation(rotary))
             sink_query = rotary.rotate(query, cos, sin, rotary.start)
     split = sink_query is not window_query and rule.sinks > 0 and rule.in_cache

@@ -82,7 +82,8 @@ def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable:
             raise UnsupportedModel(f"{patch} would not be exact on {name}: layers with different rules share the module {layer.name}")
     position_limit = None
     if owns_all and movable:
-        position_limit = max(capacity, min(limit or BOUNDED_POSITIONS, max(2 * capacity, BOUNDED_POSITIONS)))
+        reach = next(iter(chosen.values())).reach
+        position_limit = max(reach, min(limit or BOUNDED_POSITIONS, max(2 * reach, BOUNDED_POSITIONS)))
     plan = Plan(
         rules,
         main=rules[next(iter(chosen))],

@@ -37,6 +37,11 @@ class LayerRule:
         """Tokens kept: S + W."""
         return self.sinks + self.window
 
+    @property
+    def reach(self) -> int:
+        """Row position from which on a query's distance to a sink grows no further: S + W, the paper's rule."""
+        return self.capacity
+
     def same_rule(self, other: LayerRule) -> bool:
         """Whether the layers of both can share one rule."""
         mine, its = ((rule.sinks, rule.window, rule.in_cache, rule.sliding) for rule in (self, other))
@@ -93,7 +98,7 @@ class Plan:
 
     Attributes:
         rules: the rule of each cache layer that patchkit keeps; other layers keep transformers' own cache layer.
-        main: the rule of the streaming layers; its S + W defines in-cache positions.
+        main: the rule of the streaming layers; its reach, S + W as a rule, defines in-cache positions.
         limit: bounded positions stay below it. None: not bounded, because some rotary layers keep all keys.
         stock_layers: makes transformers' cache layers of a fresh cache.
         owns_all: every attention layer is in a rule, so no mask of transformers' own is needed.
@@ -156,20 +161,20 @@ class ForwardContext:
         return tokens[None] if self.pads is None else tokens[None] - self.pads[:, None]
 
     def excess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Distances [B or 1, n] of the tokens' row positions beyond the last in-cache position S + W - 1; 0 where not beyond."""
-        return (self.row_positions(tokens) - (self.plan.main.capacity - 1)).clamp(min=0)
+        """Distances [B or 1, n] of the tokens' row positions beyond the last in-cache position, `LayerRule.reach` - 1; 0 where not beyond."""
+        return (self.row_positions(tokens) - (self.plan.main.reach - 1)).clamp(min=0)
 
     def position_ids(self) -> torch.Tensor:
         """Position ids [B or 1, T] for the model: bounded, and the true ones while nothing has been evicted."""
         rows = self.row_positions(torch.arange(self.start, self.end, device=self.device))
         if self.plan.limit is not None:
-            rows = rows.clamp(max=self.plan.main.capacity - 1) if self.in_blocks else rows - self.base[:, None]
+            rows = rows.clamp(max=self.plan.main.reach - 1) if self.in_blocks else rows - self.base[:, None]
         return rows.clamp(min=0)
 
     @property
     def repositions(self) -> bool:
         """Whether new keys and queries arrive at other positions than their bounded positions."""
-        return self.plan.limit is not None and self.in_blocks and self.end > self.plan.main.capacity
+        return self.plan.limit is not None and self.in_blocks and self.end > self.plan.main.reach
 
     def window_rotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [B or 1, 1, T, n] that rotate the new tokens from the model's positions to their bounded positions."""

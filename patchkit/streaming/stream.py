@@ -73,7 +73,7 @@ class Stream:
         in_blocks = tokens > 1 or not in_place
         if not in_blocks and self.rebase_at is not None and self.plan.limit is not None and self.seen >= self.rebase_at:
             rows, base = self._rows_and_base()
-            due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.capacity)
+            due = (rows - base >= self.plan.limit) & (rows >= self.plan.main.reach)
             self.rebase(torch.where(due, rows, base), layers)
         rules = self.rules
         filled = self.pads is None or self.seen >= self.most_pads + max(rule.capacity for rule in rules)
@@ -130,7 +130,7 @@ class Stream:
         """Count the last ``count`` tokens as not seen. A base that lies beyond its row moves back, to 0 where the cache is not full."""
         self.seen -= count
         rows, base = self._rows_and_base()
-        back = torch.where(rows < self.plan.main.capacity, 0, torch.minimum(base, rows))
+        back = torch.where(rows < self.plan.main.reach, 0, torch.minimum(base, rows))
         if bool((back != base).any()):
             self.rebase(back, layers)
 

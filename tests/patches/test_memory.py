@@ -35,7 +35,7 @@ def close(actual, expected):
 
 
 @torch.no_grad()
-def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=2, rotated=False, limit=None):
+def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLOCK, shared=2, rotated=False, limit=512):
     """A Llama written out, token by token, with lists of what each kv head keeps: no cache, no mask, no ring."""
     config = model.config
     dim, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -46,8 +46,6 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
         return x * angle.cos() + torch.cat([-x[dim // 2 :], x[: dim // 2]]) * angle.sin()
 
     def distance(t, j):
-        if limit is None:
-            return t - j
         turn = limit // 8 // block * block
         return t - j - turn * sum(border - j > limit - turn for border in range(turn, t + 1, turn))
 
@@ -77,7 +75,7 @@ def by_definition(model, ids, sinks=SINKS, window=WINDOW, slots=SLOTS, block=BLO
                 g = head // (heads // groups)
                 seen = {j: t - j for j in range(max(0, t - window + 1), t + 1)}
                 seen |= {j: distance(t, j) for _, j, its in held["kept"][g // shared] if its == g and j <= t - window}
-                seen |= {j: min(t, sinks + window - 1) - j for j in range(min(sinks, t + 1))}
+                seen |= {j: min(t, limit - 1) - j for j in range(min(sinks, t + 1))}
                 scores = torch.stack([held["k"][j][g] @ turned(q[head], distance) for j, distance in seen.items()])
                 mixed.append((scores * dim**-0.5).softmax(0) @ torch.stack([held["v"][j][g] for j in seen]))
             hidden = hidden + attention.o_proj(torch.cat(mixed).float())
@@ -163,11 +161,11 @@ def test_a_text_that_fits_is_the_unpatched_model():
         close(feed(model, ids, way)[0], plain)
 
 
-def test_with_room_for_all_it_is_the_unpatched_model_but_for_the_distance_to_sinks():
+def test_with_room_for_all_it_is_the_unpatched_model():
     model, ids = tiny_model("llama"), tokens()
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-    patch_model(model, memory(sinks=0, slots=TOKENS), verbose=False)
+    patch_model(model, memory(slots=TOKENS), verbose=False)
     for way in WAYS:
         close(feed(model, ids, way)[0], plain)
 

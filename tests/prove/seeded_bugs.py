@@ -45,7 +45,7 @@ class Bug:
 
 def position_off_by_one(monkeypatch: Any) -> None:
     def excess(self: ForwardContext, tokens: torch.Tensor) -> torch.Tensor:
-        return (self.row_positions(tokens) - self.plan.main.capacity).clamp(min=0)
+        return (self.row_positions(tokens) - self.plan.main.reach).clamp(min=0)
 
     monkeypatch.setattr(ForwardContext, "excess", excess)
 
