@@ -97,6 +97,7 @@ class SuffixFile:
         first = int(np.argmax(np.cumsum((lengths + 1)[::-1])[::-1] <= max(max_tokens, lengths[-1] + 1))) if len(lengths) else 0
         for sequence in np.split(tokens, np.cumsum(lengths)[:-1])[first:] if len(lengths) else []:
             store.add(sequence)
+        store.unwritten = 0
         return store
 
     def write(self, store: SuffixStore, writer: Writer) -> None:
@@ -111,6 +112,7 @@ class SuffixFile:
             unfinished = Path(folder) / path.name
             save_file(tensors, unfinished, metadata=writer.metadata())
             os.replace(unfinished, path)
+        store.unwritten = 0
 
     def _check_writer(self, metadata: dict[str, str], reader: Writer) -> None:
         """Raise a `PatchError` if another model than ``reader`` wrote the file."""

@@ -89,10 +89,13 @@ class SuffixStore:
 
     Args:
         max_tokens: the most tokens that are kept, at 4 bytes each.
+
+    Attributes:
+        unwritten: number of sequences that were added since the store was read from a file or written to one.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+        self.max_tokens, self.unwritten = max_tokens, 0
         self._buffer: Tokens = np.full(256, _END, np.int32)
         self._length = 1
         self._ends: list[int] = []  # of each sequence, where its closing `_END` is
@@ -123,6 +126,7 @@ class SuffixStore:
         """Keep a finished sequence [n] int32; of one that is longer than the store, the last tokens."""
         sequence = sequence[-(self.max_tokens - 2) :]
         self._clock += 1
+        self.unwritten += 1
         digest = hashlib.blake2b(sequence.tobytes(), digest_size=16).digest()
         if digest in self._digests:
             self._used[self._digests.index(digest)] = self._clock

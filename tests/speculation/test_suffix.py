@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from patchkit import patch_model, unpatch_model
 from patchkit.errors import PatchError
-from patchkit.speculation import statistics_of
+from patchkit.speculation import Scheduler, statistics_of
 from patchkit.speculation.calibration import Calibration
 from patchkit.speculation.controllers.cost_model import CostModel
 from patchkit.speculation.drafter import Proposal, State
@@ -228,6 +228,23 @@ def test_the_file_is_read_by_the_next_process_and_refused_for_others(tmp_path: P
     assert [each.name for each in tmp_path.iterdir()] == ["suffixes.safetensors"], "no unfinished file stays"
     with pytest.raises(PatchError, match=r"holds token ids of LlamaForCausalLM with .* tokens, and this model is"):
         patch_model(tiny_model("gpt2"), spec)
+
+
+def test_a_scheduler_that_is_never_idle_writes_now_and_then(tmp_path: Path) -> None:
+    path = tmp_path / "suffixes.safetensors"
+    model = patch_model(tiny_model("llama"), f"speculative(draft=suffix(scope='{path}'), k=3)", verbose=False)
+    scheduler, options = Scheduler(model, slots=4), dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    long = scheduler.submit(prompt(), max_new_tokens=400, **options)
+    written = []
+    for seed in range(35):
+        row = scheduler.submit(prompt(seed=seed), max_new_tokens=3, **options)
+        while row.finish is None:
+            scheduler.step()
+        written.append(len(load_file(path)["lengths"]) if path.exists() else 0)
+    assert long.finish is None and written == [0] * 15 + [16] * 16 + [32] * 4
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    scheduler.close()
+    assert len(load_file(path)["lengths"]) == 36
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ _FACTORS = (0.4, 0.75, 1.0)
 _OFTEN, _SELDOM = 0.3, 0.15
 _BRANCH_FACTORS = (0.1, 0.2, 0.35)
 
+# Texts of a batch that does not end after which the file is written.
+_TEXTS_PER_WRITE = 16
+
 # Share of the first token's votes from which another token is drafted beside it.
 _NEAR = 1 / 3
 
@@ -47,8 +50,9 @@ class Suffix(Drafter, name="suffix"):
 
     Args:
         scope: "model" remembers the calls of the patched model; "call" only the call itself; anything else is the path of a file in which
-            they are kept from process to process (safetensors). Each call of generate replaces the file; of several processes, or
-            models, that write one file the last wins. It belongs to the model with the weights that it was patched with.
+            they are kept from process to process (safetensors). Each call of generate replaces the file, and a `Scheduler` does after
+            every 16 texts; of several processes, or models, that write one file the last wins. It belongs to the model with the weights
+            that it was patched with.
         shortest: tokens that must agree at least, 1 to 32.
         max_tokens: the most tokens that are remembered, at 4 bytes each; sequences that were not used for longest are dropped.
 
@@ -180,6 +184,8 @@ class SuffixSession(Session):
         for row in rows:
             self._read(state, row)
             self.store.add(self.sequences[row].tokens[1:].copy())
+        if self.save is not None and self.store.unwritten >= _TEXTS_PER_WRITE:
+            self.save()
 
     def join(self, other: Any) -> None:
         self.sequences = self.sequences + other.sequences
