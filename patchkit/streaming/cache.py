@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from patchkit import _compat
 from patchkit.errors import StreamError
@@ -61,9 +62,15 @@ class StreamingCache(_compat.Cache):
         self.autocast: torch.dtype | None = None  # of the last eager forward of a model whose steps are compiled
         super().__init__(layers=[self._layer(i, layer) for i, layer in enumerate(plan.stock_layers())])
 
+    @property
+    def shared_parts(self) -> list[Any]:
+        """Objects that all caches of this model share: the plan, by which it knows its caches, the rules, and modules of layers."""
+        modules = [value for layer in self.layers for value in vars(layer).values() if isinstance(value, nn.Module)]
+        return [self.plan, *self.plan.rules.values(), *modules]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamingCache:
-        """A copy for the same model, so that continuations can share a prompt. It keeps the plan, by which a model knows its caches."""
-        for shared in (self.plan, *self.plan.rules.values()):
+        """A copy for the same model, so that continuations can share a prompt."""
+        for shared in self.shared_parts:
             memo.setdefault(id(shared), shared)
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))

@@ -72,6 +72,10 @@ class RefreshedCache(StreamingCache):
         super().__init__(plan)
         self._clear()
 
+    @property
+    def shared_parts(self) -> list[Any]:
+        return [*super().shared_parts, self.options]
+
     def _clear(self) -> None:
         self.refreshed = 0
         self._pads: tuple[torch.Tensor | None, list[int]] = (None, [0])

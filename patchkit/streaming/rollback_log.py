@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from patchkit.prefix.written_state import part_of_state
+
 # Tokens that a cache which records its past can roll back. Assisted generation drafts 20 or so at a time.
 ROLLBACK = 256
 
 
+@part_of_state
 class RollbackLog(NamedTuple):
     """Keys [B, G, R, K] and values [B, G, R, V] of the last R evicted tokens; token i is in slot ``i % R``."""
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 
 from patchkit.anatomy.rotary import Rotary
+from patchkit.prefix.written_state import part_of_state
 
 
+@part_of_state
 class UnrotatedSinks(NamedTuple):
     """The rotated dimensions of the sinks, at their row positions; ``raw cos t + quarter sin t`` rotates them by the angle t.
 

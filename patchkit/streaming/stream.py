@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from patchkit.errors import StreamError
+from patchkit.prefix.written_state import part_of_state
 from patchkit.static_step import StepCache, StepLayer
 from patchkit.streaming.rule import ForwardContext, LayerRule, Plan
 
@@ -24,8 +25,11 @@ class KeptLayer(Protocol):
     def as_step_layer(self) -> StepLayer: ...
 
 
+@part_of_state
 class Stream:
     """The state of a batch of sequences that all layers of one cache share: tokens seen, padding, base, the forward in progress."""
+
+    made_when_wanted = ("_fixed_tensors", "step")
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
