@@ -46,8 +46,7 @@ class PrefixCache(Patch):
     Args:
         max_bytes: the largest number of bytes that is kept, token ids included: a whole number, or text in KiB, MiB, GiB or TiB
             (powers of 1024) such as "2GiB".
-        disk: a folder where blocks are kept too, for later processes and for others that run now; None for none. Only blocks of caches
-            that keep all keys are written, not states.
+        disk: a folder where blocks are kept too, for later processes and for others that run now; None for none.
         block: tokens of a block. Only whole blocks are kept, so up to ``block`` tokens of each hit are fed again. Small blocks cost
             time on a miss, because a forward of few tokens is less efficient; for states, each border that is kept costs all their bytes.
         disk_bytes: the largest number of bytes of the files in ``disk``.

@@ -1,31 +1,38 @@
 """Kept blocks as files, which outlive a process and are shared by several: one safetensors file for each block.
 
 A folder for each namespace, for its owner only. A file is named by the hash of its namespace and token ids, and holds the token ids, which
-are compared, and a checksum. It is written under another name and then renamed. No pickle is read, so a file can hold nothing but tensors.
+are compared, and a checksum. It is written under another name and then renamed. No pickle is read, so a file can hold nothing but tensors
+and the JSON of `patchkit.prefix.written_state`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from patchkit.prefix.snapshot import FrozenBlock
+from patchkit.prefix.written_state import CannotWrite, WrittenState, read_into, written
 from patchkit.record import Warnings
 
 _SUFFIX, _UNFINISHED = ".safetensors", ".part"
 _ABANDONED_AFTER_S = 3600.0
+
+# What damaged bytes lead to when they are read.
+_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
 class DiskTier:
@@ -42,14 +49,13 @@ class DiskTier:
     def __init__(self, folder: str, max_bytes: int, hits: Counter[str], warnings: Warnings) -> None:
         self.folder, self.max_bytes, self.hits, self.warnings = Path(folder), max_bytes, hits, warnings
 
-    def read(self, space: str, blocks: Sequence[bytes]) -> FrozenBlock | None:
-        """Return what is kept of the last of ``blocks``; None if it is not.
+    def read(self, path: Path, tokens: bytes, empty: Callable[[], Any]) -> FrozenBlock | None:
+        """Return the block in a file; None if there is none.
 
         Args:
-            space: the namespace, as text.
-            blocks: token ids of all blocks from the first token on.
+            tokens: the ids from the first token on, which must be those in the file.
+            empty: makes an empty state, into which one that is in the file is read.
         """
-        path = self._path(space, blocks)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -57,22 +63,28 @@ class DiskTier:
         except OSError as error:
             self.warnings.add(f"prefix_cache cannot read {self.folder}: {error.strerror}")
             return None
-        found = _decoded(data, blocks)
+        found = _decoded(data, tokens, empty)
         if found is None:
             self.warnings.add(f"prefix_cache found damaged files in {self.folder}, which count as a miss")
+            with contextlib.suppress(OSError):  # so that it is written again
+                path.unlink()
             return None
         with contextlib.suppress(OSError):  # another process may have removed it
             os.utime(path)
         self.hits["disk reads"] += 1
         return found
 
-    def write(self, space: str, blocks: Sequence[bytes], value: FrozenBlock) -> None:
-        """Write what is kept of the last of ``blocks``, unless there is a file of it."""
-        path = self._path(space, blocks)
+    def write(self, path: Path, tokens: bytes, block: FrozenBlock, replace: bool) -> None:
+        """Write a block to a file.
+
+        Args:
+            tokens: the ids from the first token on.
+            replace: also if there is one.
+        """
         try:
-            if path.exists():
+            if path.exists() and not replace:
                 return
-            data = _encoded(blocks, value)
+            data = _encoded(tokens, block)
             if not self._room(len(data)):
                 return
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,10 +99,8 @@ class DiskTier:
             self.hits["disk writes"] += 1
         except OSError as error:
             self.warnings.add(f"prefix_cache keeps prompts in memory only: {self.folder} cannot be written ({error.strerror})")
-
-    def _path(self, space: str, blocks: Sequence[bytes]) -> Path:
-        name = hashlib.sha256(space.encode() + b"".join(blocks)).hexdigest()
-        return self.folder / space[:32] / f"{name}{_SUFFIX}"
+        except CannotWrite as reason:
+            self.warnings.add(f"prefix_cache keeps states in memory only where they hold {reason}")
 
     def _room(self, size: int) -> bool:
         """Remove the files that were used longest ago until ``size`` more bytes fit. Returns whether they do."""
@@ -121,34 +131,56 @@ class DiskSpace:
     tier: DiskTier
     name: str
 
-    def read(self, blocks: Sequence[bytes]) -> FrozenBlock | None:
-        """Return what is kept of the last of ``blocks``; None if it is not."""
-        return self.tier.read(self.name, blocks)
+    def of(self, blocks: Sequence[bytes]) -> DiskPrompt:
+        """The files of one prompt, whose token ids are in ``blocks``."""
+        hashed, paths = hashlib.sha256(self.name.encode()), list[Path]()
+        for block in blocks:
+            hashed.update(block)
+            paths.append(self.tier.folder / self.name[:32] / f"{hashed.hexdigest()}{_SUFFIX}")
+        return DiskPrompt(self.tier, blocks, paths)
 
-    def write(self, blocks: Sequence[bytes], value: FrozenBlock) -> None:
-        """Write what is kept of the last of ``blocks``, unless there is a file of it."""
-        self.tier.write(self.name, blocks, value)
+
+@dataclass(frozen=True)
+class DiskPrompt:
+    """The files of one prompt. Blocks are counted from 1."""
+
+    tier: DiskTier
+    blocks: Sequence[bytes]
+    paths: Sequence[Path]
+
+    def read(self, number: int, empty: Callable[[], Any]) -> FrozenBlock | None:
+        """Return what is kept of a block; None if it is not. ``empty`` makes an empty state."""
+        return self.tier.read(self.paths[number - 1], b"".join(self.blocks[:number]), empty)
+
+    def write(self, number: int, block: FrozenBlock, replace: bool) -> None:
+        """Write what is kept of a block; ``replace``: also if there is a file of it."""
+        self.tier.write(self.paths[number - 1], b"".join(self.blocks[:number]), block, replace)
 
 
-def _encoded(blocks: Sequence[bytes], value: FrozenBlock) -> bytes:
-    tensors = {"tokens": torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.int64)}
-    for index, (keys, values) in value.slices.items():
+def _encoded(tokens: bytes, block: FrozenBlock) -> bytes:
+    tensors = {"tokens": torch.frombuffer(bytearray(tokens), dtype=torch.int64)}
+    for index, (keys, values) in block.slices.items():
         tensors[f"{index}.keys"], tensors[f"{index}.values"] = keys.cpu().contiguous(), values.cpu().contiguous()
         tensors[f"{index}.device"] = torch.tensor(list(str(keys.device).encode()), dtype=torch.uint8)
-    if value.hidden is not None:
-        tensors["hidden"] = value.hidden.cpu().contiguous()
-        tensors["hidden.device"] = torch.tensor(list(str(value.hidden.device).encode()), dtype=torch.uint8)
-    return save(tensors, {"sha256": _checksum(tensors)})
+    if block.hidden is not None:
+        tensors["hidden"] = block.hidden.cpu().contiguous()
+        tensors["hidden.device"] = torch.tensor(list(str(block.hidden.device).encode()), dtype=torch.uint8)
+    text = ""
+    if block.state is not None:
+        state = written(block.state)
+        text = state.text
+        tensors |= {f"state.{number}": tensor for number, tensor in enumerate(state.tensors)}
+    return save(tensors, {"sha256": _checksum(tensors, text), "state": text})
 
 
-def _decoded(data: bytes, blocks: Sequence[bytes]) -> FrozenBlock | None:
+def _decoded(data: bytes, tokens: bytes, empty: Callable[[], Any]) -> FrozenBlock | None:
     """The block in the bytes of a file; None if the file is damaged, or of other token ids."""
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        tensors = load(data)
-        if header["__metadata__"]["sha256"] != _checksum(tensors) or _bytes_of(tensors["tokens"]) != b"".join(blocks):
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        tensors, text = load(data), header["state"]
+        if header["sha256"] != _checksum(tensors, text) or _bytes_of(tensors["tokens"]) != tokens:
             return None
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError):  # what damaged bytes lead to
+    except _DAMAGE:
         return None
     # With the right checksum it is a file that this class wrote: an error from here on (no memory on the device) is not damage.
     devices = {name: bytes(each.tolist()).decode() for name, each in tensors.items() if name.endswith("device")}
@@ -161,11 +193,18 @@ def _decoded(data: bytes, blocks: Sequence[bytes]) -> FrozenBlock | None:
         if name.endswith(".keys")
     }
     hidden = tensors["hidden"].to(devices["hidden.device"]) if "hidden" in tensors else None
-    return FrozenBlock(slices, None, hidden)
+    block = FrozenBlock(slices, None, hidden)
+    if not text:
+        return block
+    state = WrittenState(text, [tensors[f"state.{number}"] for number in range(sum(name.startswith("state.") for name in tensors))])
+    try:
+        return dataclasses.replace(block, state=read_into(empty(), state))
+    except _DAMAGE:  # of another version of a cache class
+        return None
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
+def _checksum(tensors: dict[str, torch.Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         found.update(_bytes_of(tensor))

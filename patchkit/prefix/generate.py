@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from patchkit import _compat
 from patchkit.handle import refresh_patches
-from patchkit.prefix.shared import Prefixes
-from patchkit.prefix.snapshot import can_join, copied, joined
+from patchkit.prefix.shared import Lookups, Prefixes
+from patchkit.prefix.snapshot import can_join, copied, joined, repeat_rows
 
 # Arguments of a forward that a prompt of token ids may have.
 _PLAIN = {"attention_mask", "position_ids", "cache_position", _compat.CACHE, "use_cache", "logits_to_keep"}
+_BY_ROW = ("attention_mask", "position_ids")
 
 
 def prefill(
     model: Any, prefixes: Prefixes, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Replace `stock_prefill`: put what is kept into the cache, feed the other blocks, and let it feed the rest."""
+    """Replace `stock_prefill`: put what is kept into the cache, feed the other blocks, and let it feed the rest, once for equal rows."""
     refresh_patches(model)
     reason = _obstacle(prefixes, input_ids, generation_config, model_kwargs)
     if reason is not None:
         prefixes.leave_alone(reason)
         return _compat.stock_prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    fill(model, prefixes, input_ids, model_kwargs[_compat.CACHE])
+    rows, order = distinct(input_ids)
+    cache = model_kwargs[_compat.CACHE]
+    _fill(model, prefixes, input_ids[rows].tolist(), cache)
+    repeats = len(order) - len(rows)
+    if repeats:
+        prefixes.hits["repeated rows"] += repeats
+        by_row = {name: model_kwargs[name] for name in _BY_ROW if model_kwargs.get(name) is not None}
+        model_kwargs = model_kwargs | {name: value[rows] for name, value in by_row.items() if len(value) == len(order)}
     size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None  # the rest is less than a chunk
     try:
-        return _compat.stock_prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        outputs = _compat.stock_prefill(model, input_ids[rows] if repeats else input_ids, generation_config, model_kwargs, *args, **kwargs)
     finally:
         generation_config.prefill_chunk_size = size
+    if repeats:
+        repeat_rows(cache, order)
+        outputs.logits = outputs.logits[order]
+    return outputs
 
 
-def fill(model: Any, prefixes: Prefixes, input_ids: torch.Tensor, cache: Any) -> None:
-    """Fill an empty cache with the prompts ``input_ids`` [B, L] up to their last border."""
-    rows, order = distinct(input_ids)
-    prefixes.hits["repeated rows"] += len(order) - len(rows)
-    namespace = prefixes.namespace(cache)
-    caches = [cache, *(copied(cache) for _ in rows[1:])]
-    fed = [_feed(model, prefixes, namespace, input_ids[row].tolist(), own) for row, own in zip(rows, caches, strict=True)]
-    if not fed[0]:
-        return
-    joined(caches, order)
+def _fill(model: Any, prefixes: Prefixes, prompts: list[list[int]], cache: Any) -> None:
+    """Fill an empty cache with prompts of equal lengths, one for each row, up to their last border."""
+    lookups = prefixes.lookups(cache)
+    caches = [cache, *(copied(cache) for _ in prompts[1:])] if prefixes.last_border(len(prompts[0])) else [cache] * len(prompts)
+    fed = [_feed(model, lookups, ids, own) for ids, own in zip(prompts, caches, strict=True)]
+    if fed[0]:
+        joined(caches)
 
 
 def distinct(input_ids: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -53,9 +61,9 @@ def distinct(input_ids: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def _feed(model: Any, prefixes: Prefixes, namespace: Hashable, ids: list[int], cache: Any) -> int:
+def _feed(model: Any, lookups: Lookups, ids: list[int], cache: Any) -> int:
     """Fill an empty cache of one row up to the last border, and keep what is new. Returns the number of tokens in it."""
-    prompt = prefixes.begin(ids, namespace, cache)
+    prompt = lookups.begin(ids, cache)
     prompt.thaw(cache)
     names, device, fed = _compat.argument_names(model), model.device, prompt.past
     while (border := prompt.border(fed)) is not None:
@@ -83,9 +91,6 @@ def _obstacle(prefixes: Prefixes, input_ids: torch.Tensor, config: Any, model_kw
         return "generation without a cache"
     if config.is_assistant:
         return "the assistant of another model"
-    size = config.prefill_chunk_size
-    if size is not None and size < prefixes.block:
-        return f"prefill_chunk_size={size}, less than a block of {prefixes.block} tokens"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "output_attentions and output_hidden_states, which want all of the prompt fed"
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -96,7 +101,7 @@ def _obstacle(prefixes: Prefixes, input_ids: torch.Tensor, config: Any, model_kw
     if positions is not None and not bool((positions == torch.arange(input_ids.shape[1], device=positions.device)).all()):
         return "position_ids of one's own"
     cache = model_kwargs.get(_compat.CACHE)
-    reason = prefixes.obstacle(input_ids.shape[1], cache)
+    reason = prefixes.obstacle(input_ids.shape[1], cache, config.prefill_chunk_size)
     if reason is None and not can_join(cache) and len(distinct(input_ids)[0]) > 1:
         return "different prompts in one batch of this kind of cache"
     return reason

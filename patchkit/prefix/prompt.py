@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
-from patchkit.prefix.disk import DiskSpace
+from patchkit.prefix.disk import DiskPrompt, DiskSpace
 from patchkit.prefix.radix import Node, blocks_of
-from patchkit.prefix.snapshot import FrozenBlock, freeze, has_state, size_of, thaw
+from patchkit.prefix.snapshot import FrozenBlock, copied_state, freeze, has_slices, has_state, size_of, thaw
 from patchkit.prefix.store import PrefixStore
+
+
+def last_border(tokens: int, block: int) -> int:
+    """Return the last multiple of ``block`` that leaves at least one of ``tokens`` tokens to feed; 0 where there is none."""
+    return (tokens - 1) // block * block
 
 
 class Prompt:
@@ -22,16 +27,18 @@ class Prompt:
 
     Args:
         store: where it is looked up.
-        namespace: of the model, its state and the kind of cache.
+        namespace: of the model, its state and the kind of cache; None if the prompt has no border.
         ids: the token ids.
         block: tokens between borders.
         cache: an empty cache, of the kind that will be fed.
         pinned: what is kept of it may not be evicted.
-        disk: where blocks are read that are not in the store, and written; None for nowhere. Blocks with states are not.
+        disk: where blocks are read that are not in the store, and written; None for nowhere.
+        wants_hidden: hidden states are kept with every block.
 
     Attributes:
         past: number of tokens whose cache is kept.
         last: the last border; 0 where there is none.
+        held: number of tokens that are pinned.
         hidden: [1, past, D], hidden states of these tokens where they are kept, else None.
     """
 
@@ -45,14 +52,15 @@ class Prompt:
         *,
         pinned: bool = False,
         disk: DiskSpace | None = None,
+        wants_hidden: bool = False,
     ) -> None:
         self.store, self.namespace, self.block = store, namespace, block
-        self.last = (len(ids) - 1) // block * block
+        self.last, self.held = last_border(len(ids), block), 0
         self._blocks = blocks_of(ids, block, self.last // block)
         self._has_state, self._pinned = has_state(cache), pinned
-        self._disk = None if self._has_state else disk
+        self._disk: DiskPrompt | None = None if disk is None else disk.of(self._blocks)
         path = store.find(namespace, self._blocks)
-        path += self._read(path[-1] if path else None, len(path))
+        path += self._read(path, cache, in_order=wants_hidden or has_slices(cache))
         self._known = len(path)  # blocks that were seen before: where the next prompt may branch off too
         usable = [i for i, node in enumerate(path, 1) if not self._has_state or node.value.state is not None]
         self._found = path[: usable[-1]] if usable else []
@@ -93,24 +101,47 @@ class Prompt:
             self._keeps = False
             return
         self._node = node
-        if self._disk is not None:
-            self._disk.write(self._blocks[:number], node.value)
-        if wanted and node.value.state is None:
-            self.store.fill(node, size_of(cache, start, fed, True, hidden), lambda: make(with_state=True))
+        gains_state = wanted and node.value.state is None
+        if gains_state:
+            gains_state = self.store.fill(node, size_of(cache, start, fed, True, hidden), lambda: make(with_state=True))
+        if self._disk is not None and not node.value.is_empty:
+            self._disk.write(number, node.value, replace=gains_state)
         self._pin_last(fed)
 
-    def _read(self, node: Node | None, known: int) -> list[Node]:
-        """Read the blocks behind the ``known`` first ones from the disk, and keep them behind ``node``."""
-        found = list[Node]()
-        for number in range(known + 1, len(self._blocks) + 1):
-            value = None if self._disk is None else self._disk.read(self._blocks[:number])
-            if value is None:
+    def _read(self, path: list[Node], cache: Any, in_order: bool) -> list[Node]:
+        """Read blocks behind those of ``path`` from the disk, and keep them in the store.
+
+        Args:
+            cache: an empty cache.
+            in_order: every block has a part of what is kept; otherwise the last one that is there has all of it.
+        """
+        if self._disk is None:
+            return []
+        node, found = path[-1] if path else None, list[Node]()
+        numbers, empty = range(len(path) + 1, len(self._blocks) + 1), functools.partial(copied_state, cache)
+        if not in_order:
+            for number in reversed(numbers):
+                value = self._disk.read(number, empty)
+                if value is not None:
+                    return self._add(node, numbers.start, [*(FrozenBlock({}) for _ in range(numbers.start, number)), value])
+            return []
+        for number in numbers:
+            value = self._disk.read(number, empty)
+            added = [] if value is None else self._add(node, number, [value])
+            if not added:
                 break
-            node = self.store.put(self.namespace, node, self._blocks[number - 1], value.size, functools.partial(_value, value))
+            found, node = found + added, added[-1]
+        return found
+
+    def _add(self, node: Node | None, number: int, values: list[FrozenBlock]) -> list[Node]:
+        """Keep blocks from ``number`` on behind ``node`` in the store, as far as there is room."""
+        added = list[Node]()
+        for block, value in zip(self._blocks[number - 1 :], values, strict=False):
+            node = self.store.put(self.namespace, node, block, value.size, functools.partial(_value, value))
             if node is None:
                 break
-            found.append(node)
-        return found
+            added.append(node)
+        return added
 
     def _keeps_state(self, number: int) -> bool:
         """Whether states are kept behind block ``number``: the last one, 1, 2, 4, 8, ..., and where prompts branch off."""
@@ -119,6 +150,7 @@ class Prompt:
     def _pin_last(self, fed: int) -> None:
         if self._pinned and fed and fed == self.last and self._node is not None:
             self.store.pin(self._node)
+            self.held = fed
 
 
 def _value(value: FrozenBlock) -> FrozenBlock:

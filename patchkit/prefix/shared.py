@@ -20,7 +20,7 @@ from patchkit.errors import PatchConflict
 from patchkit.freshness import WeightWatch, parts_of
 from patchkit.handle import Handle
 from patchkit.prefix.disk import DiskSpace, DiskTier, weights_hash
-from patchkit.prefix.prompt import Prompt
+from patchkit.prefix.prompt import Prompt, last_border
 from patchkit.prefix.snapshot import is_served
 from patchkit.prefix.store import PrefixStore
 from patchkit.record import Warnings
@@ -29,7 +29,8 @@ _STATE = "_patchkit_prefix"  # the attribute of a patched model
 
 # By the identity of a `Prefixes`.
 _salts: contextvars.ContextVar[dict[int, str]] = contextvars.ContextVar("patchkit_salts", default={})  # noqa: B039  never written to
-_pinning: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("patchkit_pinning", default=frozenset())
+# By the identity of a `Prefixes` that is pinning: the prompts that have been looked up meanwhile.
+_pinning: contextvars.ContextVar[dict[int, list[Prompt]]] = contextvars.ContextVar("patchkit_pinning", default={})  # noqa: B039  as above
 
 
 @dataclass(eq=False)
@@ -55,6 +56,7 @@ class Prefixes:
     disk: DiskTier | None = None
     store: PrefixStore = field(init=False)
     _stamp: Any = None
+    _disk_space: tuple[Any, DiskSpace | None] = (None, None)  # a namespace, and its place
     _weights: tuple[Any, str] = (None, "")  # a stamp, and the hash of all weights at that time
 
     @property
@@ -62,36 +64,30 @@ class Prefixes:
         """Salt of the current thread or task: a prompt that was kept under another one is not found."""
         return _salts.get().get(id(self), "")
 
-    @property
-    def pinning(self) -> bool:
-        """Whether `pin` runs, in the current thread or task."""
-        return id(self) in _pinning.get()
-
     def __post_init__(self) -> None:
         self.store = PrefixStore(self.max_bytes, self.hits)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("store", "_stamp", "_weights")}
+        return {name: value for name, value in vars(self).items() if name not in ("store", "_stamp", "_weights", "_disk_space")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._stamp, self._weights = None, (None, "")
+        self._stamp, self._weights, self._disk_space = None, (None, ""), (None, None)
         self.store = PrefixStore(self.max_bytes, self.hits)
         self.hits["bytes"] = 0
 
-    def begin(self, ids: list[int], namespace: Hashable, cache: Any) -> Prompt:
-        """Look up the token ids of one prompt without padding.
+    def last_border(self, tokens: int) -> int:
+        """Return the last border of a prompt of so many tokens; 0 where there is none."""
+        return last_border(tokens, self.block)
+
+    def lookups(self, cache: Any, hidden: bool = False) -> Lookups:
+        """Begin to look up the prompts of one call, within which the model does not change.
 
         Args:
-            namespace: what `namespace` gives.
             cache: an empty cache, of the kind that will be fed.
+            hidden: hidden states are wanted too, so that only what was kept with them serves.
         """
-        prompt = Prompt(self.store, namespace, ids, self.block, cache, pinned=self.pinning, disk=self._disk_space(namespace))
-        self.hits["lookups"] += 1
-        self.hits["hits"] += prompt.past > 0
-        self.hits["prompt tokens"] += len(ids)
-        self.hits["reused tokens"] += prompt.past
-        return prompt
+        return Lookups(self, cache, hidden)
 
     def clear(self) -> None:
         """Drop all that is kept."""
@@ -102,14 +98,20 @@ class Prefixes:
         self.hits["left alone"] += 1
         self.warnings.add(f"generate ran without the prefix cache: it does not serve {reason}")
 
-    def obstacle(self, tokens: int, cache: Any) -> str | None:
-        """Why prompts of ``tokens`` tokens, in a cache like ``cache``, cannot be served; None if they can."""
+    def obstacle(self, tokens: int, cache: Any, chunk: int | None = None) -> str | None:
+        """Why prompts of ``tokens`` tokens, in a cache like ``cache``, cannot be served; None if they can.
+
+        Args:
+            chunk: the call's ``prefill_chunk_size``.
+        """
         if cache is None:
             return "generation without a cache"
         if cache.get_seq_length():
             return "a cache that is given, and holds tokens"
         if not is_served(cache):
             return f"a {type(cache).__name__}"
+        if chunk is not None and chunk < self.block:
+            return f"prefill_chunk_size={chunk}, less than a block of {self.block} tokens"
         limit = _compat.rope_switch(self.model.config.get_text_config(decoder=True))
         if limit is not None and tokens > limit:
             return f"prompts beyond the {limit} positions at which this model changes all its rotary frequencies"
@@ -121,17 +123,27 @@ class Prefixes:
             return "training mode with dropout, where no two forwards are equal"
         return None
 
-    def _disk_space(self, namespace: Any) -> DiskSpace | None:
-        """The place of a namespace on the disk, by values that are the same in every process."""
+    def disk_space(self, namespace: Any, cache: Any) -> DiskSpace | None:
+        """The place of a namespace on the disk, by values that are the same in every process.
+
+        Args:
+            cache: an empty cache of the kind that the namespace is of. Its layers may hold modules, which are hashed like the model's.
+        """
         if self.disk is None:
             return None
+        known, space = self._disk_space
+        if known == namespace:
+            return space
         stamp, *others = namespace
         if self._weights[0] != stamp:
-            tensors, _ = _compat.weights_and_modules(self.model)
+            parts = [module for layer in cache.layers for module in vars(layer).values() if isinstance(module, nn.Module)]
+            tensors = [tensor for module in (self.model, *parts) for tensor in _compat.weights_and_modules(module)[0]]
             self._weights = stamp, weights_hash([part for tensor in tensors for part in parts_of(tensor)])
         config = self.model.config.to_json_string()
         text = repr((self._weights[1], config, stamp.adapters, *others, self.block, *_environment()))
-        return DiskSpace(self.disk, hashlib.sha256(text.encode()).hexdigest())
+        space = DiskSpace(self.disk, hashlib.sha256(text.encode()).hexdigest())
+        self._disk_space = namespace, space
+        return space
 
     def namespace(self, cache: Any, hidden: bool = False) -> Hashable:
         """Everything that the bits of a cache depend on, besides the token ids.
@@ -162,6 +174,42 @@ class Prefixes:
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
         )
+
+
+class Lookups:
+    """The prompts of one call: what they have in common is found out once, and only if one of them is long enough to be kept.
+
+    Args:
+        cache: an empty cache, of the kind that will be fed.
+        hidden: hidden states are wanted too.
+    """
+
+    def __init__(self, prefixes: Prefixes, cache: Any, hidden: bool) -> None:
+        self.prefixes, self.hidden = prefixes, hidden
+        self._cache = cache
+        self._place: tuple[Hashable, DiskSpace | None] | None = None  # a namespace, and its place on the disk
+
+    def begin(self, ids: list[int], cache: Any) -> Prompt:
+        """Look up the token ids of one prompt without padding.
+
+        Args:
+            cache: an empty cache, of the kind that will be fed.
+        """
+        prefixes, pinning = self.prefixes, _pinning.get().get(id(self.prefixes))
+        if self._place is None and prefixes.last_border(len(ids)):
+            namespace = prefixes.namespace(self._cache, self.hidden)
+            self._place = namespace, prefixes.disk_space(namespace, self._cache)
+        namespace, disk = self._place or (None, None)
+        prompt = Prompt(
+            prefixes.store, namespace, ids, prefixes.block, cache, pinned=pinning is not None, disk=disk, wants_hidden=self.hidden
+        )
+        if pinning is not None:
+            pinning.append(prompt)
+        prefixes.hits["lookups"] += 1
+        prefixes.hits["hits"] += prompt.past > 0
+        prefixes.hits["prompt tokens"] += len(ids)
+        prefixes.hits["reused tokens"] += prompt.past
+        return prompt
 
 
 def _environment() -> tuple[str, ...]:
@@ -266,20 +314,20 @@ def pin(model: Any, ids: torch.Tensor) -> int:
         ids: [T] or [1, T] int64.
 
     Returns:
-        Tokens that are pinned: up to the last border of a block that is below T. 0 where there is none, or no room.
+        Tokens of the prompt that are pinned now, whether or not they were before: up to the last border of a block that is below T. 0
+        where there is none, or no room.
 
     Raises:
         PatchConflict: the model is not patched with `prefix_cache`.
     """
     prefixes, ids = prefixes_of(model), ids.reshape(1, -1)
-    before = sum(node.depth for node in prefixes.store.tree.nodes() if node.pins)
-    token = _pinning.set(_pinning.get() | {id(prefixes)})
+    prompts = list[Prompt]()
+    token = _pinning.set(_pinning.get() | {id(prefixes): prompts})
     try:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
     finally:
         _pinning.reset(token)
-    pinned = sum(node.depth for node in prefixes.store.tree.nodes() if node.pins) - before
-    return pinned * prefixes.block
+    return max((prompt.held for prompt in prompts), default=0)
 
 
 @contextlib.contextmanager

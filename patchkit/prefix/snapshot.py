@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from patchkit import _compat
+from patchkit.prefix.written_state import part_of_state
 from patchkit.static_step import FixedCache, FixedLayer
 
 C = TypeVar("C", bound=type)
@@ -41,18 +42,22 @@ class FrozenBlock:
 
     @property
     def size(self) -> int:
-        """Bytes of slices and hidden states."""
-        parts = [part for pair in self.slices.values() for part in pair] + ([] if self.hidden is None else [self.hidden])
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes of all tensors."""
+        return sum(part.numel() * part.element_size() for part in tensors_of([self.slices, self.state, self.hidden]))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but the token ids is known."""
+        return not self.slices and self.state is None and self.hidden is None
 
 
 def state_as_whole(kind: C) -> C:
     """Class decorator: caches of this kind are frozen as a whole, by `copy.deepcopy`. Their size must not grow with the text for long.
 
-    The class has ``append_rows(others)``, which appends the rows of other caches of the same length.
+    The class has ``append_rows(others)``, which appends the rows of other caches of the same length. On disk it is a `part_of_state`.
     """
     _whole.append(kind)
-    return kind
+    return part_of_state(kind)
 
 
 def is_served(cache: Any) -> bool:
@@ -65,6 +70,16 @@ def is_served(cache: Any) -> bool:
 def has_state(cache: Any) -> bool:
     """Whether a cache holds states, which are kept at few borders because each costs all its bytes."""
     return _is_whole(cache) or len(_sliced(cache)) < len(cache.layers)
+
+
+def has_slices(cache: Any) -> bool:
+    """Whether a cache has layers that keep all keys, which every block holds its part of."""
+    return bool(_sliced(cache))
+
+
+def copied_state(cache: Any) -> Any:
+    """A copy of the part of a cache that is kept as a state."""
+    return copied(_state(cache))
 
 
 def _is_whole(cache: Any) -> bool:
@@ -104,9 +119,18 @@ def freeze(cache: Any, start: int, end: int, with_state: bool, hidden: torch.Ten
         with_state: copy states too.
         hidden: [1, end - start, D], to be kept with it.
     """
-    slices = {i: (keys.clone(), values.clone()) for i, (keys, values) in _views(cache, start, end).items()}
-    state = copied(_state(cache)) if with_state and has_state(cache) else None
+    slices = {
+        i: (_own(cache.layers[i], cache.layers[i].keys, keys), _own(cache.layers[i], cache.layers[i].values, values))
+        for i, (keys, values) in _views(cache, start, end).items()
+    }
+    state = copied_state(cache) if with_state and has_state(cache) else None
     return FrozenBlock(slices, state, None if hidden is None else hidden.clone())
+
+
+def _own(layer: Any, whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A copy of a part of what a layer holds; no copy where that is all of it, and the layer replaces tensors and never writes to them."""
+    is_all = part.shape == whole.shape and whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.nbytes
+    return whole.detach() if is_all and type(layer) is _compat.DynamicLayer else part.clone()
 
 
 def _views(cache: Any, start: int, end: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -115,7 +139,10 @@ def _views(cache: Any, start: int, end: int) -> dict[int, tuple[torch.Tensor, to
 
 
 def thaw(snapshots: Sequence[FrozenBlock], cache: Any) -> None:
-    """Fill an empty cache, of the kind that was frozen, with copies of the snapshots of all blocks from the first token on."""
+    """Fill an empty cache, of the kind that was frozen, with the snapshots of all blocks from the first token on.
+
+    The cache gets copies of what it may write to. At least one more token is to be fed, with which a `DynamicLayer` replaces its tensors.
+    """
     if not snapshots:
         return
     state = snapshots[-1].state
@@ -133,7 +160,8 @@ def thaw(snapshots: Sequence[FrozenBlock], cache: Any) -> None:
                 layer.update(*each.slices[i])
         else:
             keys, values = zip(*(each.slices[i] for each in snapshots), strict=True)
-            layer.update(torch.cat(keys, 2), torch.cat(values, 2))
+            layer.lazy_initialization(keys[0], values[0])
+            layer.keys, layer.values = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (keys, values))
     if hasattr(cache, "autocast"):  # a cache of a model whose steps may be compiled
         cache.just_thawed = True  # the next forward begins a sequence, as far as compiled code is concerned
         # Of the last eager forward, which a prompt that was fed has had.
@@ -146,8 +174,8 @@ def can_join(cache: Any) -> bool:
     return not _is_whole(cache) or bool(getattr(cache, "can_append_rows", True))
 
 
-def joined(caches: Sequence[Any], order: Sequence[int]) -> Any:
-    """Put rows together that were fed one by one: row r is that of ``caches[order[r]]``. They hold equal numbers of tokens.
+def joined(caches: Sequence[Any]) -> Any:
+    """Put rows together that were fed one by one, and hold equal numbers of tokens: row r is that of ``caches[r]``.
 
     Returns:
         The first of the caches, which holds all rows now.
@@ -160,10 +188,13 @@ def joined(caches: Sequence[Any], order: Sequence[int]) -> Any:
             for layers in zip(*(cache.layers for cache in caches), strict=True):
                 for name, values in _by_row(layers).items():
                     vars(layers[0])[name] = _concatenated(values)
-    if list(order) != list(range(len(caches))):
-        device = next(iter(tensors_of(first))).device
-        first.reorder_cache(torch.tensor(list(order), device=device))
     return first
+
+
+def repeat_rows(cache: Any, order: Sequence[int]) -> None:
+    """Let row r of a cache be what is row ``order[r]`` now."""
+    device = next(iter(tensors_of(cache))).device
+    cache.reorder_cache(torch.tensor(list(order), device=device))
 
 
 def _by_row(layers: Sequence[Any]) -> dict[str, list[Any]]:

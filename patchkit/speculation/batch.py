@@ -82,11 +82,12 @@ class Batch:
         self.statistics = RunStatistics(
             prompt_tokens=len(state.pads) * prompt - sum(state.pads), drafter=label, acceptance=str(speculation.acceptance)
         )
-        self._prefixed = prefixed_prompts(self.model, state, self.cached, self.session.wants_hidden)
+        chunk = call.config.prefill_chunk_size
+        self._prefixed = prefixed_prompts(self.model, state, self.cached, self.session.wants_hidden, chunk)
         self._hidden: list[torch.Tensor] = [] if self._prefixed is None else self._prefixed.kept()
         self._count_reused()
         self._unfed = state.tokens[:, self.cached.fed[0] : prompt]
-        self._chunk = call.config.prefill_chunk_size or prompt
+        self._chunk = chunk or prompt
         self._is_new = True
         self._closed = self._working = False
 
@@ -110,7 +111,7 @@ class Batch:
             if self._prefixed is not None and len(self.rows) > 1 and not self.cached.fed[0]:
                 self._hidden += self._prefixed.feed_rows(self.cached, lambda: self.speculation.hidden)
                 self._count_reused()
-                self._unfed = self._unfed[:, self.cached.fed[0] :]
+                self._unfed = self._prefixed.prompts[:, self.cached.fed[0] :]
             fed, size = 0, self._unfed.shape[1]
             while fed < size and (most is None or fed < most):
                 count = min(self._chunk, size - fed)
@@ -119,7 +120,7 @@ class Batch:
                 elif most is not None:
                     count = min(count, most - fed)
                 logits = self.cached.forward(self._unfed[:, fed : fed + count], only_last=True)
-                self.cached.keep([count] * len(self.rows))
+                self.cached.keep([count] * len(self._unfed))
                 fed += count
                 if self.speculation.hidden is not None:
                     self._hidden.append(self.speculation.hidden)
@@ -127,6 +128,8 @@ class Batch:
                     self._prefixed.keep(self.cache, self.cached.fed[0], self._hidden)
             self._unfed = self._unfed[:, fed:]
             if not self._unfed.shape[1]:
+                if self._prefixed is not None:
+                    logits, self._hidden = self._prefixed.repeat(self.cached, logits, self._hidden)
                 self._begin(logits[:, -1:])
         self.statistics.prefill_ms += 1000 * (time.perf_counter() - started)
         return not self._unfed.shape[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CACHE
+from support import CACHE, matrix
 from transformers import DynamicCache
 
 from patchkit import PrefixCache, patch_model, report, unpatch_model
@@ -213,8 +213,8 @@ def test_the_bound_holds_at_every_moment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(RadixTree, "fill", watched_fill)
     for spec in ("none", STREAMING):
         model = with_cache(spec, max_bytes=bound)
-        for seed in range(12):
-            generated(model, prompt(60, seed))
+        for seed in range(8):
+            generated(model, prompt(60, seed), new=1)
         found = prefix_statistics(model)
         assert found.evictions > 0 and found.skipped == 0 and found.bytes <= bound
         assert report(model).patches[-1].hits["bytes"] == found.bytes
@@ -224,15 +224,16 @@ def test_the_bound_holds_at_every_moment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*texts) and prefix_statistics(model).skipped > 0 and prefix_statistics(model).hits == 0
 
 
-def test_a_stream_of_any_length_is_kept_in_the_same_bytes() -> None:
+@pytest.mark.parametrize("longest", [8_192, matrix(65_536)])
+def test_a_stream_of_any_length_is_kept_in_the_same_bytes(longest: int) -> None:
     sizes = {}
-    for tokens in (1_024, 65_536):
+    for tokens in (1_024, longest):
         model = patched(f"streaming(sinks=4, window=60) + prefix_cache(block={tokens // 8})")
         generated(model, prompt(tokens + 1), new=1)
         states = [node.size - len(node.block) for node in model._patchkit_prefix.store.tree.nodes() if node.value.state is not None]
         assert len(states) == 4 and len(set(states)) == 1  # behind blocks 1, 2, 4 and 8, which is the last
         sizes[tokens] = states[0]
-    assert sizes[1_024] == sizes[65_536]
+    assert sizes[1_024] == sizes[longest]
 
 
 def test_states_are_kept_where_prompts_branch_off() -> None:
@@ -247,8 +248,11 @@ def test_states_are_kept_where_prompts_branch_off() -> None:
 def test_a_pinned_prompt_stays() -> None:
     model = patched("prefix_cache(block=8, max_bytes=40000)")
     assert pin(model, prompt(37)[0]) == 32 and pin(model, prompt(5)) == 0
-    for seed in range(1, 15):
-        generated(model, prompt(60, seed))
+    assert pin(model, prompt(37)) == 32 and pin(model, prompt(37)[:, :20]) == 16  # what is pinned already
+    generated(model, prompt(30, 99))
+    assert pin(model, prompt(30, 99)) == 24  # what is kept already
+    for seed in range(1, 10):
+        generated(model, prompt(60, seed), new=1)
     before = prefix_statistics(model)
     generated(model, prompt(37))
     assert before.evictions > 0 and prefix_statistics(model).reused_tokens - before.reused_tokens == 32

@@ -19,10 +19,10 @@ OPTIONS: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, eos_token_id=
 
 
 def prompts() -> list[torch.Tensor]:
-    """Prompts [1, 32 to 46] with a common head of 30 tokens."""
+    """Prompts [1, 32 to 40] with a common head of 30 tokens."""
     generator = torch.Generator().manual_seed(0)
     head = torch.randint(3, 128, (1, 30), generator=generator)
-    return [torch.cat([head, torch.randint(3, 128, (1, 2 + 2 * i), generator=generator)], 1) for i in range(8)]
+    return [torch.cat([head, torch.randint(3, 128, (1, 2 + 2 * i), generator=generator)], 1) for i in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -51,21 +51,21 @@ def test_sequences_that_join_have_the_tokens_that_they_have_alone(family: str, s
         assert not fed  # submitting feeds nothing
         scheduler.run()
         hook.remove()
-        assert [row.error for row in rows] == [None] * 8
+        assert [row.error for row in rows] == [None] * 5
         assert [row.new for row in rows] == expected
         assert max(fed) <= BLOCK
         rounds.append(sum(fed))
     found = prefix_statistics(model)
-    assert found.lookups == 16 and found.hits == 15 and found.left_alone == 0 and rounds[1] < rounds[0]
+    assert found.lookups == 10 and found.hits == 9 and found.left_alone == 0 and rounds[1] < rounds[0]
     borders = sum((ids.shape[1] - 1) // BLOCK * BLOCK for ids in prompts())
-    assert found.reused_tokens >= borders + 7 * 16
+    assert found.reused_tokens >= borders + 4 * 16
 
 
 def test_generate_and_a_scheduler_share_what_is_kept() -> None:
     model = patch_model(tiny_model("llama"), "speculative(k=3)", PrefixCache(block=BLOCK), verbose=False)
     ids = prompts()[-1]
     text = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)[0, ids.shape[1] :].tolist()
-    for expected in (40, 0):
+    for expected in (32, 0):
         before = prefix_statistics(model).reused_tokens
         scheduler = Scheduler(model)
         row = scheduler.submit(ids, **OPTIONS)
