@@ -314,6 +314,30 @@ BUGS = [
         "        stamp = None\n",
         ("tests/prefix/test_prefix_cache.py",),
     ),
+    Bug(
+        "rows of equal prompts are given to the wrong rows",
+        "        repeat_rows(cache, order)\n",
+        "        repeat_rows(cache, sorted(order))\n",
+        ("tests/prefix/test_exact.py",),
+    ),
+    Bug(
+        "a file is read whatever tokens it holds",
+        ' or _bytes_of(tensors["tokens"]) != tokens:',
+        ":",
+        ("tests/prefix/test_disk.py",),
+    ),
+    Bug(
+        "files do not depend on converted attention",
+        "for module in (self.model, *parts) for tensor in",
+        "for module in (self.model,) for tensor in",
+        ("tests/prefix/test_disk.py",),
+    ),
+    Bug(
+        "a scheduler that is never idle writes no suffixes",
+        "self.store.unwritten >= _TEXTS_PER_WRITE",
+        "self.store.unwritten < 0",
+        ("tests/speculation/test_suffix.py",),
+    ),
     # -- gates
     Bug(
         "a gate passes when its interval reaches below the bound",
