@@ -18,8 +18,15 @@ from patchkit.testing import tiny_model
 
 BLOCK = 8
 STREAMING, LINEAR = "streaming(sinks=2, window=6)", "linear(window=6)"
-# Slices; states as a whole; states beside slices; recurrent states.
-SHARED = [("llama", "none"), ("llama", STREAMING), ("llama", LINEAR), ("gemma3_text", "none"), ("qwen3_next", "none")]
+# Slices; states as a whole, the last with token ids in it; states beside slices; recurrent states.
+SHARED = [
+    ("llama", "none"),
+    ("llama", STREAMING),
+    ("llama", LINEAR),
+    ("llama", "streaming(sinks=2, window=6, refresh=reencode(every=5))"),
+    ("gemma3_text", "none"),
+    ("qwen3_next", "none"),
+]
 
 
 def prompt(tokens: int = 37, seed: int = 0) -> torch.Tensor:

@@ -166,6 +166,15 @@ def test_what_is_not_served_is_left_alone_and_said_once(case: str) -> None:
     assert [text for text in facts.warnings if words in text] == list(facts.warnings) and list(facts.warnings.values()) == [2]
 
 
+def test_chunks_of_less_than_a_block_are_left_alone_under_drafts_too() -> None:
+    """What they compute of a block has other bits than a miss without them."""
+    model, ids = patched("speculative(k=2) + prefix_cache(block=8)"), prompt()
+    for size, left_alone in ((3, 1), (8, 1), (None, 1)):
+        assert torch.equal(generated(model, ids, prefill_chunk_size=size), generated(tiny_model("llama"), ids))
+        assert prefix_statistics(model).left_alone == left_alone
+    assert prefix_statistics(model).lookups == 2 and prefix_statistics(model).hits == 1
+
+
 def test_embeddings_and_a_given_cache_are_left_alone() -> None:
     model, plain = patched(), tiny_model("llama")
     embedded = model.get_input_embeddings()(prompt()).detach()
