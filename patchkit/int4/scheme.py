@@ -19,9 +19,9 @@ from patchkit.int4.importance import importance_of, mean_squares
 from patchkit.int4.saving import configuration, is_packable, save_packed
 from patchkit.int4.weight import Int4Weight
 from patchkit.kernels.int4_experts_linear import int4_experts_linear
+from patchkit.kernels.int4_layout import OUTPUTS, pack
 from patchkit.kernels.int4_linear import int4_linear
 from patchkit.kernels.op import Op
-from patchkit.kernels.int4_layout import OUTPUTS, pack
 from patchkit.quantised.calibration import calibration_ids
 from patchkit.quantised.scheme import Experts, Layer
 
