@@ -128,7 +128,7 @@ def report(name: str, dump: Full, rows: Rows, ends: list[int], masks: Any) -> No
     words = []
     for end, visible in zip(ends, found, strict=True):
         stated = torch.stack(
-            [m[b, :, p : p + n].float().mean(1) for m in visible for b, (p, n) in enumerate(zip(rows.places, rows.stated))]
+            [m[b, :, p : p + n].float().mean(1) for m in visible for b, (p, n) in enumerate(zip(rows.places, rows.stated, strict=True))]
         )
         hits, logs = ask(dump, rows, end, visible)
         words.append(f"{int(hits.sum()):3d}/{len(hits)} {logs.mean():7.3f} kept {stated.mean():.2f}")

@@ -161,7 +161,7 @@ class ForwardContext:
         return tokens[None] if self.pads is None else tokens[None] - self.pads[:, None]
 
     def excess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Distances [B or 1, n] of the tokens' row positions beyond the last in-cache position, `LayerRule.reach` - 1; 0 where not beyond."""
+        """Distances [B or 1, n] of the tokens' row positions beyond the last in-cache position, `LayerRule.reach` - 1, else 0."""
         return (self.row_positions(tokens) - (self.plan.main.reach - 1)).clamp(min=0)
 
     def position_ids(self) -> torch.Tensor:
