@@ -16,8 +16,12 @@ _OURS = "_patchkit"
 _PARTS_OF_STRINGS = {"startswith", "endswith", "removeprefix", "removesuffix", "replace", "split", "partition", "rpartition"}
 
 
+# Public methods and attributes of a NamedTuple, which begin with an underscore so that no field has their names.
+_OF_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+
+
 def is_private(name: str) -> bool:
-    return _PRIVATE.fullmatch(name) is not None and not name.startswith(_OURS)
+    return name not in _OF_TUPLES and _PRIVATE.fullmatch(name) is not None and not name.startswith(_OURS)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from patchkit.spelled import Spelled, is_word, options_of, parse_object, spell
 PATCHES = [cls for cls in available_patches().values() if cls.__module__.startswith("patchkit.")]
 KINDS = (Acceptance, Controller, Drafter)
 OBJECTS = [cls for kind in KINDS for cls in kind.available().values() if cls.__module__.startswith("patchkit.")]
-VALUES = (0, 1, 3, 4096, 0.25, 2.5, "a_word", "two words", "org/name", (1, 2), (1,), ("*.a", "b"), ["a", 0.5], ((0,), (0, 0)))
+VALUES = (0, 1, 3, 128, 4096, 0.25, 2.5, "a_word", "two words", "org/name", (1, 2), (1,), ("*.a", "b"), ["a", 0.5], ((0,), (0, 0)))
 
 
 def samples(cls: type[Spelled], option: str) -> Iterator[Any]:

@@ -46,6 +46,8 @@ def int4_linear(
     """
     rows = x.float()
     k = rows.shape[-1]
+    if -(-k // group) != weight.shape[1]:
+        raise RuntimeError(f"x {[*x.shape]} has {k} input features, and the weight has {weight.shape[1]} groups of {group}")
     if activation == "int8":
         grouped = torch.nn.functional.pad(rows, (0, -k % group)).unflatten(-1, (-1, group))
         step = grouped.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127

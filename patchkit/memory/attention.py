@@ -23,7 +23,7 @@ from patchkit.streaming.runtime import Runtime
 
 @dataclass(eq=False)
 class SeenSlots:
-    """What attention layer ``index`` sees in its slots: `patchkit.streaming.attention.Beyond`.
+    """Keys and values that attention layer ``index`` sees in its slots; a `patchkit.streaming.attention.Beyond`.
 
     Attributes:
         scaling: of the scores, where attention is a plain softmax, so that the slots of a pool need not be copied for each of its heads;

@@ -42,7 +42,7 @@ def keydiff(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 class Slots(NamedTuple):
-    """What one layer keeps beyond its window, in P pools that H kv heads each share (P H = G), of N = H M slots.
+    """Keys and values that one layer keeps beyond its window, in P pools that H kv heads each share (P H = G), of N = H M slots.
 
     Attributes:
         keys, values: [B, P, N, K] and [B, P, N, V], rotated as those of the window.
@@ -103,7 +103,7 @@ class Entry(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a competition has overwritten, for a rollback.
+    """Entries of slots that a competition has overwritten, for a rollback.
 
     Attributes:
         start: the token number before which it took place.

@@ -26,7 +26,7 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 
 
 class Further(Protocol):
-    """What a layer sees beyond its window during one forward in blocks of queries."""
+    """Keys and values that a layer sees beyond its window during one forward in blocks of queries."""
 
     def pieces(self, queries: torch.Tensor) -> Iterable[torch.Tensor]:
         """Cut the token numbers [T] of the queries into those that are attended at once."""
@@ -41,7 +41,7 @@ class Further(Protocol):
 
 
 class Beyond(Protocol):
-    """What a layer sees beyond sinks and window. ``run`` is the model's attention function, for the model's arguments."""
+    """Keys and values that a layer sees beyond sinks and window. ``run`` is the model's attention function, for the model's arguments."""
 
     def in_fixed_step(
         self, run: Run, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
