@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from patchkit.anatomy.target import Target
 from patchkit.definitions import rounded_in_groups
-from patchkit.errors import UnsupportedModel
+from patchkit.errors import SpecError, UnsupportedModel
 from patchkit.int4.importance import mean_squares
 from patchkit.int4.scheme import Int4Scheme
 from patchkit.kernels.int4_layout import GROUPS
@@ -59,7 +59,7 @@ class Int4(QuantisedWeights):
     )
 
     scope: Scope = "all"  # type: ignore[misc]  # of the base class it is fixed
-    group: int = 32
+    group: Literal[32, 128] = 32
     symmetric: bool = False
     fit: Literal["clip", "gptq"] = "clip"
 
@@ -71,14 +71,14 @@ class Int4(QuantisedWeights):
             raise ValueError(f"symmetric={self.symmetric!r}: give True or False")
         if self.fit not in _FITS:
             raise ValueError(f"fit={self.fit!r}: give one of {', '.join(map(repr, _FITS))}")
-        if self.fit == "gptq" and self.calibration is None:
-            raise ValueError("fit='gptq' needs calibration=: give the token ids of some thousand tokens of text, or another fit")
 
     @property
     def scheme(self) -> Int4Scheme:
         return Int4Scheme(self.group, self.symmetric, self.fit)
 
     def check(self, target: Target) -> None:
+        if self.fit == "gptq" and self.calibration is None:
+            raise SpecError("int4(fit=gptq) needs calibration=: give the token ids of some thousand tokens of text, or leave fit out")
         device = target.model.device.type
         if device not in ("cpu", "meta"):  # what is not loaded is refused by its own name
             raise UnsupportedModel(

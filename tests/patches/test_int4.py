@@ -16,6 +16,7 @@ from patchkit import (
     IrreversiblePatch,
     NothingMatched,
     PatchError,
+    SpecError,
     StaleWeights,
     UnsupportedModel,
     parse_spec,
@@ -318,7 +319,6 @@ def test_what_int8_refuses_is_refused_too() -> None:
         ({"group": True}, "32 or 128"),
         ({"symmetric": 1}, "True or False"),
         ({"fit": "best"}, "'clip', 'gptq'"),
-        ({"fit": "gptq"}, "calibration="),
         ({"scope": "head"}, "'mlp', 'all', 'all\\+head'"),
         ({"mode": "fast"}, "weight_only"),
     ],
@@ -326,6 +326,14 @@ def test_what_int8_refuses_is_refused_too() -> None:
 def test_wrong_options_are_refused_with_the_remedy(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         Int4(**options)
+
+
+def test_error_feedback_without_a_text_is_refused() -> None:
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(SpecError, match="needs calibration="):
+        patch_model(model, "int4(fit=gptq)", verbose=False)
+    assert_restored(before, model)
 
 
 def test_specs_read_back() -> None:
