@@ -39,6 +39,12 @@ _ANSWER = {
         },
     },
 }
+# One event of a stream.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk of the answer as JSON, an error as JSON, or at the end [DONE]."}},
+}
 _REASONS = {
     "400": "A field that is not served, or a value that is not.",
     "401": "The API key is wrong or missing.",
@@ -61,7 +67,7 @@ def _error(status: str) -> dict[str, Any]:
 
 def _generating(name: str, about: str) -> dict[str, Any]:
     answer = _json({"$ref": "#/components/schemas/Answer"}, "The answer; with stream: true, chunks of it as server-sent events.")
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = {"schema": _EVENT}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
     errors = {status: _error(status) for status in _REASONS}
     return {"post": {"summary": about, "operationId": f"create{name}", "requestBody": body, "responses": {"200": answer, **errors}}}

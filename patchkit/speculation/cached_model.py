@@ -12,6 +12,7 @@ Shapes: R rows, T tokens of a forward, S slots of the cache, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -108,7 +109,10 @@ class CachedModel:
             kwargs["attention_mask"] = (
                 torch.arange(self.fed[0] + pending + count, device=device)[None] >= torch.tensor(self.pads, device=device)[:, None]
             ).long()
-        output = self.model(**kwargs)
+        # Later chunks of a prompt: transformers masks them, and then copies all keys for every head that shares them. Bits are the same.
+        in_chunks = self.ragged and self._rollback is None and count > 1 and self.fed[0] + pending > 0
+        with masks_from(self.configs, None) if in_chunks else contextlib.nullcontext():
+            output = self.model(**kwargs)
         if self.cache is None:
             self.cache = _compat.cache_of(output)
         return output.logits
@@ -160,6 +164,11 @@ class CachedModel:
     def joins(self, other: CachedModel) -> bool:
         """Whether `join` can be called: both have been fed, and let rows advance by different numbers of tokens."""
         return self.ragged and other.ragged and self._rollback == other._rollback == "crop"
+
+    def padding(self, lengths: list[int]) -> int:
+        """Bytes of the slots without a token, of which every round reads all, if rows of these lengths joined those of a `RaggedCache`."""
+        every = self.fed + lengths
+        return (len(every) * max(every) - sum(every)) * int(self.cache.slot_bytes)
 
     def join(self, other: CachedModel) -> None:
         """Go on with the rows of another cache of the same model too, after one's own."""

@@ -119,6 +119,12 @@ class RaggedCache(FixedCache):
         self.verifying = False
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token of one row."""
+        tensors = [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
+    @property
     def step_lengths(self) -> tuple[int, ...]:
         if self.offsets is not None:
             return ()

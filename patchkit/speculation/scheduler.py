@@ -25,6 +25,10 @@ from patchkit.speculation.row import Row
 from patchkit.speculation.rows import Rows
 from patchkit.speculation.shared import speculation_of
 
+# Rows of different lengths share a batch as long as the padding, which every round reads, is less than this, or than half of the weights:
+# what a shared batch saves is another pass over these.
+_PADDING = 2**25
+
 # Rounds after which the statistics of a batch are handed over, so that one that never ends does not grow.
 _ROUNDS = 1024
 
@@ -72,6 +76,7 @@ class Scheduler:
                 raise ValueError(f"{name}={value}: give at least 1")
         self.model, self.slots = model, slots
         self._pace = Pace(prefill)
+        self._most_padding = max(_PADDING, sum(each.numel() * each.element_size() for each in model.parameters()) // 2)
         self._speculation = speculation_of(model)
         self._waiting: deque[_Waiting] = deque()
         self._incoming: Batch | None = None
@@ -204,7 +209,7 @@ class Scheduler:
 
     def _started(self, waiting: _Waiting) -> Batch | None:
         try:
-            beside = next(iter(self._batches), None)
+            beside = next((each for each in self._batches if self._is_near(each, [waiting.call.input_ids.shape[1]])), None)
             return waiting.context.run(Batch, self._speculation, waiting.call, waiting.rows, beside)
         except BaseException as error:
             waiting.row.finish, waiting.row.error = "error", error
@@ -212,9 +217,13 @@ class Scheduler:
                 raise
             return None
 
+    def _is_near(self, batch: Batch, lengths: list[int]) -> bool:
+        """Whether rows of these lengths would not make the others read much padding."""
+        return not batch.cached.ragged or batch.cached.padding(lengths) <= self._most_padding
+
     def _place(self, batch: Batch) -> None:
         for other in self._batches:
-            if other.joins(batch):
+            if other.joins(batch) and self._is_near(other, batch.cached.fed):
                 self._guarded([other, batch], functools.partial(other.join, batch))
                 return
         self._batches.append(batch)

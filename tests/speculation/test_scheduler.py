@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from speculation import Silent
-from support import BEGINNINGS
+from support import BEGINNINGS, feed
 
 from patchkit import Speculative, patch_model, patched, unpatch_model
 from patchkit.errors import PatchConflict, PatchError
 from patchkit.models import load_model
 from patchkit.speculation import Chain, DraftModel, PromptLookup, Row, Scheduler, SelfDraft, statistics_of
+from patchkit.speculation.cached_model import CachedModel, make_cache
 from patchkit.speculation.drafters.suffix import Suffix
 from patchkit.speculation.drafters.token_recycling import TokenRecycling
 from patchkit.speculation.ragged_cache import RaggedCache
@@ -197,6 +198,48 @@ def test_caches_that_cannot_be_joined_take_turns(patches: str) -> None:
     assert most == 3
     assert [row.new for row in rows] == expected
     unpatch_model(model)
+
+
+def test_a_row_that_is_much_longer_keeps_a_batch_of_its_own() -> None:
+    """Three short rows and two long ones: the short share a batch, and so do the long."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 128, (1, length), generator=generator) for length in (9, 12, 60, 10, 66)]
+    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
+    config = model.config
+    of_token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=5)
+        scheduler._most_padding = 100 * of_token  # three short rows and a long one have 150 of padding
+        rows = [scheduler.submit(ids, pad_token_id=0, **options) for ids in prompts]
+        seen = set()
+        while scheduler.step():
+            seen.add(tuple(sorted(len(batch.rows) for batch in scheduler._batches)))
+        assert (2, 3) in seen and max(map(sum, seen)) == 5
+        scheduler._most_padding = 1 << 40
+        again = [scheduler.submit(ids, pad_token_id=0, **options) for ids in prompts]
+        while scheduler.step():
+            assert len(scheduler._batches) <= 1
+    expected = [alone(plain, ids, **options) for ids in prompts]
+    assert [row.new for row in rows] == [row.new for row in again] == expected
+
+
+def test_later_chunks_of_a_prompt_copy_no_keys_and_have_the_bits_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    ids = torch.randint(3, 128, (1, 50), generator=torch.Generator().manual_seed(1))
+    wanted, _ = feed(model, ids, [20, 16, 14])
+    with patched(model, "speculative(k=2)", verbose=False), torch.no_grad():
+
+        def copies(*args: Any) -> None:
+            raise AssertionError("keys were copied")
+
+        monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", copies)
+        cached, found = CachedModel(model, make_cache(model, 64), [0], ragged=True), []
+        for start, end in ((0, 20), (20, 36), (36, 50)):
+            found.append(cached.forward(ids[:, start:end]))
+            cached.keep([end - start])
+    assert torch.equal(torch.cat(found, 1), wanted)
 
 
 def test_a_cancelled_row_leaves_within_a_round_and_the_others_do_not_notice() -> None:
