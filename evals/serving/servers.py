@@ -61,7 +61,8 @@ def llama_cpp(file: Path, slots: int, context: int) -> Way:
     """llama.cpp's own server, with as many slots as there are clients."""
     binary = VENVS / "llama_server" / "bin" / "llama-server"
     sizes = ("--parallel", str(slots), "--ctx-size", str(slots * context), "--threads", THREADS, "--threads-batch", THREADS)
-    command = (str(binary), "--model", str(file), "--port", "{port}", "--host", "127.0.0.1", *sizes, "--no-webui")
+    # Repacked weights are for quantised files, and for AMX, which some virtual machines name and do not allow.
+    command = (str(binary), "--model", str(file), "--port", "{port}", "--host", "127.0.0.1", *sizes, "--no-repack", "--no-webui")
     return Way("llama.cpp's llama-server, F32", command, options=(("stream_options", {"include_usage": True}), ("cache_prompt", False)))
 
 
