@@ -160,7 +160,10 @@ def compete(slots: Slots, entry: Entry, start: int) -> tuple[Slots, Taken]:
     total = entry.total
     if entry.due is not None:
         total = torch.where(entry.due.to(wins.device)[:, None, None], total, slots.total)
-    return Slots(*after, total), Taken(start, places, *before, slots.total.clone())
+    keys, values, kept_tokens, kept_heads, scores = after
+    return Slots(keys, values, kept_tokens, kept_heads, scores, total), Taken(
+        start, places, before[0], before[1], before[2], before[3], before[4], slots.total.clone()
+    )
 
 
 def undo(slots: Slots, taken: Taken) -> None:

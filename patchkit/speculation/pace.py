@@ -12,7 +12,7 @@ from collections import deque
 SHARE = 1.5
 
 # The first chunk while nothing is known, and the least one, so that every prompt is fed in the end.
-_FIRST, _LEAST = 16, 8
+_FIRST, _LEAST = 16, 4
 # Rounds of which the fastest counts.
 _ROUNDS = 4
 # Feeding may take this many times the least chunk in any case: where rounds are compiled, a forward of any chunk may take many of them.
