@@ -87,13 +87,13 @@ def _is_on_levels(groups: _Array) -> bool:
     """Whether the differences within every group are multiples, up to 15, of one number in float16, beginning at another."""
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
     # One value is the sum of two numbers in float16.
-    start = np.float16(low).astype(np.float32)
-    known = (np.float16(low - start).astype(np.float32) + start == groups).all(1)
+    start = _half(low).astype(np.float32)
+    known = (_half(low - start).astype(np.float32) + start == groups).all(1)
     for span in range(1, 16):
         for sign in (1, -1):
-            scale = np.float16(sign * (high - low) / np.float32(span)).astype(np.float32)
+            scale = _half(sign * (high - low) / np.float32(span)).astype(np.float32)
             for first in range(16 - span):
-                start = np.float16((low if sign > 0 else high) - first * scale).astype(np.float32)
+                start = _half((low if sign > 0 else high) - first * scale).astype(np.float32)
                 level = np.nan_to_num(np.rint((groups - start) / scale)).clip(0, 15)
                 known |= (level * scale + start == groups).all(1)
     return bool(known.all())
@@ -104,7 +104,7 @@ def _is_symmetric(groups: _Array) -> bool:
     known = (groups == 0).all(1)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
     for level in (*range(-8, 0), *range(1, 8)):
-        scale = np.float16(largest / np.float32(level)).astype(np.float32)
+        scale = _half(largest / np.float32(level)).astype(np.float32)
         known |= (np.rint(groups / scale).clip(-8, 7) * scale == groups).all(1)
     return bool(known.all())
 
@@ -115,11 +115,11 @@ def _fitted(groups: _Array, counts: _Array, symmetric: bool) -> _Array:
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
     for width in _WIDTHS:
         if symmetric:
-            scale = np.float16(np.float32(-width) * np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1) / np.float32(8))
-            start = np.float16(0 * low)
+            scale = _half(np.float32(-width) * np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1) / np.float32(8))
+            start = _half(0 * low)
         else:
-            scale = np.float16(np.float32(width) * (high - low) / np.float32(15))
-            start = np.float16(low + np.float32((1 - width) / 2) * (high - low))
+            scale = _half(np.float32(width) * (high - low) / np.float32(15))
+            start = _half(low + np.float32((1 - width) / 2) * (high - low))
         for _ in range(_FITS):
             level = _levels(groups, scale, start, lowest).astype(np.float64)
             square, product = _mean(level**2, counts), _mean(level * groups, counts)

@@ -33,13 +33,19 @@ class QuantisedLinear:
         self.transposed = isinstance(module, _compat.Conv1D)
         self.original: nn.Parameter = module.weight
         self.squares: torch.Tensor | None = None
-        self._adopted = scheme.adopted(module.weight)
-        self.fixed = None if self._adopted is None else self._adopted.activation
+        self._weight = scheme.adopted(module.weight)
+        self.fixed = None if self._weight is None else self._weight.activation
 
-    @functools.cached_property
+    @property
     def weight(self) -> QuantisedWeight:
         """The quantised weight, made at the first use."""
-        return self.scheme.quantize(self.original, self.transposed, self.squares) if self._adopted is None else self._adopted
+        if self._weight is None:
+            self._weight = self.scheme.quantize(self.original, self.transposed, self.squares)
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: QuantisedWeight) -> None:
+        self._weight = value
 
     @property
     def activation(self) -> str:
