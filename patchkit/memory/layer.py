@@ -88,7 +88,8 @@ class MemoryLayer(StreamLayer):
         if count == 0 or self.slots is None:
             return True
         undone = [each.start for each in self.taken if each.start >= kept]
-        wanted, border = [], rule.next_border(self.stream, max(kept, 1))
+        wanted = list[int]()
+        border = rule.next_border(self.stream, max(kept, 1))
         while border < self.stream.seen and len(wanted) <= len(undone):
             wanted.append(border)
             border = rule.next_border(self.stream, border + 1)

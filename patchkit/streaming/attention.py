@@ -124,11 +124,11 @@ def attend_in_window(
         [B, T, H, V], and None for attention weights.
     """
     if runtime.step is not None:
-        mask = runtime.step.masks[rule.number]
+        step_mask = runtime.step.masks[rule.number]
         if beyond is not None:
-            run = functools.partial(_run, original_function(masked, module), module, kwargs)
-            return beyond.in_fixed_step(run, runtime.step, query, key, value, mask), None
-        return original_function(masked, module)(module, query, key, value, mask, **kwargs)
+            bound = functools.partial(_run, original_function(masked, module), module, kwargs)
+            return beyond.in_fixed_step(bound, runtime.step, query, key, value, step_mask), None
+        return original_function(masked, module)(module, query, key, value, step_mask, **kwargs)
     context = runtime.context
     if context is None:
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -143,7 +143,7 @@ def attend_in_window(
     queries = torch.arange(context.start, context.end, device=query.device)
     keys = context.key_tokens(rule).to(query.device)
     if not context.in_blocks:
-        mask = no_mask if context.pads is None and beyond is None else _mask(context, rule, queries, keys, query, additive)
+        mask: Any = no_mask if context.pads is None and beyond is None else _mask(context, rule, queries, keys, query, additive)
         if beyond is not None and context.start >= rule.capacity:
             return beyond.in_step(functools.partial(_run, run, module, kwargs), context, query, key, value, mask), None
         if watch is not None:
