@@ -63,15 +63,15 @@ def _add(sums: dict[str, torch.Tensor], name: str, module: Any, args: tuple[Any,
     sums[name] = found if name not in sums else sums[name].add_(found)
 
 
-def with_feedback(groups: torch.Tensor, importance: torch.Tensor, moment: torch.Tensor, symmetric: bool) -> Grouped:
-    """Round ``groups`` [N, G, g] float32 for inputs with these second moments.
+def with_feedback(groups: torch.Tensor, importance: torch.Tensor, influence: torch.Tensor, symmetric: bool) -> Grouped:
+    """Round ``groups`` [N, G, g] float32, one input after the other.
 
     Args:
         importance: [G, g] float64, with which the grid of each group is chosen.
-        moment: [G g, G g] float32.
+        influence: [G g, G g] float32, of `influence_of`.
     """
     _, count, group = groups.shape
-    left, influence = groups.flatten(1).clone(), _influence(moment)
+    left = groups.flatten(1).clone()
     parts: list[Grouped] = []
     for number in range(count):
         first = number * group
@@ -91,8 +91,11 @@ def with_feedback(groups: torch.Tensor, importance: torch.Tensor, moment: torch.
     return Grouped(levels, scales, torch.cat(minima, 1) if minima else None)
 
 
-def _influence(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor [K, K] of the inverse of the moments: row i says how an error of input i shows in the inputs after it."""
+def influence_of(moment: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor [K, K] float32 of the inverse of second moments [K, K].
+
+    Row i says how an error of input i is made up for by the inputs after it.
+    """
     damped = moment.double().clone()
     diagonal = damped.diagonal()
     diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)

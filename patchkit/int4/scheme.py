@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from patchkit.anatomy.target import Target
 from patchkit.handle import Handle
 from patchkit.int4.clipped import clipped
-from patchkit.int4.error_feedback import moments, with_feedback
+from patchkit.int4.error_feedback import influence_of, moments, with_feedback
 from patchkit.int4.grid import on_a_grid
 from patchkit.int4.grouped import Grouped, groups_of, unit_of
 from patchkit.int4.importance import importance_of, mean_squares
@@ -58,21 +59,18 @@ class Int4Scheme:
         """Return None: weights of other libraries in 4 bits are taken over once they are dense, by their values."""
 
     def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> Int4Weight:
-        rows = (weight.detach().T if transposed else weight.detach()).float()
-        unit, importance = unit_of(rows), importance_of(squares, rows.shape[1], self.group, rows.device)
-        height = max(1, _AT_ONCE // rows.shape[1] // OUTPUTS) * OUTPUTS
-        parts = [groups_of(part, its_unit, self.group) for part, its_unit in zip(rows.split(height), unit.split(height), strict=True)]
-        found = self._own_levels(parts) or [clipped(part, importance, self.symmetric) for part in parts]
-        return self._packed(found, unit, rows.shape[1], weight.dtype, transposed)
+        kept = self._kept(weight, transposed)
+        if kept is not None:
+            return kept
+        importance = importance_of(squares, weight.shape[0 if transposed else 1], self.group, weight.device)
+        return self._rounded(weight, transposed, functools.partial(clipped, importance=importance, symmetric=self.symmetric))
 
     def fit_layers(self, target: Target, linears: Sequence[Layer], calibration: Any) -> None:
         squares = mean_squares(target, {layer.name: layer.module for layer in linears}, calibration)
         for layer in linears:
             layer.squares = squares.get(layer.name)
         if self.fit == "gptq":
-            for layer, moment in moments(target, linears, calibration_ids(target, calibration)):
-                if moment is not None and bool(moment.isfinite().all()):
-                    layer.weight = self._fed_back(layer, moment)
+            self._feed_back(target, linears, calibration)
 
     def run_experts(self, x: torch.Tensor, experts: torch.Tensor, weights: Experts, bias: torch.Tensor | None) -> torch.Tensor:
         return int4_experts_linear(x, experts, weights.values, weights.scale, bias, self.group, weights.activation)
@@ -85,28 +83,49 @@ class Int4Scheme:
         if packed and getattr(model, "hf_quantizer", None) is None:
             handle.set_shared(model.config, "quantization_config", configuration(model, packed, self.group))
 
-    def _own_levels(self, parts: list[torch.Tensor]) -> list[Grouped]:
-        """Levels of a weight that is on such grids already; none for other weights."""
-        found: list[Grouped] = []
-        for part in parts:
+    def _feed_back(self, target: Target, linears: Sequence[Layer], calibration: Any) -> None:
+        """Set the weights of all layers that are called on the calibration text."""
+        left = []
+        for layer in linears:
+            kept = self._kept(layer.original, layer.transposed)
+            if kept is not None:
+                layer.weight = kept
+            elif bool(layer.original.isfinite().all()):
+                left.append(layer)
+        for layer, moment in moments(target, left, calibration_ids(target, calibration)):
+            if moment is not None and bool(moment.isfinite().all()):
+                importance = importance_of(moment.diagonal(), len(moment), self.group, moment.device)
+                influence = influence_of(F.pad(moment, (0, -len(moment) % self.group) * 2))
+                fit = functools.partial(with_feedback, importance=importance, influence=influence, symmetric=self.symmetric)
+                layer.weight = self._rounded(layer.original, layer.transposed, fit)
+
+    def _kept(self, weight: torch.Tensor, transposed: bool) -> Int4Weight | None:
+        """The weight by its own levels; None if it is not on such grids."""
+        found = []
+        for part, unit in self._parts(weight, transposed):
             own = on_a_grid(part, self.symmetric)
             if own is None:
-                return []
-            found.append(own)
-        return found
+                return None
+            found.append((own, unit))
+        return self._packed(weight, transposed, found)
 
-    def _fed_back(self, layer: Layer, moment: torch.Tensor) -> Int4Weight:
-        weight = layer.original.detach()
-        rows = (weight.T if layer.transposed else weight).float()
-        unit, k = unit_of(rows), rows.shape[1]
-        groups, importance = groups_of(rows, unit, self.group), importance_of(moment.diagonal(), k, self.group, rows.device)
-        found = on_a_grid(groups, self.symmetric)
-        if found is None and bool(groups.isfinite().all()):
-            found = with_feedback(groups, importance, F.pad(moment, (0, -k % self.group) * 2), self.symmetric)
-        if found is None:
-            found = clipped(groups, importance, self.symmetric)
-        return self._packed([found], unit, k, weight.dtype, layer.transposed)
+    def _rounded(self, weight: torch.Tensor, transposed: bool, fit: Callable[[torch.Tensor], Grouped]) -> Int4Weight:
+        return self._packed(weight, transposed, ((fit(part), unit) for part, unit in self._parts(weight, transposed)))
 
-    def _packed(self, found: list[Grouped], unit: torch.Tensor, k: int, dtype: torch.dtype, transposed: bool) -> Int4Weight:
-        packed = [pack(part.levels.to(torch.uint8).flatten(1), part.scale, part.minimum, self.group) for part in found]
-        return Int4Weight(torch.cat(packed), unit, dtype, transposed=transposed, inputs=k, group=self.group)
+    def _parts(self, weight: torch.Tensor, transposed: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Groups [n, G, group] and units [n] of some outputs after the other."""
+        rows = weight.detach().T if transposed else weight.detach()
+        height = max(1, _AT_ONCE // rows.shape[1] // OUTPUTS) * OUTPUTS
+        for part in rows.split(height):
+            wide = part.float()
+            unit = unit_of(wide)
+            yield groups_of(wide, unit, self.group), unit
+
+    def _packed(self, weight: torch.Tensor, transposed: bool, found: Iterable[tuple[Grouped, torch.Tensor]]) -> Int4Weight:
+        """The weight of these levels and units, some outputs after the other."""
+        packed, units = [], []
+        for part, unit in found:
+            packed.append(pack(part.levels.to(torch.uint8).flatten(1), part.scale, part.minimum, self.group))
+            units.append(unit)
+        inputs = weight.shape[0 if transposed else 1]
+        return Int4Weight(torch.cat(packed), torch.cat(units), weight.dtype, transposed=transposed, inputs=inputs, group=self.group)

@@ -101,8 +101,4 @@ class Int4(QuantisedWeights):
 
     @classmethod
     def candidates(cls, target: Target) -> list[Any]:
-        return [cls(scope=scope, mode=mode) for scope in ("all", "all+head") for mode in ("auto", "dynamic")] if _is_on_cpu(target) else []
-
-
-def _is_on_cpu(target: Target) -> bool:
-    return bool(target.model.device.type == "cpu")
+        return [cls(scope=scope) for scope in ("all", "all+head")] if target.model.device.type == "cpu" else []

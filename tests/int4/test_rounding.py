@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchkit.int4.clipped import clipped
-from patchkit.int4.error_feedback import with_feedback
+from patchkit.int4.error_feedback import influence_of, with_feedback
 from patchkit.int4.grid import on_a_grid
 from patchkit.int4.grouped import groups_of, unit_of
 from patchkit.int4.importance import importance_of
@@ -123,7 +123,7 @@ def test_error_feedback_makes_outputs_more_accurate(symmetric: bool) -> None:
     x, fresh = (torch.randn(400, 30, generator=RANDOM) @ mixing + torch.randn(400, 128, generator=RANDOM) for _ in range(2))
     groups, moment = groups_of(weight, torch.ones(48), 32), x.T @ x
     importance = importance_of(moment.diagonal(), 128, 32, weight.device)
-    found = with_feedback(groups, importance, moment, symmetric).values().flatten(1)
+    found = with_feedback(groups, importance, influence_of(moment), symmetric).values().flatten(1)
     plain = clipped(groups, importance, symmetric).values().flatten(1)
     for rows, share in ((x, 0.6), (fresh, 0.8)):
         assert ((found - weight) @ rows.T).square().sum() < share * ((plain - weight) @ rows.T).square().sum()
@@ -134,7 +134,7 @@ def test_inputs_that_never_occur_do_not_matter() -> None:
     groups = groups_of(bell(16, 64), torch.ones(16), 32)
     x = torch.randn(100, 64, generator=RANDOM)
     x[:, 10:20] = 0
-    assert with_feedback(groups, torch.ones(2, 32).double(), x.T @ x, False).values().isfinite().all()
+    assert with_feedback(groups, torch.ones(2, 32).double(), influence_of(x.T @ x), False).values().isfinite().all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
