@@ -59,9 +59,8 @@ def test_rows(benchmark: Any, record: Callable[..., None], shape: str) -> None:
 
     def measure() -> None:
         plain = [torch.randn(n, k, generator=torch.Generator().manual_seed(i)) * 0.02 for i in range(count)]
-        packed = [Int4Scheme().quantize(plain[0])._rebuilt() for _ in plain]
-        for each in packed:
-            each.qdata = each.qdata.clone()
+        first = Int4Scheme().quantize(plain[0])
+        packed = [Int4Weight(first.qdata.clone(), first.scale.clone(), first.dtype, inputs=k) for _ in plain]
         values = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in plain]
         scale = torch.rand(n) * 1e-3
         for rows in (1, 2, 4, 8, 16, 512):
@@ -118,6 +117,7 @@ def test_decode(benchmark: Any, record: Callable[..., None]) -> None:
         "int4_weight_only": "int4(scope='all+head', mode=weight_only)",
         "int4_dynamic": "int4(scope='all+head', mode=dynamic)",
         "int4_symmetric": "int4(scope='all+head', symmetric=True)",
+        "int4_and_int8_head": "int4 + int8(scope='all+head', modules=lm_head)",
         "int8_and_compile": "int8(scope='all+head') + streaming(window=1020) + compile",
         "int4_and_compile": f"{int4} + streaming(window=1020) + compile",
     }
@@ -129,7 +129,7 @@ def test_decode(benchmark: Any, record: Callable[..., None]) -> None:
         "decode_with_int4",
         ratio,
         ">= 3.2",
-        what="ms per token at context 512, smollm2, fp32: unpatched / int4(all+head) + streaming + compile",
+        what="ms per token at context 512, smollm2, fp32: unpatched / int4(scope='all+head') + streaming + compile",
         measured_while_patching=str(report(views["int4"])),
         **{f"unpatched_over_{name}": paired_ratio(timings, "unpatched", name) for name in specs},
         int8_over_int4=paired_ratio(timings, "int8", "int4"),
