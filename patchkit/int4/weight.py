@@ -49,4 +49,6 @@ class Int4Weight(QuantisedWeight):
         return values(self.qdata, self.scale, self.inputs, self.group)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.shape[-1] != self.inputs:  # the op sees whole groups
+            raise RuntimeError(f"inputs {[*x.shape]} and an int4 weight {[*self.shape]} cannot be multiplied: it has {self.inputs} inputs")
         return int4_linear(x, self.qdata, self.scale, bias, self.group, self.activation)

@@ -158,9 +158,9 @@ def _native_refuses(
     if group not in GROUPS:
         return f"groups of {group}: 32 and 128 are served"
     # The kernel takes the sizes of the weight for all.
-    n, k = len(unit), x.shape[-1]
-    blocks = [-(-n // OUTPUTS), -(-k // group)]
-    if [*weight.shape[:2]] != blocks or weight.shape[2] not in (OUTPUTS * (2 + group // 2), OUTPUTS * (4 + group // 2)):
+    n, k = unit.shape[0], x.shape[-1]
+    blocks, groups, block = weight.shape
+    if blocks != -(-n // OUTPUTS) or groups != -(-k // group) or block not in (OUTPUTS * (2 + group // 2), OUTPUTS * (4 + group // 2)):
         return f"x {[*x.shape]}, weight {[*weight.shape]}, unit {[*unit.shape]}: no linear layer's shapes"
     if bias is not None and bias.shape != unit.shape:
         return f"bias {[*bias.shape]}, unit {[*unit.shape]}: no linear layer's shapes"
@@ -177,14 +177,14 @@ def _(
 
     `native/int4_linear.cpp` does quantisation, product and epilogue in one pass over the weights, and unpacks levels in registers.
     """
-    n, k = len(unit), x.shape[-1]
+    n, k = unit.shape[0], x.shape[-1]
     # Named, so that they live until the call is over.
     rows, b = x.float().contiguous(), None if bias is None else bias.float().contiguous()
     # The kernel reads and writes fp32, whatever torch.set_default_dtype and the dtype of a converted model's units are.
     weight, unit = weight.contiguous(), unit.float().contiguous()
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
+    y = rows.new_empty(*x.shape[:-1], n)
     addresses = rows.data_ptr(), weight.data_ptr(), unit.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
     options = group, is_symmetric(weight, group), _PLANES[activation], torch.get_num_threads()
     if _kernel()[0](*addresses, rows.numel() // k, n, k, *options):
         raise MemoryError("int4_linear: no memory for the quantised activations")
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)  # a call of `to` costs a microsecond

@@ -83,6 +83,13 @@ def test_any_other_use_is_refused_with_the_remedy() -> None:
             use()
 
 
+@pytest.mark.parametrize("features", [39, 41, 32, 64, 8])
+def test_inputs_of_another_width_are_refused(features: int) -> None:
+    """Also where their groups are as many as the weight's."""
+    with pytest.raises(RuntimeError, match="it has 40 inputs"):
+        converted(nn.Linear(40, 24))(torch.ones(2, features))
+
+
 def test_there_is_no_gradient() -> None:
     module = nn.Linear(40, 24)
     with pytest.raises(KernelError, match="unpatch_model"):
