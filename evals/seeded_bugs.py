@@ -50,6 +50,7 @@ GENERATE = ("tests/patches/test_streaming_generate.py",)
 COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
 INT8 = ("tests/patches/test_mlp_int8.py", "tests/int8/test_weight.py", "tests/test_contract.py")
+INT4 = ("tests/int4/test_rounding.py", "tests/kernels/test_int4_linear.py", "tests/patches/test_int4.py")
 EXACT = ("tests/speculation/test_exact.py",)
 SCHEDULED = ("tests/speculation/test_scheduler.py",)
 CONSTRAINED = ("tests/grammar/test_grammar.py", "tests/speculation/test_constrained.py")
@@ -133,6 +134,15 @@ BUGS = [
         "vars(self.module)[_WEIGHTS] = self.weights",
         INT8,
     ),
+    # -- int4
+    Bug(
+        "int4 halves of a byte exchanged",
+        "halves[:, :, :, 0] | halves[:, :, :, 1] << 4",
+        "halves[:, :, :, 1] | halves[:, :, :, 0] << 4",
+        INT4,
+    ),
+    Bug("int4 inputs count alike", "layer.squares = squares.get(layer.name)", "layer.squares = None", INT4),
+    Bug("int4 grids with a negative scale are not found", "_shifted, span, first, sign)", "_shifted, span, first, abs(sign))", INT4),
     # -- compile
     Bug("compiled steps keep a stale mask", "step.masks_open = full", "step.masks_open = True", COMPILE),
     Bug(
