@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from evals.serving.options import Options
 from evals.serving.servers import ROOT, THREADS, VENVS
 from evals.serving.soak import soak
 from patchkit.measure.environment import environment
+from patchkit.measure.jsonable import jsonable
 
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     each.__name__: each for each in (small, smollm2, alone, arrival, drain, fuzz, soak)
@@ -59,6 +61,11 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
+def _ended(*signal_and_frame: object) -> None:
+    """Leave by an exception, which ends the servers."""
+    sys.exit(143)
+
+
 def versions(peer: str) -> dict[str, str] | str:
     """Versions of what is installed for a peer."""
     folder = VENVS / peer / "bin"
@@ -78,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, and write the JSON of each when it has ended; the exit status is 1 if a bar does not hold."""
     arguments = sys.argv[1:] if arguments is None else arguments
     sections, out, options = options_of(arguments)
+    signal.signal(signal.SIGTERM, _ended)
     options.work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     machine = environment() | {"threads": int(THREADS), "peers": {peer: versions(peer) for peer in PEERS}}
@@ -97,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds": time.perf_counter() - started,
             "environment": machine,
         }
-        (out / f"{name}.json").write_text(json.dumps({**facts, **result}, indent=1) + "\n")
+        (out / f"{name}.json").write_text(json.dumps(jsonable({**facts, **result}), indent=1) + "\n")
         for bar in result["bars"]:
             missed += not bar["holds"]
             sign = ">=" if bar["at_least"] else "<="

@@ -53,7 +53,9 @@ def transformers(model: Path, continuous: bool) -> Way:
     binary = VENVS / "transformers_serve" / "bin" / "transformers"
     command = (str(binary), "serve", str(model), "--port", "{port}", "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32")
     if continuous:
-        return Way("transformers serve --continuous-batching", (*command, "--continuous-batching"))
+        # It takes nine tenths of the machine's memory otherwise, whoever else runs; this is room for thousands of tokens.
+        more = ("--continuous-batching", "--cb-max-memory-percent", "0.15")
+        return Way("transformers serve --continuous-batching", (*command, *more))
     return Way("transformers serve", command)
 
 
