@@ -21,9 +21,10 @@ CONTEXT = 512
 
 
 def small(options: Options) -> dict[str, Any]:
-    """stdlib-7m by three servers."""
+    """stdlib-7m by three servers, and by ours with a patch."""
     folder = bundled_path("stdlib-7m")
-    ways = [ours("stdlib-7m", "", "--max-rows", str(options.clients)), transformers(folder, False), transformers(folder, True)]
+    rows = ("--max-rows", str(options.clients))
+    ways = [ours("stdlib-7m", "", *rows), ours("stdlib-7m", "gemv", *rows), transformers(folder, False), transformers(folder, True)]
     result = measured("stdlib-7m", ways, options)
     return {**result, "bars": bars(result["ways"], {SEQUENTIAL: 2.5, CONTINUOUS: 1.3}, first=0.35)}
 

@@ -66,19 +66,24 @@ class Endpoints:
     async def _events(self, reply: Reply, mailbox: Mailbox, first: Piece | End) -> AsyncIterator[bytes]:
         for chunk in reply.first_chunks():
             yield event(chunk)
-        received = first
-        try:
-            while True:
-                reply.add(received)
-                for chunk in reply.chunks(received):
-                    yield event(chunk)
-                if reply.complete:
-                    break
-                received = await _next(mailbox)
-        except ApiError as error:
-            yield event(error.body())
-            yield DONE
-            return
+        received = [first]
+        while True:
+            parts: list[bytes] = []
+            for each in received:
+                error = _error_of(each)
+                if error is not None:
+                    yield b"".join([*parts, event(error.body()), DONE])
+                    return
+                reply.add(each)
+                parts += map(event, reply.chunks(each))
+            if parts:
+                yield b"".join(parts)
+            if reply.complete:
+                break
+            # What has come while this loop had other things to do goes out in one piece.
+            received = [await mailbox.queue.get()]
+            while not mailbox.queue.empty():
+                received.append(mailbox.queue.get_nowait())
         if reply.asked.include_usage:
             yield event(reply.last_chunk())
         yield DONE
@@ -91,10 +96,18 @@ async def _next(mailbox: Mailbox) -> Piece | End:
         ApiError: a choice has met an error, or was cancelled by the server.
     """
     received = await mailbox.queue.get()
-    if isinstance(received, End) and isinstance(received.error, GrammarError):
-        raise bad(None, str(received.error), "invalid_grammar")
-    if isinstance(received, End) and received.finish == "error":
-        raise ApiError(500, "the model has met an error in this request, which is in the server's log", code="generation_failed")
-    if isinstance(received, End) and received.finish == "cancelled":
-        raise ApiError(503, "the server shuts down", code="shutting_down")
+    error = _error_of(received)
+    if error is not None:
+        raise error
     return received
+
+
+def _error_of(received: Piece | End) -> ApiError | None:
+    """What a client is told of a choice that has not ended in order; None for all else."""
+    if isinstance(received, End) and isinstance(received.error, GrammarError):
+        return bad(None, str(received.error), "invalid_grammar")
+    if isinstance(received, End) and received.finish == "error":
+        return ApiError(500, "the model has met an error in this request, which is in the server's log", code="generation_failed")
+    if isinstance(received, End) and received.finish == "cancelled":
+        return ApiError(503, "the server shuts down", code="shutting_down")
+    return None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from patchkit.serving.api_error import ApiError
-from patchkit.serving.choice import Choice, End, Piece
+from patchkit.serving.choice import Choice, End, Piece, deliver
 from patchkit.serving.metrics import Metrics
 from patchkit.serving.patching import base_of, claim, make_speculative, release
 from patchkit.speculation import Row, Scheduler
@@ -65,6 +65,7 @@ class Engine:
         self._live: list[Choice] = []
         self._counted: dict[Choice, Counter[str]] = {}
         self._measured = 0.0
+        self._outbox: list[Piece | End] = []
 
     @property
     def alive(self) -> bool:
@@ -163,6 +164,7 @@ class Engine:
                 while commands:
                     commands.pop(0)()
                 self._step()
+                self._deliver()
         except BaseException as error:
             self.dead = error
             _logger.exception("patchkit: the engine of the server has died")
@@ -173,6 +175,7 @@ class Engine:
             command()
         for choice in list(self._live):
             self._end(choice, "cancelled" if self.dead is None else "error", self.dead)
+        self._deliver()
         for scheduler in self._schedulers:
             try:
                 scheduler.close()
@@ -235,7 +238,7 @@ class Engine:
     def _take(self, choice: Choice, new: list[int]) -> None:
         """Turn the tokens of a round into text. Called by the scheduler within a round."""
         fresh = max(0, len(choice.row.new) - choice.taken) if choice.row is not None else 0
-        piece = choice.take(new)
+        piece, is_first = choice.take(new), choice.last is None
         now = time.perf_counter()
         if fresh:
             self.metrics.generated_tokens.inc(fresh)
@@ -246,7 +249,9 @@ class Engine:
                     self.metrics.between_tokens.observe((now - choice.last) / fresh)
             choice.last = now
         if piece is not None:
-            self._post(piece)
+            self._outbox.append(piece)
+            if is_first:  # which does not wait for the round of the others
+                self._deliver()
 
     def _count(self, choice: Choice) -> None:
         """Add a row's drafts since the last round to the figures."""
@@ -272,7 +277,7 @@ class Engine:
             self._release(choice, row)
         piece = choice.finish()
         if piece is not None:
-            self._post(piece)
+            self._outbox.append(piece)
         finish = "stop" if choice.shown.stopped else str(row.finish)
         self._end(choice, finish, None)
 
@@ -304,13 +309,12 @@ class Engine:
         self.metrics.whole.observe(time.perf_counter() - choice.submitted)
         if not self._live:
             self._measure(now=True)
-        self._post(End(choice, finish, error))
+        self._outbox.append(End(choice, finish, error))
 
-    def _post(self, event: Piece | End) -> None:
-        try:
-            event.choice.mailbox.put(event)
-        except RuntimeError:  # the server's loop is closed: nobody waits any more
-            _logger.debug("patchkit: a piece of text had no reader")
+    def _deliver(self) -> None:
+        """Hand over what the choices have got since the last time."""
+        events, self._outbox = self._outbox, []
+        deliver(events)
 
     def _measure(self, now: bool = False) -> None:
         self.running = sum(scheduler.running for scheduler in self._schedulers)

@@ -13,6 +13,8 @@ SHARE = 1.5
 
 # The first chunk while nothing is known, and the least one, so that every prompt is fed in the end.
 _FIRST, _LEAST = 16, 4
+# A prompt of up to so many tokens is not cut: a forward of them takes little longer than one of half of them.
+_WHOLE = 20
 # Rounds of which the fastest counts.
 _ROUNDS = 4
 # Feeding may take this many times the least chunk in any case: where rounds are compiled, a forward of any chunk may take many of them.
@@ -23,7 +25,7 @@ class Pace:
     """Chooses chunks by the times of rounds and of earlier chunks.
 
         pace.begin(rows)
-        while (tokens := pace.next()) > 0: ...; pace.fed(tokens, seconds)
+        while (tokens := pace.next(prompt)) > 0: ...; pace.fed(tokens, seconds)
         ...; pace.round(seconds)
 
     A forward takes a part of its time whatever it is fed, and that part is about a round. So the next chunk is the last one times what it
@@ -46,14 +48,14 @@ class Pace:
         self._rows, self._left, self._spent = rows, self.most, 0.0
         self._plan = self._planned() if rows else self.most
 
-    def next(self) -> int:
-        """Return how many tokens to feed next, of one prompt; 0 for none before the next round."""
+    def next(self, prompt: int) -> int:
+        """Return how many tokens to feed next, of a prompt of ``prompt`` tokens; 0 for none before the next round."""
         if not self._rows or not self._spent:
-            return max(0, min(self._plan, self._left))
+            return max(0, min(max(self._plan, prompt) if prompt <= _WHOLE else self._plan, self._left))
         budget, fixed = self._budget, max(self._round, self._shortest)
         rest = (budget - self._spent - fixed) / (budget - fixed) if budget > fixed else 0.0
         tokens = int(self._plan * rest)
-        return max(0, min(tokens, self._left)) if tokens >= _FIRST else 0
+        return max(0, min(tokens, self._left)) if tokens >= min(_FIRST, prompt) else 0
 
     def fed(self, tokens: int, seconds: float) -> None:
         """Take note of a chunk."""

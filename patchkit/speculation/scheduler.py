@@ -188,12 +188,12 @@ class Scheduler:
     def _admit(self) -> None:
         """Feed a part of the waiting prompts, and let those that are fed join the others."""
         self._pace.begin(sum(len(batch.rows) for batch in self._batches))
-        while (most := self._pace.next()) > 0:
+        while self._incoming is not None or (self._waiting and self.running < self.slots):
+            most = self._pace.next((self._waiting[0].row if self._incoming is None else self._incoming.rows.rows[0]).prompt)
+            if not most:
+                return
             if self._incoming is None:
-                if not self._waiting or self.running >= self.slots:
-                    return
-                waiting = self._waiting.popleft()
-                self._incoming = self._started(waiting)
+                self._incoming = self._started(self._waiting.popleft())
                 if self._incoming is None:
                     continue
             batch = self._incoming

@@ -29,12 +29,16 @@ class Numbers:
 
 
 class Box:
-    """A mailbox that nobody waits at."""
+    """A mailbox that nobody waits at, its queue, and its event loop."""
 
     def __init__(self) -> None:
         self.ends: list[End] = []
+        self.loop = self.queue = self
 
-    def put(self, event: Any) -> None:
+    def call_soon_threadsafe(self, call: Any, *args: Any) -> None:
+        call(*args)
+
+    def put_nowait(self, event: Any) -> None:
         self.ends += [event] if isinstance(event, End) else []
 
 

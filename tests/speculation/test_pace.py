@@ -48,7 +48,7 @@ def feed(pace: Pace, machine: Machine, prompts: list[int], rows: int) -> list[tu
     while left:
         pace.begin(rows)
         tokens, seconds = 0, 0.0
-        while left and (most := pace.next()) > 0:
+        while left and (most := pace.next(fed + left[0])) > 0:
             count = min(most, left[0])
             taken = machine.chunk(count, fed)
             pace.fed(count, taken)
@@ -105,10 +105,10 @@ def test_prompts_go_on_where_a_forward_takes_longer_than_allowed() -> None:
     for _ in range(5):
         pace.round(0.0005)
     pace.begin(2)
-    first = pace.next()
+    first = pace.next(500)
     assert 0 < first <= 8
     pace.fed(first, machine.chunk(first, 0))
-    assert pace.next() == 0
+    assert pace.next(500) == 0
 
 
 def test_a_second_prompt_is_fed_in_the_same_step_if_there_is_time() -> None:
@@ -140,12 +140,23 @@ def test_a_clock_that_stands_still_or_jumps() -> None:
     pace.round(0.0)
     for seconds in (0.0, 0.001):
         pace.begin(1)
-        pace.fed(pace.next(), seconds)
-    assert pace.next() == 0
+        pace.fed(pace.next(500), seconds)
+    assert pace.next(500) == 0
     for _ in range(5):
         pace.round(machine.round(4))
     pace.begin(4)
-    pace.fed(pace.next(), 30.0)
-    assert pace.next() == 0
+    pace.fed(pace.next(500), 30.0)
+    assert pace.next(500) == 0
     sizes = [tokens for tokens, _, _ in feed(pace, machine, [512], 4)]
     assert sizes[0] <= 8 and max(sizes[:8]) > 20
+
+
+def test_a_short_prompt_is_not_cut() -> None:
+    """Where a forward alone takes longer than allowed, a prompt of 20 tokens in chunks of four would take five of them."""
+    pace, machine = Pace(MOST), Machine(forward=20.0, token=0.3, row=1.0)
+    pace.begin(0)
+    pace.fed(64, 0.1)
+    for _ in range(5):
+        pace.round(0.004)
+    assert [tokens for tokens, _, _ in feed(pace, machine, [20, 18], 2)] == [20, 18]
+    assert feed(pace, machine, [300], 2)[0][0] < 20
