@@ -5,7 +5,6 @@ python heads.py [ROWS]: prints the heads by attention mass, and the recall when 
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -71,8 +70,6 @@ def main() -> None:
     mass = watched.mass.view(reader.layers, reader.groups, -1).amax(-1)
     ranked = [(int(i) // reader.groups, int(i) % reader.groups) for i in mass.flatten().argsort(descending=True)]
     print([(f"{layer}.{group}", round(float(mass[layer, group]), 2)) for layer, group in ranked[:40]], flush=True)
-    with open("/tmp/hm_logs/heads.json", "w") as file:
-        json.dump({"ranked": ranked, "mass": [float(mass[a, b]) for a, b in ranked]}, file)
     for window in (64, 252):
         for n in (0, 4, 8, 12, 16, 24, 32, 48, 90):
             hits, logs = ask(dump, rows, 1800, only(dump, 1800, set(ranked[:n]), window))
