@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -15,7 +18,12 @@ RELIED_ON: Names = {
     "torch._C:_functorch.peek_interpreter_stack": None,
     "torch._C:_is_tracing": None,
     "torch.autograd.forward_ad:_current_level": None,
+    "os:environ._data": None,
 }
+
+# The dict behind `os.environ`, by `os.environ.encodekey`: what traced code asks of it is checked again at every call, as for any dict,
+# while `os.environ` itself is read once.
+ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 
 
 def int8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

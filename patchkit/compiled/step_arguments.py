@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from patchkit import _compat
 from patchkit.compiled.eligibility import TENSORS, autocast_of, why_eager
+from patchkit.kernels.op import VARIABLE
 from patchkit.static_step import FixedCache, StepCache
 from patchkit.streaming.cache import StreamingCache
 
@@ -40,7 +42,8 @@ def kind_of(step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     shapes = tuple((name, value.shape, value.dtype) for name, value in kwargs.items() if torch.is_tensor(value))
     masks = tuple(mask.shape for mask in step.masks)
     layer: Any = step.layers[0]
-    return shapes, masks, layer.keys.shape, layer.keys.dtype, torch.is_inference_mode_enabled(), autocast_of(layer.keys.device)
+    modes = torch.is_inference_mode_enabled(), autocast_of(layer.keys.device), os.environ.get(VARIABLE)
+    return shapes, masks, layer.keys.shape, layer.keys.dtype, *modes
 
 
 def _fixed_step(decoder: Any, cache: FixedCache, kwargs: dict[str, Any]) -> StepCache:

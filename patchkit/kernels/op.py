@@ -42,11 +42,12 @@ from typing import Any, overload
 
 import torch
 
-from patchkit._compat.products import has_tangent, is_dispatch_watched, is_plain
+from patchkit._compat.products import ENVIRONMENT, has_tangent, is_dispatch_watched, is_plain
 from patchkit.errors import KernelError
 from patchkit.kernels.native import load_direct
 
 VARIABLE = "PATCHKIT_KERNELS"
+_KEY: Any = os.environ.encodekey(VARIABLE)  # type: ignore[attr-defined]
 _LIBRARY = torch.library.Library("patchkit", "FRAGMENT")
 _ops: dict[str, Op] = {}
 
@@ -109,13 +110,13 @@ class Op:
             self._no_gradient(None)
         # The dispatcher costs 50 microseconds of Python per call. Nobody but these can want to see the call pass through it.
         if torch.compiler.is_compiling():
-            direct = self._direct is not None and args[0].is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            direct = self._is_direct() and args[0].is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
             return (self._direct if direct else self._call)(*args)  # type: ignore[misc]
         if torch.is_grad_enabled() or is_dispatch_watched() or _holds_wrapper(args):
             if any(torch.is_tensor(arg) and has_tangent(arg) for arg in args):  # torch would give a derivative of zero
                 raise KernelError(f"patchkit's op {self.name} has no derivative in forward mode: unpatch_model before jvp")
             return self._call(*args)
-        if self._direct is not None and VARIABLE not in os.environ and self._serves_directly(*args):  # type: ignore[misc]
+        if self._is_direct() and self._serves_directly(*args):  # type: ignore[misc]
             return self._direct(*args)
         return self._dispatch(*args)
 
@@ -133,8 +134,11 @@ class Op:
 
     @property
     def form(self) -> str:
-        """Name under which compiled code of a CPU calls this op: of its direct form, if that is loaded."""
-        return self.name if self._direct is None else f"{self.name}_direct"
+        """Name under which code of a CPU calls this op: of its direct form, if that is loaded and `VARIABLE` leaves the choice."""
+        return f"{self.name}_direct" if self._is_direct() else self.name
+
+    def _is_direct(self) -> bool:
+        return self._direct is not None and _KEY not in ENVIRONMENT
 
     def load_direct(self) -> str | None:
         """Compile (once per machine) and load the direct form; return the reason where there is none, and the op works as before."""

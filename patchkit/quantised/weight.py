@@ -88,12 +88,13 @@ class QuantisedWeight(torch.Tensor):
         return made(self.qdata, self.scale, self.dtype, self.activation, not self.transposed, *self.own_options())
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["qdata", "scale"], (self.dtype, *self._options())
+        # With the form of the op, so that torch traces again where that changes.
+        return ["qdata", "scale"], (self.op.form, self.dtype, *self._options())
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any) -> Any:
         made: Any = cls
-        return made(inner["qdata"], inner["scale"], *context)
+        return made(inner["qdata"], inner["scale"], *context[1:])
 
     def _stable_hash_for_caching(self) -> str:
         """A string of everything that compiled code may depend on, for torch's cache on disk."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from tiny_configs import tiny_model
 
+from patchkit import patch_model
+from patchkit.int8.weight import Int8Weight
 from patchkit.kernels import native
+from patchkit.kernels.int8_linear import int8_linear
 from patchkit.kernels.op import VARIABLE, Op, available_ops
 
 OPS = [op for op in available_ops().values() if op._serves_directly is not None]
@@ -19,6 +24,7 @@ OPS = [op for op in available_ops().values() if op._serves_directly is not None]
 def direct(request: pytest.FixtureRequest) -> Op:
     if (reason := request.param.load_direct()) is not None:
         pytest.skip(reason)
+    torch.compiler.reset()  # the tests compile one function for each op, and torch counts all of these together
     return request.param
 
 
@@ -75,6 +81,43 @@ def test_the_variable_is_obeyed(direct: Op, in_python: list[str], monkeypatch: p
     assert torch.equal(compiled(*args), expected)
     monkeypatch.setenv(VARIABLE, "native")
     assert torch.equal(compiled(*args), direct.backends["native"].run(*args))
+
+
+def test_no_native_code_reads_the_environment(direct: Op) -> None:
+    """torch has released Python's lock there, and the C library's getenv reads what setenv frees: another thread that changes os.environ
+    would crash the process, now and then. The names of the functions that a library calls are in its file."""
+    for name in (direct.name, f"{direct.name}_direct"):
+        library = native._compiled(Path(native.__file__).with_name(f"{name}.cpp"), native._compiler() or "")
+        names = library.read_bytes()
+        assert b"patchkit_" in names
+        assert b"getenv" not in names, name
+
+
+def test_compiled_models_follow_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of patchkit's own steps and of torch.compile on an int8 model, whose op is chosen behind dynamo."""
+    if (reason := int8_linear.load_direct()) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32)
+    layer.weight = torch.nn.Parameter(Int8Weight.quantize(layer.weight), requires_grad=False)
+    x, called = torch.randn(1, 64), []
+    reference = int8_linear.reference
+    monkeypatch.setattr(int8_linear, "reference", lambda *args: (called.append("layer"), reference(*args))[1])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    model = patch_model(tiny_model("llama"), "int8(scope='all', mode=weight_only) + compile(backend=aot_eager)", verbose=False)
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        compiled(x)
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert not called
+        monkeypatch.setenv(VARIABLE, "reference")
+        compiled(x)
+        assert called
+        called.clear()
+        before = model(ids[:, :1], use_cache=True)  # a prompt of one token is no step yet
+        called.clear()
+        model(ids[:, 1:2], past_key_values=before.past_key_values)
+        assert len(called) >= 14  # seven products in each of two layers
 
 
 def test_where_a_gradient_is_asked_for_the_op_says_that_it_has_none(direct: Op) -> None:

@@ -41,7 +41,7 @@ def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
     if platform.system() != "Linux":
         return None, f"C++ kernels are compiled on Linux only, this is {platform.system()}"
     source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = next((path for path in map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"]) if path), None)
+    compiler = _compiler()
     if compiler is None:
         return None, "there is no C++ compiler: install g++ or set CXX"
     try:
@@ -53,6 +53,10 @@ def load(name: str, signature: tuple[Any, ...]) -> tuple[Any, str | None]:
     function = getattr(library, f"patchkit_{name}")
     function.argtypes = signature
     return function, None
+
+
+def _compiler() -> str | None:
+    return next((path for path in map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"]) if path), None)
 
 
 def load_direct(name: str) -> str | None:

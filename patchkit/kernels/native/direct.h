@@ -1,6 +1,7 @@
 // What functions share that torch's dispatcher calls without Python in between, through torch's stable ABI (torch 2.10 or newer).
 //
 // A direct form has the schema of its op and serves the common case: dense fp32 rows on a CPU. It hands every other call to the op.
+// It does not read PATCHKIT_KERNELS: torch has released Python's lock here, and getenv crashes while another thread changes os.environ.
 
 #pragma once
 
@@ -9,8 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <string>
 
@@ -18,12 +17,6 @@ namespace direct {
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
-
-// Whether PATCHKIT_KERNELS leaves the choice of the form, or asks for this one. Python's os.environ writes what getenv reads.
-inline bool is_wanted() {
-    const char* wanted = std::getenv("PATCHKIT_KERNELS");
-    return wanted == nullptr || std::strcmp(wanted, "auto") == 0 || std::strcmp(wanted, "native") == 0;
-}
 
 inline bool is_dense(const Tensor& tensor, ScalarType dtype) {
     return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous();

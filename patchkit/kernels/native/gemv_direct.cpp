@@ -10,7 +10,7 @@ constexpr int kFloatKind = 0;
 
 direct::Tensor gemv_direct(direct::Tensor x, direct::Tensor weight, std::optional<direct::Tensor> bias) {
     using direct::ScalarType;
-    const bool served = direct::is_wanted() && weight.dim() == 2 && weight.numel() > 0 && direct::is_dense(x, ScalarType::Float) &&
+    const bool served = weight.dim() == 2 && weight.numel() > 0 && direct::is_dense(x, ScalarType::Float) &&
                         direct::is_dense(weight, ScalarType::Float) && direct::has_few_rows(x, weight.size(1), kMostDirectRows) &&
                         (!bias.has_value() || direct::is_vector(*bias, weight.size(0)));
     if (!served) return direct::call("patchkit::gemv", x, weight, bias);

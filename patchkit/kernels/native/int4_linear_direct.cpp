@@ -14,7 +14,7 @@ direct::Tensor int4_linear_direct(direct::Tensor x, direct::Tensor weight, direc
     const std::string activation = direct::taken(activation_handle);
     const int64_t n = unit.dim() == 1 ? unit.size(0) : 0, k = x.dim() ? x.size(-1) : 0;
     const int64_t per_output = group / 2, symmetric = kOutputs * (2 + per_output), asymmetric = kOutputs * (4 + per_output);
-    const bool served = direct::is_wanted() && n > 0 && k > 0 && (group == 32 || group == 128) && direct::is_dense(x, ScalarType::Float) &&
+    const bool served = n > 0 && k > 0 && (group == 32 || group == 128) && direct::is_dense(x, ScalarType::Float) &&
                         direct::has_few_rows(x, k, kLevel == kPlain ? kMostPlainRows : kAnyRows) && direct::is_vector(unit, n) &&
                         direct::is_dense(weight, ScalarType::Byte) && weight.dim() == 3 &&
                         weight.size(0) == (n + kOutputs - 1) / kOutputs && weight.size(1) == (k + group - 1) / group &&

@@ -15,7 +15,7 @@ direct::Tensor int8_linear_direct(direct::Tensor x, direct::Tensor weight, direc
     const int planes = activation == "int8" ? 1 : 2;
     const bool is_matrix = weight.dim() == 2;
     const int64_t n = is_matrix ? weight.size(0) : 0, k = is_matrix ? weight.size(1) : 0;
-    const bool served = direct::is_wanted() && direct::is_dense(x, ScalarType::Float) && direct::is_dense(weight, ScalarType::Char) &&
+    const bool served = direct::is_dense(x, ScalarType::Float) && direct::is_dense(weight, ScalarType::Char) &&
                         direct::is_vector(scale, n) && n > 0 && k <= kMostFeatures && direct::has_few_rows(x, k, kMostBytes / planes) &&
                         (!bias.has_value() || direct::is_vector(*bias, n));
     if (!served) return direct::call("patchkit::int8_linear", x, weight, scale, bias, activation);
