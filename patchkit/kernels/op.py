@@ -47,7 +47,7 @@ from patchkit.errors import KernelError
 from patchkit.kernels.native import load_direct
 
 VARIABLE = "PATCHKIT_KERNELS"
-_KEY: Any = os.environ.encodekey(VARIABLE)  # type: ignore[attr-defined]
+_KEY: Any = os.environ.encodekey(VARIABLE)
 _LIBRARY = torch.library.Library("patchkit", "FRAGMENT")
 _ops: dict[str, Op] = {}
 
@@ -117,7 +117,7 @@ class Op:
                 raise KernelError(f"patchkit's op {self.name} has no derivative in forward mode: unpatch_model before jvp")
             return self._call(*args)
         if self._is_direct() and self._serves_directly(*args):  # type: ignore[misc]
-            return self._direct(*args)
+            return self._direct(*args)  # type: ignore[misc]
         return self._dispatch(*args)
 
     def direct(self, serves: Callable[..., bool]) -> Callable[..., bool]:
