@@ -63,11 +63,13 @@ class Batch:
         refresh_patches(call.model)
         self.speculation, self.model = speculation, call.model
         self.rows = rows
+        self._is_lent = False  # the cache is a row of another batch's buffers
         cache = call.model_kwargs[_compat.CACHE]
         if call.own_cache and cache.get_seq_length() == 0 and type(cache) in (_compat.DynamicCache, FixedCache):
             tokens = min(call.config.max_length or 1, _MOST_ROOM)
             spare = beside.cache.lend(tokens) if beside is not None and beside.cached.ragged and len(rows) == 1 else None
             cache = make_cache(self.model, tokens, speculation.compiled) if spare is None else spare
+            self._is_lent = spare is not None
         past, state = cache.get_seq_length(), self.rows.state
         self.cached = CachedModel(self.model, cache, list(state.pads), speculation.ragged, past)
         drafter, constraint = speculation.drafter, self.rows.constraint
@@ -88,6 +90,7 @@ class Batch:
         self._count_reused()
         self._unfed = state.tokens[:, self.cached.fed[0] : prompt]
         self._chunk = chunk or prompt
+        self._gathered: list[int] | None = None  # lengths of prompts that are fed in one forward
         self._is_new = True
         self._closed = self._working = False
 
@@ -98,41 +101,57 @@ class Batch:
 
     @property
     def unfed(self) -> int:
-        """Tokens of every prompt that were not fed yet."""
-        return self._unfed.shape[1]
+        """Tokens of all prompts that were not fed yet, filler included."""
+        return self._unfed.numel()
 
     def prefill(self, most: int | None = None) -> bool:
         """Feed the prompt, or the next ``most`` tokens of it; return whether all of it is fed, and every row has its first token.
 
-        Under `prefix_cache`, forwards end at its borders instead, and so at fixed places of the prompt: up to a block more is fed.
+        Under `prefix_cache`, forwards end at its borders instead, and so at fixed places of the prompt: up to a block more is fed. Prompts
+        of several batches (`gather`) are fed at once.
         """
         started = time.perf_counter()
         with self._at_work():
-            if self._prefixed is not None and len(self.rows) > 1 and not self.cached.fed[0]:
-                self._hidden += self._prefixed.feed_rows(self.cached, lambda: self.speculation.hidden)
-                self._count_reused()
-                self._unfed = self._prefixed.prompts[:, self.cached.fed[0] :]
-            fed, size = 0, self._unfed.shape[1]
-            while fed < size and (most is None or fed < most):
-                count = min(self._chunk, size - fed)
-                if self._prefixed is not None:
-                    count = self._prefixed.piece(self.cached.fed[0], count)
-                elif most is not None:
-                    count = min(count, most - fed)
-                logits = self.cached.forward(self._unfed[:, fed : fed + count], only_last=True)
-                self.cached.keep([count] * len(self._unfed))
-                fed += count
-                if self.speculation.hidden is not None:
-                    self._hidden.append(self.speculation.hidden)
-                if self._prefixed is not None:
-                    self._prefixed.keep(self.cache, self.cached.fed[0], self._hidden)
-            self._unfed = self._unfed[:, fed:]
-            if not self._unfed.shape[1]:
-                if self._prefixed is not None:
-                    logits, self._hidden = self._prefixed.repeat(self.cached, logits, self._hidden)
-                self._begin(logits[:, -1:])
+            if self._gathered is not None:
+                self._feed_gathered(self._gathered)
+            else:
+                self._feed(most)
         self.statistics.prefill_ms += 1000 * (time.perf_counter() - started)
         return not self._unfed.shape[1]
+
+    def _feed(self, most: int | None) -> None:
+        """Feed prompts of equal lengths, or ``most`` tokens of them."""
+        if self._prefixed is not None and len(self.rows) > 1 and not self.cached.fed[0]:
+            self._hidden += self._prefixed.feed_rows(self.cached, lambda: self.speculation.hidden)
+            self._count_reused()
+            self._unfed = self._prefixed.prompts[:, self.cached.fed[0] :]
+        fed, size = 0, self._unfed.shape[1]
+        while fed < size and (most is None or fed < most):
+            count = min(self._chunk, size - fed)
+            if self._prefixed is not None:
+                count = self._prefixed.piece(self.cached.fed[0], count)
+            elif most is not None:
+                count = min(count, most - fed)
+            logits = self.cached.forward(self._unfed[:, fed : fed + count], only_last=True)
+            self.cached.keep([count] * len(self._unfed))
+            fed += count
+            if self.speculation.hidden is not None:
+                self._hidden.append(self.speculation.hidden)
+            if self._prefixed is not None:
+                self._prefixed.keep(self.cache, self.cached.fed[0], self._hidden)
+        self._unfed = self._unfed[:, fed:]
+        if not self._unfed.shape[1]:
+            if self._prefixed is not None:
+                logits, self._hidden = self._prefixed.repeat(self.cached, logits, self._hidden)
+            self._begin(logits[:, -1:])
+
+    def _feed_gathered(self, lengths: list[int]) -> None:
+        """Feed prompts of these lengths."""
+        logits = self.cached.feed_prompts(self._unfed, lengths)
+        self._unfed = self._unfed[:, :0]
+        if self.speculation.hidden is not None:
+            self._hidden.append(self.speculation.hidden)
+        self._begin(logits)
 
     def round(self) -> None:
         """Draft, verify, accept and commit; rows that have ended leave."""
@@ -164,24 +183,47 @@ class Batch:
                 controller.observe(record)
             self._count(record, members)
 
+    @property
+    def is_gatherable(self) -> bool:
+        """Whether prompts of this batch can be fed in one forward with others: nothing was fed of it, nor is kept by a prefix cache."""
+        is_whole = self._gathered is not None or (len(self.rows) == 1 and self._chunk >= self._unfed.shape[1])
+        return is_whole and self._prefixed is None and not self._is_lent and self.cached.is_unfed
+
+    def gathers(self, other: Batch) -> bool:
+        """Whether `gather` can be called with another batch of the same model."""
+        return self.is_gatherable and other.is_gatherable and self._is_like(other)
+
+    def gather(self, other: Batch) -> None:
+        """Have the rows of another batch too, whose prompt is then fed in one forward with this one's; do not use the other any more.
+
+        To read the weights once for several short prompts takes much less time than to read them for each.
+        """
+        lengths = self._gathered or self.rows.state.lengths
+        self._gathered = lengths + other.rows.state.lengths
+        self.cached.gather(other.cached)
+        self._take_rows(other)
+        self._unfed = self.rows.state.tokens[:, : max(self._gathered)]
+
     def joins(self, other: Batch) -> bool:
         """Whether `join` can be called with another batch of the same model, whose prompts are fed."""
-        own, joining = (_unforced(batch.session) for batch in (self, other))
-        vocabularies = {id(batch.rows.constraint.vocabulary) for batch in (self, other) if batch.rows.constraint is not None}
-        return (
-            bool(len(self.rows) and len(other.rows))
-            and self.cached.joins(other.cached)
-            and type(own) is type(joining)
-            and not own.aligned
-            and len(vocabularies) <= 1
-        )
+        return bool(len(self.rows) and len(other.rows)) and self.cached.joins(other.cached) and self._is_like(other)
 
     def join(self, other: Batch) -> None:
         """Go on with the rows of another batch too, which must not be used any more; `joins` tells whether that can be done."""
+        self.cached.join(other.cached)
+        self._take_rows(other)
+
+    def _is_like(self, other: Batch) -> bool:
+        """Whether rows of both can be in one batch, as far as drafters and grammars go."""
+        own, joining = (_unforced(batch.session) for batch in (self, other))
+        vocabularies = {id(batch.rows.constraint.vocabulary) for batch in (self, other) if batch.rows.constraint is not None}
+        return type(own) is type(joining) and not own.aligned and len(vocabularies) <= 1
+
+    def _take_rows(self, other: Batch) -> None:
+        """Append the rows of another batch; the caches have them already."""
         self._wrap(other.rows.constraint)
         other._wrap(self.rows.constraint)
         self.session.join(other.session)
-        self.cached.join(other.cached)
         self.rows.join(other.rows)
         self.statistics.absorb(other.statistics)
         self.judge = judge_for(self.rows, self.speculation.acceptance)
@@ -238,7 +280,7 @@ class Batch:
         self._commit(None, logits, self._accept(None, logits), fed=False)
         if self.speculation.watching:
             hidden = torch.cat(self._hidden, 1)
-            self.session.observe(hidden, [hidden.shape[1]] * len(hidden))
+            self.session.observe(hidden, self._gathered or [hidden.shape[1]] * len(hidden))
         self._hidden.clear()
         self.statistics.memory_bytes = cache_bytes(self.cached.cache)
         self._drop(self.rows.ended())

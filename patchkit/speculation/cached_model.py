@@ -161,6 +161,42 @@ class CachedModel:
             if isinstance(self.cache, RaggedCache):
                 self.cache.verifying = True
 
+    def feed_prompts(self, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Feed prompts of different lengths in one forward, and keep them; nothing was fed before.
+
+        The filler after a prompt is rolled back. No token of the prompt sees it, because tokens see none that come after them.
+
+        Args:
+            tokens: [R, T] int64; of row r the first ``lengths[r]`` are the prompt.
+
+        Returns:
+            Logits [R, 1, V] after the last token of each prompt.
+        """
+        ends = torch.tensor(lengths, device=tokens.device) - 1
+        wanted, number = ends.unique(return_inverse=True)
+        kwargs: dict[str, Any] = {"input_ids": tokens, _compat.CACHE: self.cache, "use_cache": True}
+        if "position_ids" in self._arguments:
+            kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        if "logits_to_keep" in self._arguments:
+            kwargs["logits_to_keep"] = wanted
+        logits = self.model(**kwargs).logits
+        if logits.shape[1] == len(wanted):
+            ends = number
+        self.cache.keep(tokens.shape[1], lengths)
+        self.fed = list(lengths)
+        return logits[torch.arange(len(lengths), device=tokens.device), ends][:, None]
+
+    @property
+    def is_unfed(self) -> bool:
+        """Whether `gather` can be called: nothing was fed, no row is padded, and rows may advance by different numbers of tokens."""
+        return self.ragged and not any(self.fed + self.pads)
+
+    def gather(self, other: CachedModel) -> None:
+        """Have the rows of another cache of the same model too, for `feed_prompts`."""
+        if other.cache.room > self.cache.room:
+            self.cache = other.cache
+        self.fed, self.pads = self.fed + other.fed, self.pads + other.pads
+
     def joins(self, other: CachedModel) -> bool:
         """Whether `join` can be called: both have been fed, and let rows advance by different numbers of tokens."""
         return self.ragged and other.ragged and self._rollback == other._rollback == "crop"

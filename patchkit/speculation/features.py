@@ -46,7 +46,7 @@ class FeatureSession(Session):
             self.known[row] = known + count - skip
 
     def join(self, other: Any) -> None:
-        self.pads = self.pads + other.pads
+        self.pads, self.prompt = self.pads + other.pads, max(self.prompt, other.prompt)
         if self.features is None or other.features is None:
             return  # neither has seen its prompt
         room = max(self.features.shape[1], other.features.shape[1])

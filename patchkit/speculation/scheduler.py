@@ -79,7 +79,7 @@ class Scheduler:
         self._most_padding = max(_PADDING, sum(each.numel() * each.element_size() for each in model.parameters()) // 2)
         self._speculation = speculation_of(model)
         self._waiting: deque[_Waiting] = deque()
-        self._incoming: Batch | None = None
+        self._incoming: list[Batch] = []  # whose prompts are fed, one after the other
         self._batches: list[Batch] = []
 
     @property
@@ -174,7 +174,7 @@ class Scheduler:
             self.cancel(row)
 
     def _all(self) -> list[Batch]:
-        return self._batches + ([self._incoming] if self._incoming is not None else [])
+        return self._batches + self._incoming
 
     def _sweep(self) -> None:
         """Forget batches that have no rows any more."""
@@ -182,35 +182,53 @@ class Scheduler:
             if not len(batch.rows):
                 batch.publish()
         self._batches = [batch for batch in self._batches if len(batch.rows)]
-        if self._incoming is not None and not len(self._incoming.rows):
-            self._incoming = None
+        self._incoming = [batch for batch in self._incoming if len(batch.rows)]
 
     def _admit(self) -> None:
         """Feed a part of the waiting prompts, and let those that are fed join the others."""
         self._pace.begin(sum(len(batch.rows) for batch in self._batches))
-        while self._incoming is not None or (self._waiting and self.running < self.slots):
-            most = self._pace.next((self._waiting[0].row if self._incoming is None else self._incoming.rows.rows[0]).prompt)
+        while self._incoming or (self._waiting and self.running < self.slots):
+            most = self._pace.next((self._incoming[0].rows.rows[0] if self._incoming else self._waiting[0].row).prompt)
             if not most:
                 return
-            if self._incoming is None:
-                self._incoming = self._started(self._waiting.popleft())
-                if self._incoming is None:
-                    continue
-            batch = self._incoming
+            if not self._incoming:
+                self._start(most)
+                continue
+            batch = self._incoming[0]
             before, started = batch.unfed, time.perf_counter()
             fed = self._guarded([batch], functools.partial(batch.prefill, most))
             if self.model.device.type != "cpu":
                 torch.accelerator.synchronize(self.model.device.type)  # else the next round would wait for it, and be timed with it
             self._pace.fed(before - batch.unfed, time.perf_counter() - started)
             if fed and len(batch.rows):
-                self._incoming = None
+                self._incoming.remove(batch)
                 self._place(batch)
             self._sweep()
 
-    def _started(self, waiting: _Waiting) -> Batch | None:
+    def _start(self, most: int) -> None:
+        """Take the next prompt out of the queue, and those behind it that are fed in one forward with it."""
+        lengths: list[int] = []
+        while self._waiting and self.running < self.slots:
+            if lengths and not (self._incoming[0].is_gatherable and _go_together(lengths, self._waiting[0].row.prompt, most)):
+                return
+            waiting = self._waiting.popleft()
+            others = bool(lengths) or (bool(self._waiting) and _go_together([waiting.row.prompt], self._waiting[0].row.prompt, most))
+            batch = self._started(waiting, beside=not others)
+            if batch is None:
+                continue
+            lengths.append(waiting.row.prompt)
+            if len(lengths) == 1 or not self._incoming[0].gathers(batch):
+                self._incoming.append(batch)
+            else:
+                self._incoming[0].gather(batch)
+            if len(self._incoming) > 1:
+                return
+
+    def _started(self, waiting: _Waiting, beside: bool) -> Batch | None:
+        """Return a batch of one sequence, or None after an error; with its keys beside those of a running batch, if asked for."""
+        near = (each for each in self._batches if self._is_near(each, [waiting.call.input_ids.shape[1]])) if beside else iter(())
         try:
-            beside = next((each for each in self._batches if self._is_near(each, [waiting.call.input_ids.shape[1]])), None)
-            return waiting.context.run(Batch, self._speculation, waiting.call, waiting.rows, beside)
+            return waiting.context.run(Batch, self._speculation, waiting.call, waiting.rows, next(near, None))
         except BaseException as error:
             waiting.row.finish, waiting.row.error = "error", error
             if not isinstance(error, Exception):
@@ -245,3 +263,9 @@ class Scheduler:
                 self._sweep()
                 raise
             return None
+
+
+def _go_together(lengths: list[int], other: int, most: int) -> bool:
+    """Whether prompts of these lengths and another are fed in one forward, of up to ``most`` tokens with at most a third of filler."""
+    fed = (1 + len(lengths)) * max(*lengths, other)
+    return fed <= most and 3 * (sum(lengths) + other) >= 2 * fed

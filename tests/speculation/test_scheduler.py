@@ -120,9 +120,54 @@ def test_heads_draft_for_rows_that_join(heads: str) -> None:
     requests = [(tokenizer(text, return_tensors="pt").input_ids, {"max_new_tokens": 6 + 5 * i}) for i, text in enumerate(BEGINNINGS)]
     expected = [alone(model, ids, do_sample=False, **options) for ids, options in requests]
     with patched(model, f"speculative(draft={heads}, k=3)", verbose=False):
-        rows = served(Scheduler(model, slots=3), requests, seed=0)
+        scheduler = Scheduler(model, slots=3)
+        rows = served(scheduler, requests, seed=0)
+        together = [scheduler.submit(ids, pad_token_id=0, **options) for ids, options in requests]
+        scheduler.run()
         assert statistics_of(model).accepted > 0
+    assert [row.new for row in rows] == [row.new for row in together] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma2", "bloom"])
+def test_prompts_that_wait_are_fed_in_one_forward(name: str) -> None:
+    model, plain = tiny_model(name), tiny_model(name)
+    generator = torch.Generator().manual_seed(4)
+    # The fourth is too long to go with the others, and one forward has room for 40 tokens.
+    lengths = (8, 6, 9, 30, 7, 9, 9, 8, 9)
+    prompts = [torch.randint(3, 128, (1, length), generator=generator) for length in lengths]
+    options: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None, "do_sample": False}
+    expected = [alone(plain, ids, **options) for ids in prompts]
+    shapes = []
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=9, prefill=40)
+        hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+        rows = [scheduler.submit(ids, pad_token_id=0, **options) for ids in prompts]
+        scheduler.step()
+        scheduler.step()
+        assert shapes[0] == (3, 9)
+        scheduler.run()
+        hook.remove()
     assert [row.new for row in rows] == expected
+    assert sum(rows * tokens for rows, tokens in shapes if tokens > 5) <= 40 + sum(lengths)
+
+
+def test_one_of_prompts_that_are_fed_together_may_end_at_once() -> None:
+    """By its length, by its end token, or because another's first token has it cancelled."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    prompts = prompts_of(12, seed=9)[1:12:3]
+    first = alone(plain, prompts[2], max_new_tokens=1, do_sample=False)[0]
+    limits, rows = (9, 1, 9, 9), list[Row]()
+    with patched(model, "speculative(k=2)", verbose=False):
+        scheduler = Scheduler(model, slots=4)
+        for number, (ids, most) in enumerate(zip(prompts, limits, strict=True)):
+            sink = (lambda new: scheduler.cancel(rows[3])) if number == 0 else None
+            ends = first if number == 2 else None
+            rows.append(scheduler.submit(ids, max_new_tokens=most, eos_token_id=ends, pad_token_id=0, do_sample=False, on_tokens=sink))
+        scheduler.run()
+    assert [row.finish for row in rows] == ["length", "length", "stop", "cancelled"]
+    assert [len(row.new) for row in rows[1:]] == [1, 1, 1]
+    for row, ids in zip(rows, prompts, strict=True):
+        assert row.new == alone(plain, ids, max_new_tokens=len(row.new), eos_token_id=None, do_sample=False)
 
 
 def test_rows_of_every_kind_share_a_batch() -> None:
