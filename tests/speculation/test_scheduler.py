@@ -140,7 +140,9 @@ def test_prompts_that_wait_are_fed_in_one_forward(name: str) -> None:
     shapes = []
     with patched(model, "speculative(k=2)", verbose=False):
         scheduler = Scheduler(model, slots=9, prefill=40)
-        hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+        hook = model.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
         rows = [scheduler.submit(ids, pad_token_id=0, **options) for ids in prompts]
         scheduler.step()
         scheduler.step()
