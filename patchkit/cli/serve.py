@@ -40,6 +40,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; a request for more gets status 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text.")] = 4096,
     prefill: Annotated[int, typer.Option(min=1, help="Most tokens of waiting prompts that are fed between two rounds.")] = 512,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the model on a CPU; default: torch's, or one less if that is timed to be faster.")
+    ] = None,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that texts have to end after SIGTERM.")] = 60.0,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "cpu",
@@ -84,7 +87,15 @@ def serve(
     patch(loaded, chosen)
     served = name or Path(model).name
     asgi = application(
-        loaded, tokenizer, name=served, max_rows=max_rows, max_queue=max_queue, max_tokens=max_tokens, prefill=prefill, api_key=key
+        loaded,
+        tokenizer,
+        name=served,
+        max_rows=max_rows,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        prefill=prefill,
+        threads=threads,
+        api_key=key,
     )
     address, number = bound.getsockname()[:2]
     where = f"[{address}]" if ":" in address else address

@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from patchkit.serving.api_error import ApiError
 from patchkit.serving.choice import Choice, End, Piece, deliver
 from patchkit.serving.metrics import Metrics
 from patchkit.serving.patching import base_of, claim, make_speculative, release
+from patchkit.serving.threads import measured_threads
 from patchkit.speculation import Row, Scheduler
 from patchkit.views import cache_bytes
 
@@ -38,6 +41,7 @@ class Engine:
         max_rows: choices that are generated at the same time.
         max_queue: choices that may wait beside those.
         prefill: most tokens of waiting prompts that are fed between two rounds; see `Scheduler`.
+        threads: with which the model computes on a CPU; None to choose them by timing (`patchkit.serving.threads`).
 
     Attributes:
         metrics: its figures.
@@ -46,12 +50,15 @@ class Engine:
         running, waiting: choices that have a slot, and that have none yet, after the last round.
     """
 
-    def __init__(self, model: Any, metrics: Metrics, max_rows: int = 8, max_queue: int = 64, prefill: int = 512) -> None:
-        for name, value in (("max_rows", max_rows), ("max_queue", max_queue), ("prefill", prefill)):
+    def __init__(
+        self, model: Any, metrics: Metrics, max_rows: int = 8, max_queue: int = 64, prefill: int = 512, threads: int | None = None
+    ) -> None:
+        given = {"max_rows": max_rows, "max_queue": max_queue, "prefill": prefill, "threads": 1 if threads is None else threads}
+        for name, value in given.items():
             if value < (name != "max_queue"):
                 raise ValueError(f"{name}={value}: give at least {int(name != 'max_queue')}")
         self.model, self.metrics = base_of(model), metrics
-        self.max_rows, self.max_queue, self.prefill = max_rows, max_queue, prefill
+        self.max_rows, self.max_queue, self.prefill, self.threads = max_rows, max_queue, prefill, threads
         self.draining = False
         self.dead: BaseException | None = None
         self.running = self.waiting = 0
@@ -88,6 +95,7 @@ class Engine:
         try:
             self._undo = make_speculative(self.model)
             self._schedulers = self._new_schedulers()
+            self._threads = self.threads or measured_threads(self.model, self.max_rows)
         except BaseException:
             release(self.model)
             raise
@@ -152,6 +160,14 @@ class Engine:
         return [Scheduler(self.model, self.max_rows, self.prefill), Scheduler(self.model, 1, self.prefill)]
 
     def _run(self) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            self._work()
+        finally:
+            torch.set_num_threads(before)  # part of this number is the whole process's
+
+    def _work(self) -> None:
         commands: list[Callable[[], None]] = []
         try:
             while True:
