@@ -12,6 +12,7 @@ from patchkit.definitions.forward import NoDefinition as NoDefinition
 from patchkit.definitions.forward import keeps_some as keeps_some
 from patchkit.definitions.forward import logits_at as logits_at
 from patchkit.definitions.hybrid import hybrid_logits as hybrid_logits
+from patchkit.definitions.memory import memory_logits as memory_logits
 from patchkit.definitions.rounded import rounded_logits as rounded_logits
 from patchkit.definitions.rounded_in_groups import rounded_in_groups as rounded_in_groups
 from patchkit.definitions.window import window_logits as window_logits

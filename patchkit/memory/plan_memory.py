@@ -33,7 +33,7 @@ class MemoryOptions(Protocol):
 
 
 # Distances stay below this where a model has no limit.
-_NO_LIMIT = 8192
+NO_LIMIT = 8192
 
 # R is this part of the positions that a model was made for, about: moving rounds keys once more, and a larger R leaves L smaller.
 _TURNS = 8
@@ -70,7 +70,7 @@ def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[Atte
             count = heads[layer.index]
             raise ValueError(f"shared={shared}: layer {layer.index} of {name} has {count} kv heads, so give a divisor of that")
     slots = _budgets(options, target, chosen, heads)
-    far, turn = distances(target.position_limit or _NO_LIMIT, options)
+    far, turn = distances(target.position_limit or NO_LIMIT, options)
     rules: dict[int, LayerRule] = {}
     for layer in chosen:
         pool = shared or max(n for n in range(1, MOST_SHARED + 1) if heads[layer.index] % n == 0)

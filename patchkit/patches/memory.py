@@ -15,14 +15,17 @@ Differs from the paper in five ways:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 from patchkit.anatomy.layers import AttentionLayer
 from patchkit.anatomy.target import Target
+from patchkit.definitions import memory_logits
 from patchkit.handle import Handle
 from patchkit.memory.install import install_memory
-from patchkit.memory.plan_memory import plan_memory
+from patchkit.memory.plan_memory import NO_LIMIT, plan_memory
+from patchkit.memory.rule import MemoryRule
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
 from patchkit.streaming.plans import check_layers
 from patchkit.streaming.rule import Plan
@@ -94,8 +97,21 @@ class Memory(Patch):
         install_memory(target, handle, *self._plan(target))
 
     def promises(self, target: Target) -> Promises:
-        plan, _ = self._plan(target)
-        return Promises(same_up_to=plan.main.capacity, definition=None, bounded=plan.owns_all)
+        plan, owned = self._plan(target)
+        slots = {}
+        for layer in owned:
+            rule = plan.rules[layer.index]
+            if isinstance(rule, MemoryRule):
+                slots[layer.name] = rule.slots[layer.index], rule.shared
+        definition = functools.partial(
+            memory_logits,
+            slots=slots,
+            sinks=self.sinks,
+            window=self.window,
+            block=self.block,
+            limit=target.position_limit or NO_LIMIT,
+        )
+        return Promises(same_up_to=plan.main.capacity, definition=definition, bounded=plan.owns_all)
 
     def exercised(self) -> Memory:
         window = min(self.window, _SHORT)

@@ -1,0 +1,165 @@
+"""Definition of attention with sinks, a window, and slots with the most distinct of what has left the window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from patchkit import _compat
+from patchkit.definitions.forward import NoDefinition, hooks_removed, logits_at
+
+if TYPE_CHECKING:
+    from patchkit.record import PatchReport
+
+# Arguments of attention that are computed here, and those that do not change a softmax over all keys.
+_COMPUTED = {"scaling", "softcap", "s_aux"}
+_WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_hidden_states"}
+
+# Rotary embeddings whose frequencies follow the largest position.
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Sizes of the rule of one layer, in tokens; ``slots`` per kv head, which ``shared`` of them have in common."""
+
+    sinks: int
+    window: int
+    block: int
+    slots: int
+    shared: int
+    limit: int
+
+    @property
+    def turn(self) -> int:
+        """What is far moves this much closer: an eighth of the limit, in whole blocks."""
+        return max(1, self.limit // 8 // self.block) * self.block
+
+    @property
+    def far(self) -> int:
+        return max(self.window, self.limit - self.turn)
+
+    @property
+    def reach(self) -> int:
+        """No sink is seen from this far."""
+        return max(self.sinks + self.window, self.far + self.turn)
+
+
+def memory_logits(
+    model: Any,
+    ids: torch.Tensor,
+    facts: PatchReport,
+    *,
+    slots: Mapping[str, tuple[int, int]],
+    sinks: int,
+    window: int,
+    block: int,
+    limit: int,
+    at: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits by the rule of `patchkit.memory.slots`, with lists of what each kv head keeps, and scores of all T x T pairs in float64.
+
+    Rows of the sequence run whose tokens are at other positions: there the model computes queries and keys with other rotations. In the
+    first, positions are true. In the second all are 0, so keys have no rotation. Queries of the others are nearer to old keys, as the
+    rule wants. Only differences between positions matter, so nothing is rotated here.
+
+    Args:
+        slots: slots per kv head, and the number of kv heads that share them, by the name of the attention module.
+        block: tokens from one competition to the next.
+        limit: positions that the model was made for.
+
+    Raises:
+        NoDefinition: the model takes no positions, or its attention has an argument that is not known here.
+    """
+    length = ids.shape[1]
+    rules = {id(model.get_submodule(name)): _Rule(sinks, window, block, *counts, limit) for name, counts in slots.items()}
+    positions = torch.arange(length, device=ids.device)
+    rows, options, turns = [positions], {}, 0
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        if "position_ids" not in _compat.argument_names(model):
+            raise NoDefinition(f"{type(model).__name__} takes no position_ids, so keys cannot be had without rotation")
+        first = next(iter(rules.values()))
+        turns = sum(border > first.far for border in range(first.turn, length, first.turn))
+        rows += [0 * positions]
+        rows += [(positions - turn * first.turn).clamp(min=0) for turn in range(1, turns + 1)]
+        if length > first.reach and any(getattr(module, "rope_type", "default") in _BY_LENGTH for module in model.modules()):
+            raise NoDefinition("the rotary embedding depends on the length of the text, which is beyond the positions of this model")
+        if length > first.reach:
+            rows += [positions.clamp(max=first.reach - 1)]
+        # With a mask, transformers takes it for one sequence, whatever the positions.
+        options = {"position_ids": torch.stack(rows), "attention_mask": torch.ones_like(ids).expand(len(rows), -1)}
+    name = "patchkit_definition"
+
+    def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+        rule = rules.get(id(module))
+        if rule is None:
+            output, _ = original(module, query, key, value, mask, **kwargs)
+        else:
+            output = _attend(rule, turns, query, key, value, kwargs).to(query.dtype)[None]
+        # Behind attention all rows are the same again.
+        return output[:1].expand(query.shape[0], -1, -1, -1).contiguous(), None
+
+    implementation = _compat.attention_named(model.config.get_text_config(decoder=True)) or "eager"
+    if implementation not in ("eager", "sdpa"):
+        raise NoDefinition(f"another patch, or {implementation!r}, computes attention too")
+    original = _compat.attention_function(implementation)
+    _compat.register_attention(name, attend, _compat.mask_function(implementation))
+    with hooks_removed([]), _compat.attention_set_to(model, lambda _: name):
+        return logits_at(model, ids.expand(len(rows), -1), at, **options)[:1]
+
+
+def _attend(
+    rule: _Rule, turns: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """Output [T, H, V] in float64 for queries [B, H, T, K], keys [B, G, T, K] and values [B, G, T, V] of the rows of `memory_logits`."""
+    unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _COMPUTED - _WITHOUT_EFFECT
+    if unknown:
+        raise NoDefinition(f"attention takes {', '.join(sorted(unknown))}, whose effect is not written down here")
+    query, key, value = query.double(), key.double(), value[0].double()
+    heads, length, groups = query.shape[1], query.shape[2], key.shape[1]
+    kept = _kept(rule, key[1] if len(key) > 1 else key[0])
+    i, j = torch.arange(length, device=key.device)[:, None], torch.arange(length, device=key.device)[None]
+    sees = ((j <= i) & ((j < rule.sinks) | (i - j < rule.window)))[None] | (kept & (j <= i - rule.window)[None])
+    own = torch.arange(heads, device=key.device) // (heads // groups)
+    all_scores = query @ key[0][own].mT
+    scores = all_scores[0]
+    if len(query) > 1:
+        borders = range(rule.turn, length, rule.turn)
+        moved = sum(((border <= i) & (border - j > rule.far)).long() for border in borders) if turns else torch.zeros_like(i - j)
+        for turn in range(1, turns + 1):
+            scores = torch.where(moved == turn, all_scores[1 + turn], scores)
+        scores = torch.where(j < rule.sinks, all_scores[-1] if length > rule.reach else all_scores[0], scores)
+    scaling = kwargs.get("scaling")
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if kwargs.get("softcap") is not None:
+        scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+    scores = scores.masked_fill(~sees[own], -math.inf)
+    if kwargs.get("s_aux") is not None:  # a score of its own for each head, which has no value
+        scores = torch.cat([scores, kwargs["s_aux"].double()[:, None, None].expand(-1, length, 1)], -1)
+    weights = scores.softmax(-1)[..., :length]
+    return (weights @ value[own]).transpose(0, 1)
+
+
+def _kept(rule: _Rule, keys: torch.Tensor) -> torch.Tensor:
+    """Whether query i finds token j in a slot of each kv head, for keys without rotation [G, T, K]: bool [G, T, T]."""
+    groups, length = keys.shape[:2]
+    found = torch.zeros(groups, length, length, dtype=torch.bool, device=keys.device)
+    pools: list[list[tuple[int, int, int]]] = [[] for _ in range(groups // rule.shared)]
+    for border in range(rule.block, length, rule.block):
+        offered = list(range(max(rule.sinks, border - rule.window), border - rule.window + rule.block))
+        mean = keys[:, :border].mean(1)
+        for group in range(groups if offered else 0):
+            pool = pools[group // rule.shared]
+            cosines = keys[group, offered] @ mean[group] / (keys[group, offered].norm(dim=-1) * mean[group].norm()).clamp(min=1e-8)
+            pool += [(int(score), token, group) for score, token in zip((cosines * 4096).round().tolist(), offered, strict=True)]
+        for pool in pools:
+            pool.sort()
+            del pool[rule.slots * rule.shared :]
+            for _, token, group in pool:
+                found[group, border : border + rule.block, token] = True
+    return found
