@@ -46,12 +46,14 @@ import transformers
 from oracle import OracleUnsupported, oracle_logits
 from tiny_configs import model_types, tiny_model
 
-from patchkit import PatchError, StreamingLLM, _compat, patch_model, report, unpatch_model
+from patchkit import Patch, PatchError, StreamingLLM, _compat, patch_model, report, unpatch_model
+from patchkit.definitions import NoDefinition
 from patchkit.testing import TOLERANCES, assert_restored, logit_error, snapshot
 
 SINKS, WINDOW, LENGTH, CHUNK, PROMPT = 2, 6, 24, 5, 5
 # ids outside of this range are special tokens of some type
 LOW, HIGH = 3, 99
+STREAMING = StreamingLLM(sinks=SINKS, window=WINDOW)
 TOLERANCE = TOLERANCES[torch.float32]
 VERDICTS = ("exact", "refused", "stock broken", "not built", "wrong", "crashed")
 FAILURES = ("wrong", "crashed")
@@ -178,7 +180,16 @@ def stock_errors(model: Any, ids: torch.Tensor) -> dict[str, float]:
     return errors
 
 
-def check_type(model_type: str) -> Row:
+# Logits [1, T, V] of an unpatched model under a patch, for (model, ids), by definition.
+Oracle = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def streamed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of ids [1, T] under `streaming`, by the oracle."""
+    return oracle_logits(model, ids, SINKS, WINDOW)
+
+
+def check_type(model_type: str, patch: Patch = STREAMING, oracle: Oracle = streamed) -> Row:
     """Verdict on one type: build, patch, run, unpatch, compare."""
     ids = text()
     try:
@@ -189,14 +200,14 @@ def check_type(model_type: str) -> Row:
         return Row(model_type, "not built", note=short(error))
     before = snapshot(model)
     try:
-        patch_model(model, StreamingLLM(sinks=SINKS, window=WINDOW), verbose=False)
+        patch_model(model, patch, verbose=False)
     except PatchError as refusal:
         return untouched(before, model, Row(model_type, "refused", note=short(refusal, name=False)))
     with torch.no_grad():
         runs = run_all(model, ids)
         done = report(model).patches[0]
         unpatch_model(model)
-        row = untouched(before, model, compare(model_type, model, ids, runs))
+        row = untouched(before, model, compare(model_type, model, ids, runs, patch, oracle))
     if row.verdict == "exact":
         changed = ", ".join(f"{count} {what}" for what, count in done.changed.items())
         left = "; ".join(f"{what}: {why}" for what, why in done.left_alone.items())
@@ -213,19 +224,19 @@ def untouched(before: Any, model: Any, row: Row) -> Row:
     return row
 
 
-def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs) -> Row:
+def compare(model_type: str, model: Any, ids: torch.Tensor, runs: Runs, patch: Any, oracle: Oracle) -> Row:
     """Verdict on ``runs`` of the patched model; ``model`` is unpatched again."""
     notes: list[str] = []
     continued: torch.Tensor | None
     try:
-        expected = oracle_logits(model, ids, SINKS, WINDOW)
-        continued = None if runs.written is None else oracle_logits(model, runs.written, SINKS, WINDOW)[:, PROMPT - 1 : -1]
+        expected = oracle(model, ids)
+        continued = None if runs.written is None else oracle(model, runs.written)[:, PROMPT - 1 : -1]
         if logit_error(expected, model(input_ids=ids, use_cache=False).logits) < TOLERANCE.differs:
-            notes.append("streaming changes nothing on this model")
-    except OracleUnsupported as error:
+            notes.append(f"{patch.name} changes nothing on this model")
+    except (OracleUnsupported, NoDefinition) as error:
         # weaker: the stock model as long as nothing is evicted, and then the modes against each other
         notes.append(f"no oracle ({error}); weaker check: the text that fits equals stock, and the ways agree")
-        fitting = in_chunks(model, ids[:, : SINKS + WINDOW], 1)
+        fitting = in_chunks(model, ids[:, : patch.sinks + patch.window], 1)
         steps = runs.logits["step by step"]
         expected = fitting if isinstance(steps, Exception) else torch.cat([fitting, steps[:, fitting.shape[1] :]], dim=1)
         continued = runs.replayed
@@ -257,14 +268,12 @@ def check_oracle(model_type: str) -> Row:
     except Exception as error:  # as in check_type
         return Row(model_type, "not built", note=short(error))
     try:
-        streamed = oracle_logits(model, ids, SINKS, WINDOW)
+        found = streamed(model, ids)
     except OracleUnsupported as error:
         return Row(model_type, "refused", note=str(error))
     with torch.no_grad():
-        error = logit_error(streamed[:, : SINKS + WINDOW], model(input_ids=ids[:, : SINKS + WINDOW], use_cache=False).logits)
-    return Row(
-        model_type, "exact" if error < TOLERANCE.logits else "wrong", error, f"differs from stock by {logit_error(streamed, plain):.1e}"
-    )
+        error = logit_error(found[:, : SINKS + WINDOW], model(input_ids=ids[:, : SINKS + WINDOW], use_cache=False).logits)
+    return Row(model_type, "exact" if error < TOLERANCE.logits else "wrong", error, f"differs from stock by {logit_error(found, plain):.1e}")
 
 
 def limited(check: Callable[[str], Row], model_type: str, seconds: int) -> Row:

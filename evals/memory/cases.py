@@ -26,24 +26,35 @@ class Rows:
     keys: list[str]
 
 
-def needles(tokenizer: Any, rows: int, after: int, before: int = 600, spread: int = 64, seed: int = 0, first: int = 0) -> Rows:
-    """Needles ``after`` (give or take ``spread``) tokens before the end of rows of before + after tokens."""
+_KNOWN_NEEDLE = "I will ask you: What is the secret number? It is stated in this text.\n\n"
+
+
+def needles(
+    tokenizer: Any, rows: int, after: int, before: int = 600, spread: int = 64, seed: int = 0, first: int = 0, known: bool = False
+) -> Rows:
+    """Needles ``after`` (give or take ``spread``) tokens before the end of rows of before + after tokens.
+
+    Args:
+        known: the question is put before the text too.
+    """
     asking = Asking.of(tokenizer)
-    need, rng = before + after, random.Random(f"needles {seed}")
+    need = before + after
+    begin = asking.head + (tokenizer(_KNOWN_NEEDLE, add_special_tokens=False)["input_ids"] if known else [])
     stride = 1500
     text = english_ids(tokenizer, (first + rows) * stride + need + 2000)[0].tolist()
     pieces = tokenizer.convert_ids_to_tokens(text)
     breaks = [i for i in range(1, len(text)) if pieces[i - 1].endswith(".") and pieces[i].startswith((" ", "\n", "Ġ", "Ċ"))]
     found, places, keys, lengths, digits = [], [], [], [], []
     for row in range(first, first + rows):
+        rng = random.Random(f"needles {seed} {row}")
         key = str(rng.randrange(10_000, 100_000))
         start = next(place for place in breaks if place >= 1 + row * stride)
-        wanted = start + before - len(asking.head) + rng.randrange(-spread, spread + 1)
+        wanted = start + before - len(begin) + rng.randrange(-spread, spread + 1)
         place = min(breaks, key=lambda at: abs(at - wanted))
         stated = asking.needle(key)
-        ids = asking.head + text[start:place] + stated + text[place : place + need]
+        ids = begin + text[start:place] + stated + text[place : place + need]
         found.append(ids[:need])
-        places.append(len(asking.head) + place - start)
+        places.append(len(begin) + place - start)
         lengths.append(len(stated))
         keys.append(key)
         digits.append(asking.answer + asking.key(key))
@@ -51,8 +62,12 @@ def needles(tokenizer: Any, rows: int, after: int, before: int = 600, spread: in
     return Rows(torch.tensor(found), places, lengths, tail, torch.tensor(digits), len(digits[0]) - len(asking.answer), keys)
 
 
-def recalls(tokenizer: Any, task: str, rows: int, after: int, before: int = 600, seed: int = 0) -> Rows:
-    """Rows of the tasks key_value and copy, stated ``after`` tokens before the end; text of Python code."""
+def recalls(tokenizer: Any, task: str, rows: int, after: int, before: int = 600, seed: int = 0, known: bool = False) -> Rows:
+    """Rows of the tasks key_value and copy, stated ``after`` tokens before the end; text of Python code.
+
+    Args:
+        known: the question is put before the text too.
+    """
     rng = random.Random(f"{task} {seed}")
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     found, places, lengths, tails, forced, keys = [], [], [], [], [], []
@@ -68,6 +83,8 @@ def recalls(tokenizer: Any, task: str, rows: int, after: int, before: int = 600,
             key = " ".join(names[2:5])
             answer = " " + ", ".join(names[2:5])
         head = encode(offline_tasks._lines(rng, before, tokenizer))
+        if known:
+            head = (encode(f"# to be completed: {question}\n") + head)[:before]
         stated, tail, said_back = encode(said), encode("\n" + question), encode(answer)
         rest = encode(offline_tasks._lines(rng, after + 200, tokenizer))
         ids = (head + stated + rest)[: before + after]

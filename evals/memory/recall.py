@@ -1,6 +1,7 @@
 """Recall of patched streams by generation: rows of text are read once, and asked at several distances.
 
-python recall.py SPEC... [rows=12] [ends=1200,2400] [before=600] [task=needle] [seed=0] [first=0] [out=FILE.json]
+python recall.py SPEC... [rows=12] [ends=1200,2400] [before=600] [task=needle] [seed=0] [first=0] [known=0]
+          [out=FILE.json]
 SPEC is "unpatched" or what `patch_model` takes; distances are from the statement to the question, give or take 64 tokens for needles.
 """
 
@@ -45,37 +46,44 @@ def ask(model: Any, tokenizer: Any, rows: Rows, cache: Any, task: str) -> tuple[
     return right, texts, logs
 
 
+def made(tokenizer: Any, task: str, count: int, after: int, before: int = 600, seed: int = 0, first: int = 0, known: bool = False) -> Rows:
+    """Rows of a task, stated ``after`` tokens before their end."""
+    if task == "needle":
+        return needles(tokenizer, count, after, before, seed=seed, first=first, known=known)
+    return recalls(tokenizer, task, count, after, before, seed, known)
+
+
+def recalled(model: Any, tokenizer: Any, spec: str, rows: Rows, ends: list[int], before: int, task: str) -> list[dict[str, Any]]:
+    """Read the rows once under ``spec``, and ask at each of the ``ends``, in tokens from the statement on."""
+    count, results, cache, seen, started = len(rows.ids), list[dict[str, Any]](), None, 0, time.time()
+    if spec != "unpatched":
+        patch_model(model, spec, verbose=False)
+    for end in ends:
+        cache = read(model, rows.ids[:, seen : before + end], cache)
+        seen = before + end
+        right, texts, logs = ask(model, tokenizer, rows, cache if end == ends[-1] else copy.deepcopy(cache), task)
+        kept = cache.n_bytes() // count if spec != "unpatched" else None
+        results.append(dict(spec=spec, task=task, end=end, rows=count, right=sum(right), log=logs, bytes=kept, texts=texts, keys=rows.keys))
+        print(f"   {spec} {task} {end}: {sum(right):2d}/{count} {logs:7.3f} {kept} bytes ({time.time() - started:.0f} s)", flush=True)
+    if spec != "unpatched":
+        unpatch_model(model)
+    return results
+
+
 def main() -> None:
     words = [word for word in sys.argv[1:] if "=" not in word.split("(")[0]]
     given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word.split("(")[0])
     count, before, task = int(given.get("rows", 12)), int(given.get("before", 600)), given.get("task", "needle")
     ends = [int(x) for x in given.get("ends", "1200,2400").split(",")]
-    seed, first = int(given.get("seed", 0)), int(given.get("first", 0))
+    seed, first, known = (int(given.get(name, 0)) for name in ("seed", "first", "known"))
     torch.set_grad_enabled(False)
     model, tokenizer = load_model("smollm2")
-    if task == "needle":
-        rows = needles(tokenizer, count, max(ends), before, seed=seed, first=first)
-    else:
-        rows = recalls(tokenizer, task, count, max(ends), before, seed)
-    results = []
+    rows = made(tokenizer, task, count, max(ends), before, seed, first, bool(known))
+    results: list[dict[str, Any]] = []
     for spec in words:
-        started = time.time()
-        if spec != "unpatched":
-            patch_model(model, spec, verbose=False)
-        cache, seen, line = None, 0, []
-        for end in ends:
-            cache = read(model, rows.ids[:, seen : before + end], cache)
-            seen = before + end
-            right, texts, logs = ask(model, tokenizer, rows, copy.deepcopy(cache), task)
-            kept = cache.n_bytes() // count if spec != "unpatched" else None
-            results.append(
-                dict(spec=spec, task=task, end=end, rows=count, right=sum(right), log=logs, bytes=kept, texts=texts, keys=rows.keys)
-            )
-            line.append(f"{end}: {sum(right):2d}/{count} {logs:7.3f}")
-            print(f"   {end}: {sum(right):2d}/{count} {logs:7.3f} {kept} bytes ({time.time() - started:.0f} s)", flush=True)
-        if spec != "unpatched":
-            unpatch_model(model)
-        print(f"{spec:60s} {' | '.join(line)}", flush=True)
+        found = recalled(model, tokenizer, spec, rows, ends, before, task)
+        results += found
+        print(f"{spec:60s}", " | ".join(f"{r['end']}: {r['right']:2d}/{count} {r['log']:7.3f}" for r in found), flush=True)
         if "out" in given:
             with open(given["out"], "w") as file:
                 json.dump(results, file, indent=1)

@@ -1,4 +1,4 @@
-"""Demo of StreamingLLM on a long text: quality, speed and memory, unpatched and patched."""
+"""Demo of StreamingLLM and of slots beyond its window on a long text: quality, speed and memory, unpatched and patched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def run_demo(
     windows: Sequence[int] | None = None,
     advance: Advance = lambda what, count: None,
 ) -> Demo:
-    """Score text unpatched and with `StreamingLLM(4, window)` at each window, time decoding, and ask for keys, by the plan of `plan_for`.
+    """Score text unpatched, with `StreamingLLM(4, window)` at each window and with `Memory`, time decoding, and ask for keys.
+
+    What is done follows the plan of `plan_for`.
 
     Every configuration is a view of the same weights; `model` itself stays unpatched.
 
@@ -53,6 +55,8 @@ def run_demo(
     views: dict[str, PreTrainedModel] = {UNPATCHED: model}
     for window in plan.windows:
         views[f"streaming {SINKS}+{window}"] = patch_model(twin(model), StreamingLLM(sinks=SINKS, window=window), verbose=False)
+    if plan.memory is not None:
+        views[plan.memory_name] = patch_model(twin(model), plan.memory, verbose=False)
     sources: list[TextSource] = []
     if plan.english:
         ids, sources = english_ids(tokenizer, plan.tokens)
@@ -71,7 +75,7 @@ def run_demo(
     asking, keys = _ask(views, tokenizer, plan.distances, advance)
 
     rows = []
-    windows_held: list[int | None] = [None, *plan.windows]
+    windows_held: list[int | None] = [None, *plan.windows, *([] if plan.memory is None else [plan.memory.window])]
     for name, held in zip(views, windows_held, strict=True):
         ratios = [] if name == plan.reference else by_position(nll[name] - nll[plan.reference], plan.compared)
         row = DemoRow(name, by_position(nll[name], plan.edges), _curve(nll[name], plan), ratios, held, ms[name], size[name], speedup[name])

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from patchkit.anatomy.target import Target
+from patchkit.errors import PatchError
+from patchkit.patches.memory import Memory
 
 SINKS = 4
 
 UNPATCHED = "unpatched"
+
+MEMORY = "memory"
 
 # Settings for a model that was made for a short context.
 TOKENS = 16384
@@ -56,6 +60,8 @@ class DemoPlan:
         block: tokens after which the reference, an unpatched model, restarts; None if plain unpatched is the reference.
         contexts: numbers of tokens before the timed steps.
         distances: tokens between a key and its answer.
+        memory: `memory` in fewer bytes than the smallest window; None where the text is not English, or the model does not take it.
+        refused: the reason why the model does not take it.
         limit: the positions that the model was made for, if the text exceeds them; else None.
     """
 
@@ -67,6 +73,8 @@ class DemoPlan:
     block: int | None
     contexts: tuple[int, ...]
     distances: tuple[int, ...] = ()
+    memory: Memory | None = None
+    refused: str = ""
     limit: int | None = None
 
     @property
@@ -74,13 +82,19 @@ class DemoPlan:
         """Name of the row that streaming is compared with."""
         return UNPATCHED if self.block is None else REFERENCE
 
+    @property
+    def memory_name(self) -> str:
+        """Name of the row of `memory`: sinks, window and slots."""
+        return "" if self.memory is None else f"{MEMORY} {self.memory.sinks}+{self.memory.window}+{self.memory.slots}"
+
     def work(self) -> int:
         """Approximate number of tokens that `run_demo` reports to ``advance``."""
-        scored = (1 + len(self.windows) + (self.block is not None)) * self.tokens
+        patched = len(self.windows) + (self.memory is not None)
+        scored = (1 + patched + (self.block is not None)) * self.tokens
         # Contexts within the text are reached while it is scored.
         led_up = sum(context - self.tokens if context > self.tokens else context % CHUNK for context in self.contexts)
-        asked = (1 + len(self.windows)) * sum(distance + 2 * BEFORE_KEY for distance in self.distances)
-        return scored + len(self.windows) * led_up + asked
+        asked = (1 + patched) * sum(distance + 2 * BEFORE_KEY for distance in self.distances)
+        return scored + patched * led_up + asked
 
 
 def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequence[int] | None = None) -> DemoPlan:
@@ -88,13 +102,14 @@ def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequenc
 
     * Up to 2048 positions, or no limit: held-out library code, far beyond the limit, compared with the model restarted every 512 tokens.
     * More: English up to one and a half times the limit (of at most 8192 positions), compared with the unpatched model itself; windows
-      of a quarter, an eighth and a sixteenth of the limit; keys to be recalled.
+      of a quarter and a sixteenth of the limit, and `memory` in the bytes of the smaller; keys to be recalled.
 
     Args:
         tokens: number of predictions to score; None for the number that suits the model.
         windows: in tokens; None for those that suit the model.
     """
-    limit = Target(model).position_limit
+    target = Target(model)
+    limit = target.position_limit
     if limit is None or limit <= LONG:
         return DemoPlan(
             english=False,
@@ -110,14 +125,29 @@ def plan_for(model: PreTrainedModel, tokens: int | None = None, windows: Sequenc
     scored = end if tokens is None else tokens
     # The last range goes to the end of the text, so that every position is in a range.
     last = max(end, scored)
+    chosen = tuple(windows or [reach // share - SINKS for share in (4, 16)])
+    memory: Memory | None = memory_like(min(chosen))
+    refused = ""
+    try:
+        memory_like(min(chosen)).check(target)
+    except PatchError as error:
+        memory, refused = None, str(error)
     return DemoPlan(
         english=True,
         tokens=scored,
-        windows=tuple(windows or [reach // share - SINKS for share in (4, 8, 16)]),
+        windows=chosen,
         edges=(0, reach // 4, reach, last),
         compared=(reach // 4, reach, last),
         block=None,
         contexts=tuple(sorted({min(1024, reach // 2), reach // 2, reach, end})),
         distances=tuple(distance for distance in DISTANCES if distance <= 3 * reach // 4),
+        memory=memory,
+        refused=refused,
         limit=limit if limit < scored else None,
     )
+
+
+def memory_like(window: int) -> Memory:
+    """`memory` in about the bytes of streaming with this window: an eighth of it is its window, and slots hold some bytes beside tokens."""
+    near = max(1, (window + SINKS) // 8)
+    return Memory(sinks=SINKS, window=near, slots=max(1, window - near - 12), block=min(32, near))

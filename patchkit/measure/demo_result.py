@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from patchkit.measure.demo_plan import REFERENCE, UNPATCHED, DemoPlan
+from patchkit.measure.demo_plan import MEMORY, REFERENCE, UNPATCHED, DemoPlan
 from patchkit.measure.english_text import TextSource
 from patchkit.measure.needle_grid import FORGETS, Answer
 from patchkit.measure.needle_text import Asking
@@ -20,7 +20,7 @@ class DemoRow:
     Attributes:
         curve: (position, perplexity), means over ranges that grow geometrically, or over equal ranges if the text is English.
         ratios: its perplexity / the reference's, on the same tokens, in each of the plan's ranges.
-        window: window of streaming, in tokens.
+        window: window of streaming or memory, in tokens.
         ms_per_token: context in tokens -> median milliseconds of one decode step.
         cache_bytes: bytes of the cache at the longest context.
         speedup: unpatched time / own time at the longest context, median of paired ratios.
@@ -80,11 +80,13 @@ class Demo:
         ]
 
     def recall(self) -> dict[str, dict[str, int]]:
-        """Numbers of keys recalled and asked for: of the unpatched model, and of streaming inside, beyond and at the edge of its window."""
+        """Numbers of keys recalled and asked for: unpatched, by streaming inside, beyond and at the edge of its window, and by memory."""
         counts: dict[str, dict[str, int]] = {}
         for row in self.rows:
             for answer in row.keys:
                 where = UNPATCHED if self.asking is None or row.window is None else self.asking.side(answer.case.distance, row.window)
+                if row.name == self.plan.memory_name:
+                    where = MEMORY
                 count = counts.setdefault(where, {"recalled": 0, "asked": 0})
                 count["recalled"] += answer.hit
                 count["asked"] += 1
@@ -95,10 +97,11 @@ class Demo:
         counts = self.recall()
         if not counts:
             return []
-        words = {UNPATCHED: UNPATCHED, "inside": "streaming, inside the window", "edge": "at its edge", "beyond": "beyond it"}
+        words = {UNPATCHED: UNPATCHED, "inside": "streaming, inside the window", "edge": "at its edge", "beyond": "beyond it", MEMORY: MEMORY}
         counted = ", ".join(f"{words[w]} {counts[w]['recalled']} of {counts[w]['asked']}" for w in words if w in counts)
         forgets = counts[UNPATCHED]["recalled"] > 0 and "beyond" in counts and counts["beyond"]["recalled"] == 0
-        return [f"keys recalled: {counted}", *([FORGETS] if forgets else [])]
+        refused = [f"memory is left out: {self.plan.refused}"] if self.plan.refused else []
+        return [f"keys recalled: {counted}", *([FORGETS] if forgets else []), *refused]
 
     def _streaming(self) -> DemoRow:
         return next(row for row in self.rows if row.name not in (UNPATCHED, REFERENCE))

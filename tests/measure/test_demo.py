@@ -90,8 +90,10 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
     assert result.plan == plan and (plan.tokens, plan.windows, plan.limit) == (768, (124, 60, 28), 512)
     assert (plan.contexts, plan.distances) == ((256, 512, 768), (60, 300)) and plan.reference == "unpatched"
     assert sum(told.values()) <= plan.work()
-    assert [row.name for row in result.rows] == ["unpatched", "streaming 4+124", "streaming 4+60", "streaming 4+28"]
-    unpatched, wide = result.rows[:2]
+    assert [row.name for row in result.rows] == ["unpatched", "streaming 4+124", "streaming 4+28", "memory 4+4+12"]
+    unpatched, wide, narrow, memory = result.rows
+    assert narrow.cache_bytes > memory.cache_bytes > narrow.cache_bytes / 2 and memory.ms_per_token.keys() == wide.ms_per_token.keys()
+    assert memory.buckets[2].nll != pytest.approx(narrow.buckets[2].nll, rel=1e-5)
     ids, sources = english_ids(tokenizer, 768)
     assert result.sources == sources and unpatched.buckets == by_position(stream_nll(model, ids), (0, 128, 512, 768))
     # In the first range the window holds everything; in the others it does not.
@@ -108,7 +110,8 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
         patch_model(twin(model), "streaming(window=124)", verbose=False), haystack, [key.case for key in wide.keys], lambda count: None
     )
     recall = result.recall()
-    assert sum(each["asked"] for each in recall.values()) == 8 and recall["unpatched"]["asked"] == 2 and recall["beyond"]["asked"] == 4
+    assert sum(each["asked"] for each in recall.values()) == 8 and recall["unpatched"]["asked"] == 2 and recall["beyond"]["asked"] == 3
+    assert recall["memory"]["asked"] == 2
     assert result.recall_lines()[0].startswith("keys recalled: unpatched ")
 
     picture = tmp_path / "demo.png"
@@ -126,9 +129,9 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     "limit, tokens, windows, edges, contexts, beyond",
     [
-        (8192, 12288, (2044, 1020, 508), (0, 2048, 8192, 12288), (1024, 4096, 8192, 12288), 8192),
-        (131072, 12288, (2044, 1020, 508), (0, 2048, 8192, 12288), (1024, 4096, 8192, 12288), None),
-        (4096, 6144, (1020, 508, 252), (0, 1024, 4096, 6144), (1024, 2048, 4096, 6144), 4096),
+        (8192, 12288, (2044, 508), (0, 2048, 8192, 12288), (1024, 4096, 8192, 12288), 8192),
+        (131072, 12288, (2044, 508), (0, 2048, 8192, 12288), (1024, 4096, 8192, 12288), None),
+        (4096, 6144, (1020, 252), (0, 1024, 4096, 6144), (1024, 2048, 4096, 6144), 4096),
         (2048, 16384, (508, 252, 124), (0, 512, 2048, 8192, 16384), (1024, 8192, 32768), None),
         (512, 16384, (508, 252, 124), (0, 512, 2048, 8192, 16384), (1024, 8192, 32768), None),
     ],
@@ -141,6 +144,8 @@ def test_what_is_shown_follows_from_the_position_limit(
     plan = show.plan_for(model)
     assert (plan.tokens, plan.windows, plan.edges, plan.contexts, plan.limit) == (tokens, windows, edges, contexts, beyond)
     assert plan.english is (limit > 2048) and bool(plan.distances) is plan.english
+    # The bytes of a slot are those of a token and 7 more.
+    assert plan.memory == (demo_plan.memory_like(windows[-1]) if plan.english else None) and not plan.refused
     assert show.plan_for(model, 3000, [7]).windows == (7,) and show.plan_for(model, 3000).tokens == 3000
 
 
