@@ -1,7 +1,8 @@
-"""economize: prompt lookup and its StreamingLLM."""
+"""economize: prompt lookup, its StreamingLLM, H2O and SnapKV."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,14 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
     return {
         "prompt lookup, cycle 4": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=4)),
         "prompt lookup, cycle 8": lambda: way_of(made, LookupConfig(), economize.DecodeConfig(cycle_length=8)),
-        f"StreamingLLM {SINKS}+{WINDOW}": lambda: way_of(
-            made,
-            KVEvictConfig(method="streaming", sinks=SINKS, recent=WINDOW),
-            economize.DecodeConfig(cycle_length=1, sync_interval=1),
-            SINKS + WINDOW,
-        ),
+        **{
+            name: functools.partial(way_of, made, config, economize.DecodeConfig(cycle_length=1, sync_interval=1), SINKS + WINDOW)
+            for name, config in {
+                f"StreamingLLM {SINKS}+{WINDOW}": KVEvictConfig(method="streaming", sinks=SINKS, recent=WINDOW),
+                "H2O 256+256": KVEvictConfig(method="h2o", recent=256, heavy=256),
+                "SnapKV 480+32": KVEvictConfig(method="snapkv", heavy=480, observation_window=32),
+            }.items()
+        },
     }
 
 

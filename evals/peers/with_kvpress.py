@@ -1,4 +1,4 @@
-"""kvpress, with the transformers that it asks for: plain decoding of that version, and its StreamingLLM."""
+"""kvpress, with the transformers that it asks for: plain decoding of that version, its StreamingLLM and its KeyDiff."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from generating import Held, Timed, generate, load, passes_counted, way_of
-from kvpress import DecodingPress, PrefillDecodingPress, StreamingLLMPress
+from kvpress import DecodingPress, KeyDiffPress, PrefillDecodingPress, StreamingLLMPress
 from peer import Answer, Clock, Made, Way
 
 SINKS, WINDOW, INTERVAL = 4, 508, 16
@@ -17,19 +17,22 @@ def ways(made: Made) -> dict[str, Callable[[], Way]]:
     loaded = functools.cache(functools.partial(load, made.model))
     return {
         "plain": lambda: way_of(loaded(), cache=True),
-        f"StreamingLLM {SINKS}+{WINDOW}, every {INTERVAL} tokens": lambda: streaming(loaded()),
+        f"StreamingLLM {SINKS}+{WINDOW}, every {INTERVAL} tokens": lambda: pressed(
+            loaded(), functools.partial(StreamingLLMPress, n_sink=SINKS)
+        ),
+        f"KeyDiff {SINKS + WINDOW}, every {INTERVAL} tokens": lambda: pressed(loaded(), KeyDiffPress),
     }
 
 
-def streaming(model: Any) -> Way:
+def pressed(model: Any, scorer: Callable[..., Any]) -> Way:
     """Keys keep the positions that they had; the prompt is computed whole and then compressed."""
     kept, plain = SINKS + WINDOW, way_of(model)
 
     def press(prompt: list[int]) -> PrefillDecodingPress:
         share = max(0.0, 1 - kept / len(prompt))
         return PrefillDecodingPress(
-            prefilling_press=StreamingLLMPress(compression_ratio=share, n_sink=SINKS) if share else None,
-            decoding_press=DecodingPress(StreamingLLMPress(n_sink=SINKS), compression_interval=INTERVAL, target_size=kept),
+            prefilling_press=scorer(compression_ratio=share) if share else None,
+            decoding_press=DecodingPress(scorer(), compression_interval=INTERVAL, target_size=kept),
         )
 
     def answer(prompt: list[int], new_tokens: int) -> Answer:

@@ -16,13 +16,14 @@ from patchkit.speculation.heads import load_heads
 from patchkit.static_step import LEAST_ROOM
 from patchkit.views import twin
 
-SINKS, WINDOW = 4, 508
+SINKS, WINDOW, SLOTS = 4, 508, 432
 
 
 def ways(made: Made) -> dict[str, Callable[[], Way]]:
     loaded = functools.cache(functools.partial(load, made.model))
     specs = [
         f"streaming(sinks={SINKS}, window={WINDOW})",
+        f"memory(slots={SLOTS})",  # in fewer bytes than that window
         "mlp_int8",
         "compile",
         # A compiled step reads the whole ring, filled or not: what that costs where the text is short.
@@ -62,7 +63,7 @@ def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
     # A compiled step reads the whole cache: the ring of a window, or the room that a text begins with.
     slots = (window or LEAST_ROOM) if compiled else None
     plain = way_of(
-        view, counted=not compiled, window=window, slots=slots, dtype=dtype, cache=spec.startswith("streaming") and "+" not in spec
+        view, counted=not compiled, window=window, slots=slots, dtype=dtype, cache=spec.startswith(("streaming", "memory")) and "+" not in spec
     )
     if "speculative" not in spec:
         return plain

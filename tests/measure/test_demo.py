@@ -144,7 +144,6 @@ def test_what_is_shown_follows_from_the_position_limit(
     plan = show.plan_for(model)
     assert (plan.tokens, plan.windows, plan.edges, plan.contexts, plan.limit) == (tokens, windows, edges, contexts, beyond)
     assert plan.english is (limit > 2048) and bool(plan.distances) is plan.english
-    # The bytes of a slot are those of a token and 7 more.
     assert plan.memory == (demo_plan.memory_like(windows[-1]) if plan.english else None) and not plan.refused
     assert show.plan_for(model, 3000, [7]).windows == (7,) and show.plan_for(model, 3000).tokens == 3000
 

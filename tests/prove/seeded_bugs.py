@@ -16,9 +16,12 @@ import patchkit.int4.scheme
 import patchkit.int4.weight
 import patchkit.int8.weight
 import patchkit.linear.attention
+import patchkit.memory.attention
+import patchkit.memory.layer
 import patchkit.streaming.hooks
 import patchkit.streaming.refreshing
 from patchkit.linear.cache import LinearLayer
+from patchkit.memory.slots import Slots
 from patchkit.speculation import batch, judge
 from patchkit.speculation.cached_model import CachedModel
 from patchkit.speculation.constraint import Constraint
@@ -31,6 +34,7 @@ from patchkit.streaming.sinks import UnrotatedSinks
 from patchkit.streaming.stream import Stream
 
 STREAMING = "streaming(sinks=2, window=10)"
+MEMORY = "memory(sinks=2, window=8, slots=6, block=4)"
 LINEAR = "linear(sinks=2, window=10)"
 
 
@@ -240,7 +244,31 @@ def forbidden_tokens_chosen(monkeypatch: Any) -> None:
     monkeypatch.setattr(Constraint, "allows", lambda self, row, node, token: True)
 
 
+def rotated_keys_compared(monkeypatch: Any) -> None:
+    def rotated(rule: Any, context: ForwardContext, fetch: Any, first: int, count: int) -> torch.Tensor:
+        keys: torch.Tensor = fetch(torch.arange(first, first + count).clamp(min=0))[0]
+        return keys
+
+    monkeypatch.setattr(patchkit.memory.layer, "_plain", rotated)
+
+
+def every_head_sees_the_pool(monkeypatch: Any) -> None:
+    right = patchkit.memory.attention.visible_slots
+
+    def visible(slots: Slots, *args: Any) -> torch.Tensor:
+        return right(slots._replace(owners=torch.zeros_like(slots.owners)), *args)
+
+    monkeypatch.setattr(patchkit.memory.attention, "visible_slots", visible)
+
+
+def slots_not_rolled_back(monkeypatch: Any) -> None:
+    monkeypatch.setattr(patchkit.memory.layer, "undo", lambda slots, taken: None)
+
+
 BUGS = {
+    "rotated keys compared": Bug(rotated_keys_compared, MEMORY, "logits are those of the definition"),
+    "every head sees the pool": Bug(every_head_sees_the_pool, MEMORY, "logits are those of the definition"),
+    "slots not rolled back": Bug(slots_not_rolled_back, MEMORY, "rolled back tokens leave no trace"),
     "position off by one": Bug(position_off_by_one, STREAMING, "logits are those of the definition"),
     "sink dropped": Bug(sink_dropped, STREAMING, "logits are those of the definition"),
     "window not rolled back": Bug(window_not_rolled_back, STREAMING, "rolled back tokens leave no trace"),
