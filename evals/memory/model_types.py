@@ -1,4 +1,3 @@
-# ruff: noqa: E402  (the path and the environment are set before modules of evals/ and tests/ are imported)
 """Which causal-LM types of transformers take `memory`: python model_types.py [TYPES...] [--out FILE.json]
 
 As `make coverage` for streaming: every type is built tiny with random weights, patched, run in five modes over 24 tokens, unpatched, and

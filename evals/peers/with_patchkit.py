@@ -63,7 +63,12 @@ def patched(loaded: Callable[[], Any], spec: str, made: Made) -> Way:
     # A compiled step reads the whole cache: the ring of a window, or the room that a text begins with.
     slots = (window or LEAST_ROOM) if compiled else None
     plain = way_of(
-        view, counted=not compiled, window=window, slots=slots, dtype=dtype, cache=spec.startswith(("streaming", "memory")) and "+" not in spec
+        view,
+        counted=not compiled,
+        window=window,
+        slots=slots,
+        dtype=dtype,
+        cache=spec.startswith(("streaming", "memory")) and "+" not in spec,
     )
     if "speculative" not in spec:
         return plain

@@ -97,52 +97,64 @@ def memory_logits(
 
     def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
         rule = rules.get(id(module))
-        if rule is None:
-            output, _ = original(module, query, key, value, mask, **kwargs)
-        else:
-            output = _attend(rule, turns, query, key, value, kwargs).to(query.dtype)[None]
+        unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _COMPUTED - _WITHOUT_EFFECT
+        unknown -= set() if rule else {"sliding_window"}  # which the mask says
+        if unknown:
+            raise NoDefinition(f"attention takes {', '.join(sorted(unknown))}, whose effect is not written down here")
+        query, key, value = query.double(), key.double(), value[0].double()
+        scores, sees = (query[0] @ _repeated(key[0], query).mT, mask) if rule is None else _scores(rule, turns, query, key)
+        output = _softmax(scores, sees, value, query, kwargs).to(dtype)[None]
         # Behind attention all rows are the same again.
-        return output[:1].expand(query.shape[0], -1, -1, -1).contiguous(), None
+        return output.expand(query.shape[0], -1, -1, -1).contiguous(), None
 
+    dtype = model.dtype
     implementation = _compat.attention_named(model.config.get_text_config(decoder=True)) or "eager"
     if implementation not in ("eager", "sdpa"):
         raise NoDefinition(f"another patch, or {implementation!r}, computes attention too")
-    original = _compat.attention_function(implementation)
-    _compat.register_attention(name, attend, _compat.mask_function(implementation))
+    _compat.register_attention(name, attend, _compat.mask_function("sdpa"))
     with hooks_removed([]), _compat.attention_set_to(model, lambda _: name):
         return logits_at(model, ids.expand(len(rows), -1), at, **options)[:1]
 
 
-def _attend(
-    rule: _Rule, turns: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: Mapping[str, Any]
-) -> torch.Tensor:
-    """Output [T, H, V] in float64 for queries [B, H, T, K], keys [B, G, T, K] and values [B, G, T, V] of the rows of `memory_logits`."""
-    unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _COMPUTED - _WITHOUT_EFFECT
-    if unknown:
-        raise NoDefinition(f"attention takes {', '.join(sorted(unknown))}, whose effect is not written down here")
-    query, key, value = query.double(), key.double(), value[0].double()
-    heads, length, groups = query.shape[1], query.shape[2], key.shape[1]
-    kept = _kept(rule, key[1] if len(key) > 1 else key[0])
+def _scores(rule: _Rule, turns: int, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products [H, T, T] of queries [B, H, T, K] and keys [B, G, T, K] of the rows of `memory_logits`, and where a query sees a key."""
+    length = query.shape[2]
+    kept = _repeated(_kept(rule, key[1] if len(key) > 1 else key[0]), query)
     i, j = torch.arange(length, device=key.device)[:, None], torch.arange(length, device=key.device)[None]
     sees = ((j <= i) & ((j < rule.sinks) | (i - j < rule.window)))[None] | (kept & (j <= i - rule.window)[None])
-    own = torch.arange(heads, device=key.device) // (heads // groups)
-    all_scores = query @ key[0][own].mT
-    scores = all_scores[0]
+    by_row = query @ _repeated(key[0], query).mT
+    scores = by_row[0]
     if len(query) > 1:
-        borders = range(rule.turn, length, rule.turn)
-        moved = sum(((border <= i) & (border - j > rule.far)).long() for border in borders) if turns else torch.zeros_like(i - j)
+        moved = torch.zeros_like(i - j)
+        for border in range(rule.turn, length, rule.turn):
+            moved = moved + ((border <= i) & (border - j > rule.far))
         for turn in range(1, turns + 1):
-            scores = torch.where(moved == turn, all_scores[1 + turn], scores)
-        scores = torch.where(j < rule.sinks, all_scores[-1] if length > rule.reach else all_scores[0], scores)
+            scores = torch.where(moved == turn, by_row[1 + turn], scores)
+        scores = torch.where(j < rule.sinks, by_row[-1] if length > rule.reach else by_row[0], scores)
+    return scores, sees
+
+
+def _softmax(scores: torch.Tensor, sees: torch.Tensor | None, value: torch.Tensor, query: torch.Tensor, kwargs: Any) -> torch.Tensor:
+    """Output [T, H, V] for products [H, T, T] and values [G, T, V], all in float64; ``sees`` is causal where it is None."""
+    length = scores.shape[-1]
+    if sees is None:
+        sees = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    if sees.dtype != torch.bool:
+        raise NoDefinition("the mask of this model is no mask of zeros and ones")
+    sees = sees[0] if sees.ndim == 4 else sees
     scaling = kwargs.get("scaling")
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if kwargs.get("softcap") is not None:
         scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
-    scores = scores.masked_fill(~sees[own], -math.inf)
+    scores = scores.masked_fill(~sees, -math.inf)
     if kwargs.get("s_aux") is not None:  # a score of its own for each head, which has no value
         scores = torch.cat([scores, kwargs["s_aux"].double()[:, None, None].expand(-1, length, 1)], -1)
-    weights = scores.softmax(-1)[..., :length]
-    return (weights @ value[own]).transpose(0, 1)
+    return (scores.softmax(-1)[..., :length] @ _repeated(value, query)).transpose(0, 1)
+
+
+def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Repeat x [G, ...] for the H heads of queries [B, H, T, K]: [H, ...]."""
+    return x.repeat_interleave(query.shape[1] // x.shape[0], 0)
 
 
 def _kept(rule: _Rule, keys: torch.Tensor) -> torch.Tensor:

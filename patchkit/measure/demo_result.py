@@ -97,7 +97,13 @@ class Demo:
         counts = self.recall()
         if not counts:
             return []
-        words = {UNPATCHED: UNPATCHED, "inside": "streaming, inside the window", "edge": "at its edge", "beyond": "beyond it", MEMORY: MEMORY}
+        words = {
+            UNPATCHED: UNPATCHED,
+            "inside": "streaming, inside the window",
+            "edge": "at its edge",
+            "beyond": "beyond it",
+            MEMORY: MEMORY,
+        }
         counted = ", ".join(f"{words[w]} {counts[w]['recalled']} of {counts[w]['asked']}" for w in words if w in counts)
         forgets = counts[UNPATCHED]["recalled"] > 0 and "beyond" in counts and counts["beyond"]["recalled"] == 0
         refused = [f"memory is left out: {self.plan.refused}"] if self.plan.refused else []
