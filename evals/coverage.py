@@ -273,9 +273,8 @@ def check_oracle(model_type: str) -> Row:
         return Row(model_type, "refused", note=str(error))
     with torch.no_grad():
         error = logit_error(found[:, : SINKS + WINDOW], model(input_ids=ids[:, : SINKS + WINDOW], use_cache=False).logits)
-    return Row(
-        model_type, "exact" if error < TOLERANCE.logits else "wrong", error, f"differs from stock by {logit_error(found, plain):.1e}"
-    )
+    verdict = "exact" if error < TOLERANCE.logits else "wrong"
+    return Row(model_type, verdict, error, f"differs from stock by {logit_error(found, plain):.1e}")
 
 
 def limited(check: Callable[[str], Row], model_type: str, seconds: int) -> Row:

@@ -3,8 +3,7 @@
 .venv-peers/economize/bin/python with_economize.py TEXTS.json OUT.json [snapkv h2o streaming] [rows=8] [most=2]
 
 economize computes the whole prompt, question included, with full attention, and evicts then: its answers know the question, and the first
-token is the unpatched model's. Evicted entries are masked and stay in memory; ``bytes`` are what its tensors take, ``claimed`` are the entries that
-it still shows to attention.
+token is the unpatched model's. Evicted entries are masked and stay in memory; ``bytes`` are what its tensors take.
 """
 
 from __future__ import annotations

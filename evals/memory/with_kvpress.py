@@ -2,9 +2,9 @@
 
 .venv-peers/kvpress/bin/python with_kvpress.py TEXTS.json OUT.json [keydiff snapkv knorm streaming tova] [chunk=128] [kept=512] [most=3]
 
-The texts are read in chunks with a `DecodingPress`, which compresses after every chunk to ``kept`` tokens per kv head, as a stream has to. The
-question is then read and answered without compressing, so that it loses nothing. kvpress compresses after single tokens and leaves the mask to
-transformers, which takes positions for indices into the cache; chunks get an explicit causal mask here.
+The texts are read in chunks with a `DecodingPress`, which compresses after every chunk to ``kept`` tokens per kv head, as a stream has to.
+The question is then read and answered without compressing, so that it loses nothing. kvpress compresses after single tokens and leaves the
+mask to transformers, which takes positions for indices into the cache; chunks get an explicit causal mask here.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_a_model_made_for_a_long_context(chat: bool, model_dir: Path, tmp_path: 
     assert_restored(before, model)
 
     plan = show.plan_for(model)
-    assert result.plan == plan and (plan.tokens, plan.windows, plan.limit) == (768, (124, 60, 28), 512)
+    assert result.plan == plan and (plan.tokens, plan.windows, plan.limit) == (768, (124, 28), 512)
     assert (plan.contexts, plan.distances) == ((256, 512, 768), (60, 300)) and plan.reference == "unpatched"
     assert sum(told.values()) <= plan.work()
     assert [row.name for row in result.rows] == ["unpatched", "streaming 4+124", "streaming 4+28", "memory 4+4+12"]
