@@ -3,8 +3,8 @@
 A slice is a few rows that one spec reads once and is asked about at several distances. Every slice is stored when it is done, and is not
 read again; without sections the stored ones are summed up.
 
-needle      at 1k to 2k, 2k to 4k and 4k to 6k tokens back, 40 rows: unpatched, memory, streaming (8 rows)
-key_value, copy   the same in Python code
+needle      at 1k to 2k, 2k to 4k and 4k to 6k tokens back, 21 rows, each at two distances in every range: unpatched, memory, streaming (7)
+key_value, copy   the same in Python code, up to 4k
 known, key_value_known, copy_known   the question is put before the text too
 beyond      a needle 3k back in texts of 12k and 32k tokens
 """
@@ -25,9 +25,9 @@ from patchkit.measure.environment import environment
 from patchkit.models import load_model
 
 MEMORY, STREAMING, UNPATCHED = "memory(slots=432)", "streaming(window=508)", "unpatched"
-BEFORE, ROWS = 600, 8
-# Distances of each slice, within the three ranges.
-ENDS = ([1500, 3000, 5000], [1200, 2400, 4400], [1700, 3400, 5400], [1400, 2800, 4800], [1900, 3800, 5700])
+BEFORE, ROWS = 600, 7
+# Distances of each slice: every row is asked about at two in each of the three ranges.
+ENDS = ([1200, 1700, 2400, 3400, 4400, 5400], [1300, 1800, 2600, 3600, 4600, 5600], [1100, 1600, 2200, 3200, 4200, 5200])
 RANGES = ((1000, 2000), (2000, 4000), (4000, 6000))
 # Of each section: task, whether the question is known, and slices of (spec, rows, first row or seed, tokens before, ends).
 Slice = tuple[str, int, int, int, list[int]]
@@ -37,13 +37,16 @@ def slices(specs: list[str], rows: int = ROWS, ends: Any = ENDS, by_row: bool = 
     return [(spec, rows, rows * number if by_row else number, BEFORE, its) for number, its in enumerate(ends) for spec in specs]
 
 
+NEARER = [ends[:4] for ends in ENDS]
+IN_CODE = slices([MEMORY, UNPATCHED], ends=NEARER, by_row=False) + slices([STREAMING], ends=NEARER[:1], by_row=False)
+
 SECTIONS: dict[str, tuple[str, bool, list[Slice]]] = {
     "needle": ("needle", False, slices([MEMORY, UNPATCHED]) + slices([STREAMING], ends=ENDS[:1])),
-    "key_value": ("key_value", False, slices([MEMORY, UNPATCHED], by_row=False) + slices([STREAMING], ends=ENDS[:1], by_row=False)),
-    "copy": ("copy", False, slices([MEMORY, UNPATCHED], by_row=False) + slices([STREAMING], ends=ENDS[:1], by_row=False)),
-    "known": ("needle", True, slices([MEMORY, UNPATCHED])),
-    "key_value_known": ("key_value", True, slices([MEMORY, UNPATCHED], by_row=False)),
-    "copy_known": ("copy", True, slices([MEMORY, UNPATCHED], by_row=False)),
+    "key_value": ("key_value", False, IN_CODE),
+    "copy": ("copy", False, IN_CODE),
+    "known": ("needle", True, slices([MEMORY, UNPATCHED], ends=NEARER)),
+    "key_value_known": ("key_value", True, slices([MEMORY, UNPATCHED], ends=NEARER, by_row=False)),
+    "copy_known": ("copy", True, slices([MEMORY, UNPATCHED], ends=NEARER, by_row=False)),
     "beyond": ("needle", False, [(MEMORY, 8, 0, 9000, [3000]), (MEMORY, 4, 8, 29000, [3000])]),
 }
 

@@ -1,6 +1,6 @@
 """Recall of economize's H2O and SnapKV on the texts of `texts.py`, in economize's environment.
 
-.venv-peers/economize/bin/python with_economize.py TEXTS.json OUT.json [snapkv h2o streaming] [rows=8] [most=2]
+.venv-peers/economize/bin/python with_economize.py TEXTS.json OUT.json [snapkv h2o streaming] [rows=7] [most=2]
 
 economize computes the whole prompt, question included, with full attention, and evicts then: its answers know the question, and the first
 token is the unpatched model's. Evicted entries are masked and stay in memory; ``bytes`` are what its tensors take.
@@ -42,7 +42,7 @@ def held() -> int:
 def main() -> None:
     given = dict(word.split("=") for word in sys.argv[3:] if "=" in word)
     names = [word for word in sys.argv[3:] if "=" not in word] or ["snapkv", "h2o"]
-    count, most = int(given.get("rows", 8)), int(given.get("most", 2))
+    count, most = int(given.get("rows", 7)), int(given.get("most", 2))
     stored, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     results: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     tokenizer = transformers.AutoTokenizer.from_pretrained(stored["model"])
