@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []])
     parser.add_argument("--spec", help="measure this one in place of memory's")
+    parser.add_argument("--only", help="measure this spec only")
     parser.add_argument("--most", type=int, default=len(ENDS), help="slices of each spec")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "memory")
     options = parser.parse_args()
@@ -68,6 +69,8 @@ def main() -> None:
         done = {(s["spec"], s["first"], s["before"]) for s in stored["slices"]}
         count: dict[str, int] = defaultdict(int)
         for spec, rows, first, before, ends in wanted:
+            if options.only not in (None, spec):
+                continue
             if options.spec is not None:
                 if spec != MEMORY:
                     continue

@@ -95,14 +95,16 @@ def memory_logits(
         options = {"position_ids": torch.stack(rows), "attention_mask": torch.ones_like(ids).expand(len(rows), -1)}
     name = "patchkit_definition"
 
-    def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
         rule = rules.get(id(module))
         unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _COMPUTED - _WITHOUT_EFFECT
         unknown -= set() if rule else {"sliding_window"}  # which the mask says
         if unknown:
             raise NoDefinition(f"attention takes {', '.join(sorted(unknown))}, whose effect is not written down here")
         query, key, value = query.double(), key.double(), value[0].double()
-        scores, sees = (query[0] @ _repeated(key[0], query).mT, mask) if rule is None else _scores(rule, turns, query, key)
+        scores, sees = (query[0] @ _repeated(key[0], query).mT, attention_mask) if rule is None else _scores(rule, turns, query, key)
         output = _softmax(scores, sees, value, query, kwargs).to(dtype)[None]
         # Behind attention all rows are the same again.
         return output.expand(query.shape[0], -1, -1, -1).contiguous(), None

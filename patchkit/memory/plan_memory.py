@@ -62,6 +62,8 @@ def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[Atte
         obstacle = layer.obstacle
         if obstacle is None and layer in chosen:
             obstacle = obstacle_of(layer)
+            if obstacle is None and any(other is not layer and other.module is layer.module for other in layers):
+                obstacle = "its module computes several layers of the cache, and there is one set of slots for a module"
         if obstacle is not None and (layer in chosen or layer.kind != "full"):
             raise UnsupportedModel(f"memory would not be exact on {name}: in layer {layer.index} ({layer.name}), {obstacle}")
     heads = {call["layer"]: call["key"].shape[1] for call in target.attention_calls}
