@@ -95,9 +95,7 @@ def memory_logits(
         options = {"position_ids": torch.stack(rows), "attention_mask": torch.ones_like(ids).expand(len(rows), -1)}
     name = "patchkit_definition"
 
-    def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         rule = rules.get(id(module))
         unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _COMPUTED - _WITHOUT_EFFECT
         unknown -= set() if rule else {"sliding_window"}  # which the mask says
