@@ -14,6 +14,7 @@ from patchkit.anatomy.rotary import Rotary
 from patchkit.attention import AttentionOutput, original_function
 from patchkit.errors import StreamError
 from patchkit.static_step import StepCache
+from patchkit.streaming.int8_layer import rounded
 from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.runtime import Runtime
 
@@ -151,11 +152,13 @@ def attend_in_window(
         return run(module, query, key, value, mask, **kwargs)
 
     window_query = sink_query = query
+    if rule.int8 and not context.cached:
+        key, value = rounded(rule, context, key, value)
     if rotary is not None:
         if context.repositions:
             cos, sin = (t.to(query.device) for t in context.window_rotation(rotary))
             window_query = rotary.rotate(query, cos, sin, rotary.start)
-            if not context.cached:
+            if not context.cached and not rule.int8:
                 key = rotary.rotate(key, cos, sin, rotary.start)
         elif runtime.plan.limit is None and rule.in_cache and context.end > runtime.plan.main.reach:
             cos, sin = (t.to(query.device) for t in context.sink_rotation(rotary))

@@ -13,6 +13,7 @@ import torch
 from patchkit import _compat
 from patchkit.errors import StreamError
 from patchkit.static_step import Sinks, StepLayer, of_one_dtype
+from patchkit.streaming.int8_layer import Int8StepLayer, layout, pack_new, read, read_in_blocks, room_like, write
 from patchkit.streaming.rollback_log import ROLLBACK, RollbackLog
 from patchkit.streaming.rule import ForwardContext, LayerRule
 from patchkit.streaming.sinks import UnrotatedSinks
@@ -49,8 +50,11 @@ class StreamLayer(_compat.CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         size = (*key_states.shape[:2], self.rule.capacity)
-        self.keys = key_states.new_zeros(*size, key_states.shape[-1])
-        self.values = value_states.new_zeros(*size, value_states.shape[-1])
+        if self.rule.int8:
+            self.keys, self.values = room_like(key_states, *size), room_like(value_states, *size)
+        else:
+            self.keys = key_states.new_zeros(*size, key_states.shape[-1])
+            self.values = value_states.new_zeros(*size, value_states.shape[-1])
         self.is_initialized = True
         self.stream.step = None
 
@@ -64,6 +68,8 @@ class StreamLayer(_compat.CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = self._of_one_dtype(key_states, value_states)
+        if self.rule.int8:
+            return self._update_int8(context, key_states, value_states)
         if context.in_blocks:
             return self._extend(context, key_states, value_states)
         if context.start < self.rule.capacity:
@@ -76,6 +82,11 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Convert new and kept keys and values to the wider of their dtypes, as concatenation does: autocast may begin or end."""
+        if self.rule.int8:
+            wider = torch.promote_types(keys.dtype, self.dtype)
+            if wider != self.dtype:
+                self.dtype, self.stream.step = wider, None
+            return keys.to(wider), values.to(wider)
         before = self.keys.dtype, self.values.dtype
         keys, values = of_one_dtype(self, keys, values)
         if (self.keys.dtype, self.values.dtype) != before:
@@ -137,6 +148,22 @@ class StreamLayer(_compat.CacheLayerMixin):
             self._rotated_part(self.keys, self.values)[:, :, : self.rule.sinks].copy_(rotated)
         return self.keys, self.values
 
+    def _update_int8(self, context: ForwardContext, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = self.rule
+        if context.in_blocks:
+            new = pack_new(rule, context, k, v)
+            past = self._in_time_order(context.start) if context.start else (self.keys[:, :, :0], self.values[:, :, :0])
+            context.packed = keys, values = torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2)
+            with torch.no_grad():
+                self._store(context, keys, values, *new)
+            return read_in_blocks(rule, context, keys, values, k.dtype, v.dtype)
+        slot, offsets, *tables = (x.to(k.device) for x in self.stream.fixed_tensors(rule)[:4])
+        if context.start >= rule.capacity:
+            self._before_overwriting(context, slot)
+        both, at, seen = (tables[0], tables[1]), layout(rule), min(context.end, rule.capacity)
+        write(self.keys, self.values, (k, v), slot, offsets, both, at)
+        return read(self.keys[:, :, :seen], self.values[:, :, :seen], offsets[:, :, :seen], both, at, k.dtype)
+
     def _before_overwriting(self, context: ForwardContext, slot: torch.Tensor) -> None:
         """Save the token in ``slot`` [1], which the next write evicts, where a rollback or a padded row's sinks need it."""
         if self.rule.sinks and self.unrotated is None:
@@ -158,6 +185,8 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def as_step_layer(self) -> StepLayer:
         """Return the view of this layer that compiled code works on."""
+        if self.rule.int8:
+            return Int8StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule), layout(self.rule), self.dtype)
         return StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule)[0], self._fixed_sinks())
 
     def _fixed_sinks(self) -> Sinks | None:
@@ -224,7 +253,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     def _sinks_for_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the sinks' keys and values, rotated to their row positions or, with true distances, to their bounded positions."""
         keys, values = self.keys[:, :, : self.rule.sinks].clone(), self.values[:, :, : self.rule.sinks].clone()
-        if self.rule.rotary is not None and self.rule.sinks:
+        if self.rule.rotary is not None and self.rule.sinks and not self.rule.int8:
             if self.unrotated is None:
                 self._capture_sinks()
             assert self.unrotated is not None
@@ -244,7 +273,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def _capture_sinks(self) -> None:
         """Copy the sinks before the first eviction, while they are not rotated yet."""
-        if self.rule.rotary is not None:
+        if self.rule.rotary is not None and not self.rule.int8:  # in int8 every key is kept without its rotation
             self.stream.step = None
             self.unrotated = UnrotatedSinks.of(self._rotated_part(self.keys, self.values)[:, :, : self.rule.sinks], self.rule.rotary)
 
@@ -269,7 +298,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotate every key of the ring and of the log by one angle per row, given as cosine and sine [B or 1, 1, 1, n]."""
-        if not self.is_initialized:
+        if not self.is_initialized or self.rule.int8:
             return
         rotary = self.rule.rotary
         assert rotary is not None

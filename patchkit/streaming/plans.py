@@ -29,6 +29,16 @@ def check_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return tuple(layers)
 
 
+def check_kv(kv: str) -> None:
+    """Check the option ``kv``.
+
+    Raises:
+        ValueError: it is neither "model" nor "int8".
+    """
+    if kv not in ("model", "int8"):
+        raise ValueError(f"kv={kv!r}: give 'model' (keys and values as the model computes them) or 'int8'")
+
+
 def chosen_layers(layers: list[AttentionLayer], indices: tuple[int, ...]) -> list[AttentionLayer]:
     """Return the layers with these indices, in ascending order.
 
@@ -67,10 +77,16 @@ def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable:
             )
     owns_all = all(layer.index in chosen or layer.kind == "sliding" for layer in layers)
     owned = [layer for layer in layers if layer.index in chosen or (owns_all and layer.kind == "sliding")]
+    int8 = next(iter(chosen.values())).int8
+    for layer in owned:
+        if int8 and (obstacle := _int8_obstacle(layer)) is not None:
+            raise UnsupportedModel(
+                f'kv="int8" would not be exact on {name}: in layer {layer.index} ({layer.name}), {obstacle}. Leave kv out'
+            )
     made: list[LayerRule] = []
     rules: dict[int, LayerRule] = {}
     for layer in owned:
-        wanted = chosen.get(layer.index) or LayerRule(0, layer.window or 1, layer.rotary, sliding=True)
+        wanted = chosen.get(layer.index) or LayerRule(0, layer.window or 1, layer.rotary, sliding=True, int8=int8)
         rule = next((rule for rule in made if rule.same_rule(wanted)), None)
         if rule is None:
             rule = wanted
@@ -94,6 +110,15 @@ def make_plan(target: Target, patch: str, chosen: dict[int, LayerRule], movable:
         has_alibi=any(layer.alibi is not None for layer in owned),
     )
     return plan, owned
+
+
+def _int8_obstacle(layer: AttentionLayer) -> str | None:
+    """The reason why keys and values of a layer cannot be kept in int8; None if they can."""
+    if layer.alibi is not None or not layer.interface:
+        return "attention is computed by the model's own function, which would see exact keys where there is no cache"
+    if not layer.attends_stored or (layer.rotary is not None and layer.rotary.slot == "values"):
+        return "the cache holds something else than the keys and values that attention receives (multi-head latent attention)"
+    return None
 
 
 def joined(target: Target, first: Plan, second: Plan) -> Plan:

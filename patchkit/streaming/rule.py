@@ -8,11 +8,47 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from patchkit.anatomy.rotary import Rotary, same_rotary
+from patchkit.kernels.kv_int8 import FINE
+
+
+class AngleTables(NamedTuple):
+    """Tables of angles for `patchkit.kernels.kv_int8_read`, one coarse table per batch row or one for all.
+
+    Attributes:
+        coarse: [C, 2, n/2] float32, of the batch rows one after the other.
+        fine: [256, 2, n/2] float32, of the positions 0 to 255.
+        near: coarse rows per batch row that are not for sinks.
+        first: [B or 1] int64, the row position of the first of these.
+        rows: batch rows that have a coarse table.
+    """
+
+    coarse: torch.Tensor
+    fine: torch.Tensor
+    near: int
+    first: torch.Tensor
+    rows: int = 1
+
+    def within(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Move offsets that are for no visible key into the table."""
+        return offsets.clamp(0, max(0, FINE * self.near - 1))
+
+    def of_rows(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Add to offsets [B or 1, ...] where the table of their batch row begins."""
+        if self.rows == 1:
+            return offsets
+        begins = torch.arange(self.rows, device=offsets.device) * (FINE * len(self.coarse) // self.rows)
+        return offsets + begins.view(-1, *(1,) * (offsets.ndim - 1))
+
+
+def _by_pair(rotary: Rotary, positions: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines [..., 2, n/2] float32 of positions [...], one per rotated pair of dimensions."""
+    both = torch.stack(rotary.angles(positions), -2)
+    return both[..., : rotary.width // 2] if rotary.style == "half" else both[..., ::2]
 
 
 @dataclass(eq=False)
@@ -23,6 +59,7 @@ class LayerRule:
         number: the index of its mask in `StepCache.masks`.
         in_cache: the distance to a sink is that inside the cache (the paper's rule); otherwise the true distance.
         sliding: the model itself has this sliding window; no patch asked for it.
+        int8: keys and values are kept in int8, keys without their rotation (`patchkit.streaming.int8_layer`).
     """
 
     sinks: int
@@ -31,6 +68,8 @@ class LayerRule:
     number: int = 0
     in_cache: bool = True
     sliding: bool = False
+    int8: bool = False
+    _fine: Any = field(default=None, repr=False)  # frequencies, and the fine table that was made of them
 
     @property
     def capacity(self) -> int:
@@ -44,13 +83,13 @@ class LayerRule:
 
     def same_rule(self, other: LayerRule) -> bool:
         """Whether the layers of both can share one rule."""
-        mine, its = ((rule.sinks, rule.window, rule.in_cache, rule.sliding) for rule in (self, other))
+        mine, its = ((rule.sinks, rule.window, rule.in_cache, rule.sliding, rule.int8) for rule in (self, other))
         return type(self) is type(other) and mine == its and same_rotary(self.rotary, other.rotary)
 
     @property
     def full_from(self) -> int:
-        """Number of tokens that fill sinks and window; every later token pushes one out, and a step needs `step_tensors`."""
-        return self.capacity
+        """Number of tokens that fill sinks and window; every later token pushes one out, and a step needs `step_tensors`; 0 where every step does."""
+        return 0 if self.int8 else self.capacity
 
     @property
     def sees_all(self) -> bool:
@@ -69,14 +108,48 @@ class LayerRule:
     def step_tensors(self, context: ForwardContext) -> list[torch.Tensor | None]:
         """Tensors that a one-token step needs: its slot [1] int64, then cosine and sine [B or 1, 1, 1, n] of the sinks' rotation.
 
-        Cosine and sine are None if the sinks do not rotate. Subclasses append theirs.
+        Cosine and sine are None if the sinks do not rotate. Subclasses append theirs. With int8: its slot, the offsets of all slots
+        [B or 1, 1, S + W] int64, and the tables that they are for.
         """
         token = torch.tensor([context.start], device=context.device)
+        if self.int8:
+            keys = context.key_tokens(self) if context.start >= self.capacity else torch.arange(self.capacity, device=context.device)[None]
+            tables = self.angle_tables(context, context.start)
+            return [self.slot(token), self.offsets(context, tables, keys)[:, None], tables.coarse, tables.fine]
         cos = sin = None
         if self.sinks and self.rotary is not None:
             offset = context.excess(token) if self.in_cache else torch.zeros_like(context.row_positions(token))
             cos, sin = self.rotary.angles((offset - context.base[:, None])[:, None])
         return [self.slot(token), cos, sin]
+
+    def angle_tables(self, context: ForwardContext, token: int) -> AngleTables:
+        """Tables that rotate what token ``token`` sees to bounded positions: of each row positions from R on, then those of its sinks."""
+        if self.rotary is None:
+            empty = torch.zeros(FINE, 2, 0, device=context.device)
+            return AngleTables(empty[:1], empty, 0, torch.zeros(1, dtype=torch.int64, device=context.device))
+        tokens = torch.tensor([token], device=context.device)
+        first = (context.row_positions(tokens) - (self.reach - 1)).clamp(min=0)
+        positions = first + torch.arange(0, self.reach, FINE, device=context.device)
+        near = positions.shape[1]
+        if self.sinks:
+            origin = context.excess(tokens) if self.in_cache else torch.zeros_like(first)
+            positions = torch.cat([positions, origin + torch.arange(0, self.sinks, FINE, device=context.device)], 1)
+        coarse = _by_pair(self.rotary, positions - context.base[:, None])
+        if self._fine is None or self._fine[0] is not self.rotary.frequencies or self._fine[1].device != context.device:
+            with torch.inference_mode(False):
+                table = _by_pair(self.rotary, torch.arange(FINE, device=context.device))
+            self._fine = self.rotary.frequencies, table
+        return AngleTables(coarse.flatten(0, 1), self._fine[1], near, first[:, 0], len(coarse))
+
+    def offsets(self, context: ForwardContext, tables: AngleTables, keys: torch.Tensor) -> torch.Tensor:
+        """Offsets [B or 1, n] in these tables of keys with token numbers [B or 1, n]; any for empty slots and padding."""
+        rows = keys if context.pads is None else keys - context.pads[:, None]
+        if self.rotary is None:
+            return torch.zeros_like(rows)
+        offsets = tables.within(rows - tables.first[:, None])
+        if self.sinks:
+            offsets = torch.where((rows >= 0) & (rows < self.sinks), FINE * tables.near + rows, offsets)
+        return tables.of_rows(offsets)
 
     def count(self, hits: Counter[str], context: ForwardContext) -> None:
         """Count a forward for the report."""
@@ -134,6 +207,7 @@ class ForwardContext:
         most_pads: the largest of ``pads``, as a plain number.
         pad_list: ``pads`` as plain numbers; (0,) without padding.
         highest: the most tokens ever seen before this forward, those that were rolled back included.
+        packed: in a forward in blocks, keys and values in int8 that the current layer attends to, in order of time.
     """
 
     plan: Plan
@@ -149,6 +223,7 @@ class ForwardContext:
     most_pads: int = 0
     highest: int = 0
     pad_list: tuple[int, ...] = (0,)
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None
     _rotations: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -189,6 +264,22 @@ class ForwardContext:
         return self._rotation(
             rotary, f"back by {delay}", first, lambda tokens: self.base[:, None] - self.row_positions(tokens), self.end - delay
         )
+
+    def unrotation(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B or 1, 1, T, n] that take the model's own rotation from the new keys."""
+        return self._rotation(rotary, "unrotated", self.start, lambda tokens: -self.position_ids())
+
+    def rotation_of_keys(self, rule: LayerRule, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [B or 1, 1, n, n'] that rotate the keys of a forward in blocks, in their order, to where its queries see them."""
+        key = (id(rule), "keys")
+        if key not in self._rotations:
+            rows = self.key_tokens(rule)
+            rows = rows if self.pads is None else rows - self.pads[:, None]
+            at = rows - self.base[:, None]
+            if rule.in_cache:  # queries turn to the sinks
+                at = torch.where((rows >= 0) & (rows < rule.sinks), rows, at)
+            self._rotations[key] = tuple(t[:, None] for t in rotary.angles(at))
+        return self._rotations[key]
 
     def _rotation(
         self, rotary: Rotary, name: str, first: int, offsets: Callable[[torch.Tensor], torch.Tensor], end: int | None = None
