@@ -103,7 +103,7 @@ def _(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "one dimension", make(1, 1, 1, 1, 2, 1, 1)
     keys, values, new_keys, new_values, *rest = make(2, 1, 1, 4, 8, 8, 4)
     yield (
-        "zeros, and one very large and one very small value",
+        "very large, very small and zero",
         (keys, values, new_keys * 1e30, new_values * 1e-30 * (new_values > 0), *rest),
     )
     yield "rows share their offsets", (keys, values, new_keys, new_values, rest[0], rest[1][:1], *rest[2:])

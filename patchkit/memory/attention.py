@@ -17,6 +17,7 @@ from patchkit.memory.rule import MemoryRule
 from patchkit.memory.slots import Slots, Taken
 from patchkit.static_step import StepCache
 from patchkit.streaming.attention import Run
+from patchkit.streaming.int8_layer import layout, read
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime
 
@@ -38,19 +39,33 @@ class SeenSlots:
     def in_fixed_step(
         self, run: Run, step: StepCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        return self.attend(run, step.layer(self.index).kept, step.seen[None], query, key, value, mask)
+        layer = step.layer(self.index)
+        slots = layer.kept if not self.rule.int8 else self.readable(layer.kept, layer.places, layer.tables, key.dtype)
+        return self.attend(run, slots, step.seen[None], query, key, value, mask)
 
     def in_step(
         self, run: Run, context: ForwardContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         assert self.runtime.cache is not None
         layer: Any = self.runtime.cache.layers[self.index]
-        return self.attend(run, layer.slots, torch.tensor([context.start], device=query.device), query, key, value, mask)
+        slots = layer.slots
+        if self.rule.int8:
+            coarse, fine, places = (x.to(key.device) for x in layer.stream.fixed_tensors(self.rule)[2:5])
+            slots = self.readable(slots, places, (coarse, fine), key.dtype)
+        return self.attend(run, slots, torch.tensor([context.start], device=query.device), query, key, value, mask)
 
     def begin(self, context: ForwardContext, key: torch.Tensor, value: torch.Tensor, keys: int) -> SlotsInBlocks:
         layer: Any = None if self.runtime.cache is None else self.runtime.cache.layers[self.index]
         slots = self.rule.empty(self.index, key, value) if layer is None else layer.slots
+        if self.rule.int8:
+            assert context.packed is not None
+            key, value = context.packed
         return SlotsInBlocks(self, context, layer, slots, key, value, keys - context.end)
+
+    def readable(self, slots: Slots, places: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> Slots:
+        """Slots in int8 with keys and values as attention takes them; ``places`` are those of `MemoryRule`."""
+        keys, values = read(slots.keys, slots.values, self.rule.slot_offsets(slots.tokens, places), tables, layout(self.rule), dtype)
+        return slots._replace(keys=keys, values=values)
 
     def attend(
         self,
@@ -82,7 +97,7 @@ class SlotsInBlocks:
     Attributes:
         layer: of the cache; None without one.
         slots: at the current block of queries.
-        key, value: [B, G, n, K] and [B, G, n, V], in order of time; token i is in column i + ``offset``.
+        key, value: [B, G, n, K] and [B, G, n, V], in order of time, packed with int8; token i is in column i + ``offset``.
     """
 
     seen: SeenSlots
@@ -115,7 +130,13 @@ class SlotsInBlocks:
     ) -> torch.Tensor:
         if int(block[-1]) < self.seen.rule.capacity:  # nothing has left the window
             return run(query, key, value, mask)
-        return self.seen.attend(run, self.slots, block, query, key, value, mask)
+        slots, rule = self.slots, self.seen.rule
+        if rule.int8:
+            tables = rule.angle_tables(self.context, int(block[0]))
+            places = rule.places(self.context, int(block[0]), tables)
+            coarse, fine, places = (x.to(key.device) for x in (tables.coarse, tables.fine, places))
+            slots = self.seen.readable(slots, places, (coarse, fine), key.dtype)
+        return self.seen.attend(run, slots, block, query, key, value, mask)
 
     def end(self) -> None:
         if self.layer is not None and self.taken:

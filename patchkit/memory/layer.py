@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from patchkit import _compat
+from patchkit.kernels.kv_int8 import unpack
 from patchkit.memory.rule import MemoryRule
 from patchkit.memory.slots import LOWEST, Entry, Slots, Taken, compete, keydiff, undo
 from patchkit.static_step import Sinks, StepLayer
+from patchkit.streaming.int8_layer import Int8StepLayer, layout
 from patchkit.streaming.layer import StreamLayer
 from patchkit.streaming.make_layer import StreamLayerWithState, make_layer
 from patchkit.streaming.rollback_log import ROLLBACK
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.stream import Stream
 
-# Returns keys [B, G, n, K] and values [B, G, n, V] of token numbers [n], rotated to their bounded positions.
+# Returns keys [B, G, n, K] and values [B, G, n, V] of token numbers [n], rotated to their bounded positions; packed with int8.
 Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -49,6 +51,8 @@ class MemoryLayer(StreamLayer):
 
     def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super()._of_one_dtype(keys, values)
+        if self.rule.int8:
+            return keys, values
         if self.slots.keys.dtype != self.keys.dtype or self.slots.values.dtype != self.values.dtype:
             self.slots = self.slots._replace(keys=self.slots.keys.to(self.keys.dtype), values=self.slots.values.to(self.values.dtype))
         return keys, values
@@ -58,6 +62,9 @@ class MemoryLayer(StreamLayer):
         super().before_fixed_step(context)
 
     def as_step_layer(self) -> StepLayer:
+        if self.rule.int8:
+            tensors = self.stream.fixed_tensors(self.rule)
+            return MemoryInt8StepLayer(self.keys, self.values, tensors, layout(self.rule), self.dtype, self.slots)
         slot = self.stream.fixed_tensors(self.rule)[0]
         return MemoryStepLayer(self.keys, self.values, slot, self._fixed_sinks(), self.slots)
 
@@ -104,7 +111,7 @@ class MemoryLayer(StreamLayer):
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         super().rotate_window(cos, sin)
         rotary = self.rule.rotary
-        if rotary is not None and self.slots is not None:
+        if rotary is not None and self.slots is not None and not self.rule.int8:
             cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
             self.slots.keys.copy_(rotary.rotate(self.slots.keys, cos, sin, rotary.cached_start))
             for number, each in enumerate(self.taken):
@@ -146,6 +153,8 @@ def _plain(rule: MemoryRule, context: ForwardContext, fetch: Fetch, first: int, 
     """Keys [B, G, count, K] without rotation of the tokens from ``first`` on; anything for those before the text."""
     tokens = torch.arange(first, first + count, device=context.device).clamp(min=0)
     keys = fetch(tokens)[0]
+    if rule.int8:
+        return unpack(keys)
     if rule.rotary is None:
         return keys
     cos, sin = rule.rotary.angles(context.base[:, None] - context.row_positions(tokens))
@@ -164,6 +173,18 @@ class MemoryStepLayer(StepLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, sinks: Sinks | None, kept: Slots) -> None:
         super().__init__(keys, values, slots, sinks)
         self.kept = kept
+        for tensor in kept[:4]:
+            _compat.mark_static_address(tensor)
+
+
+class MemoryInt8StepLayer(Int8StepLayer):
+    """The view of a `MemoryLayer` in int8 that compiled code works on; ``kept`` are its slots, ``places`` those of `MemoryRule`."""
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, tensors: list[Any], at: tuple[int, bool], dtype: torch.dtype, kept: Slots
+    ) -> None:
+        super().__init__(keys, values, tensors, at, dtype)
+        self.kept, self.places = kept, tensors[4]
         for tensor in kept[:4]:
             _compat.mark_static_address(tensor)
 

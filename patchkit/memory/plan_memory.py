@@ -30,6 +30,8 @@ class MemoryOptions(Protocol):
     def budgets(self) -> str | tuple[int, ...]: ...
     @property
     def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def kv(self) -> str: ...
 
 
 # Distances stay below this where a model has no limit.
@@ -77,7 +79,15 @@ def plan_memory(options: MemoryOptions, target: Target) -> tuple[Plan, list[Atte
     for layer in chosen:
         pool = shared or max(n for n in range(1, MOST_SHARED + 1) if heads[layer.index] % n == 0)
         rules[layer.index] = MemoryRule(
-            options.sinks, options.window, layer.rotary, slots=slots, block=options.block, shared=pool, far=far, turn=turn
+            options.sinks,
+            options.window,
+            layer.rotary,
+            int8=options.kv == "int8",
+            slots=slots,
+            block=options.block,
+            shared=pool,
+            far=far,
+            turn=turn,
         )
     return make_plan(target, "memory", rules)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from patchkit.memory.slots import Slots
-from patchkit.streaming.rule import ForwardContext, LayerRule
+from patchkit.streaming.int8_layer import room_like
+from patchkit.streaming.rule import AngleTables, ForwardContext, LayerRule
 from patchkit.streaming.stream import Stream
 
 
@@ -49,8 +50,12 @@ class MemoryRule(LayerRule):
         return False  # a token that has been chosen waits in its slot until it leaves the window
 
     def empty(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> Slots:
-        """Empty slots of layer ``index``, with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]."""
-        return Slots.empty(keys, values, self.slots[index], self.shared)
+        """Empty slots of layer ``index``, with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V], packed with int8."""
+        empty = Slots.empty(keys, values, self.slots[index], self.shared)
+        if not self.int8:
+            return empty
+        size = empty.tokens.shape
+        return empty._replace(keys=room_like(keys, *size), values=room_like(values, *size))
 
     def next_border(self, context: ForwardContext | Stream, start: int) -> int:
         """The first token number from ``start`` on before which some row is at a border."""
@@ -64,14 +69,37 @@ class MemoryRule(LayerRule):
         return (rows > 0) & (rows % self.block == 0)
 
     def moving(self, context: ForwardContext, slots: Slots, token: int) -> torch.Tensor | None:
-        """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due for that."""
-        if self.rotary is None or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
+        """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due, or with `places`."""
+        if self.rotary is None or self.int8 or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
             return None
         far = (slots.tokens >= 0) & (token - slots.tokens > self.far)
         if context.pads is None:
             return far
         rows = token - context.pads
         return far & ((rows > 0) & (rows % self.turn == 0)).to(far.device)[:, None, None]
+
+    def step_tensors(self, context: ForwardContext) -> list[torch.Tensor | None]:
+        tensors = super().step_tensors(context)
+        return [*tensors, self.places(context, context.start)] if self.int8 else tensors
+
+    def places(self, context: ForwardContext, token: int, tables: AngleTables | None = None) -> torch.Tensor:
+        """What `slot_offsets` needs to know of each row when ``token`` is fed: [4, B or 1] int64.
+
+        Its padding, its completed turns of R positions, the first position of its table, and where in the tables that begins.
+        """
+        tables = self.angle_tables(context, token) if tables is None else tables
+        pads = torch.zeros(1, dtype=torch.int64, device=context.device) if context.pads is None else context.pads
+        begins = tables.of_rows(torch.zeros_like(tables.first))
+        return torch.stack(torch.broadcast_tensors(pads, (token - pads) // self.turn, tables.first, begins))
+
+    def slot_offsets(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Offsets [B, P, N] of the tokens [B, P, N] of slots, moved closer as often as they have to be; any for empty slots."""
+        pads, turns, first, begins = places[:, :, None, None]
+        rows = tokens - pads
+        if self.rotary is None:
+            return torch.zeros_like(rows)
+        moved = rows + self.turn * (turns - (rows + self.far) // self.turn).clamp(min=0)
+        return (moved - first).clamp(0, self.reach - 1) + begins
 
     def count(self, hits: Counter[str], context: ForwardContext) -> None:
         super().count(hits, context)

@@ -27,7 +27,7 @@ from patchkit.memory.install import install_memory
 from patchkit.memory.plan_memory import NO_LIMIT, plan_memory
 from patchkit.memory.rule import MemoryRule
 from patchkit.patch import Facts, Patch, Promises, Stage, register_patch
-from patchkit.streaming.plans import check_layers
+from patchkit.streaming.plans import check_kv, check_layers
 from patchkit.streaming.rule import Plan
 
 # Tokens of a window, and slots, that a short sequence fills several times.
@@ -48,6 +48,7 @@ class Memory(Patch):
         budgets: slots of each layer: "measured" distributes them by how distinct keys are in each, on random token ids, when the model is
             patched; "equal" gives every layer M per kv head; or one number per patched layer.
         layers: indices of the attention layers to patch; None for all with full attention. The others keep all keys.
+        kv: "model" or "int8", as for `patchkit.StreamingLLM`; of sinks, window and slots.
 
     Raises:
         ValueError: an option out of range.
@@ -70,6 +71,7 @@ class Memory(Patch):
     shared: int | None = None
     budgets: Literal["measured", "equal"] | tuple[int, ...] = "measured"
     layers: tuple[int, ...] | None = None
+    kv: Literal["model", "int8"] = "model"
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 1), ("slots", 1), ("block", 1)):
@@ -89,6 +91,7 @@ class Memory(Patch):
         ):
             raise ValueError(f'budgets={self.budgets!r}: give "measured", "equal", or a number of slots, at least 1, for each layer')
         object.__setattr__(self, "layers", check_layers(self.layers))
+        check_kv(self.kv)
 
     def check(self, target: Target) -> None:
         self._plan(target)
@@ -98,6 +101,8 @@ class Memory(Patch):
 
     def promises(self, target: Target) -> Promises:
         plan, owned = self._plan(target)
+        if self.kv == "int8":
+            return Promises(bounded=plan.owns_all, rounds=True)
         slots = {}
         for layer in owned:
             rule = plan.rules[layer.index]

@@ -98,9 +98,7 @@ class StreamingLLM(Patch):
             raise ValueError(f"positions={self.positions!r} with refresh={self.refresh.spec}: a refresh needs positions='cache'")
         check_kv(self.kv)
         if self.refresh is not None and self.kv == "int8":
-            raise ValueError(
-                f"kv='int8' with refresh={self.refresh.spec}: a refresh writes keys that were not rounded; leave one of the two out"
-            )
+            raise ValueError(f"kv='int8' with refresh={self.refresh.spec}: a refresh needs keys as the model made them, so leave one out")
 
     @property
     def capacity(self) -> int:

@@ -88,7 +88,7 @@ class LayerRule:
 
     @property
     def full_from(self) -> int:
-        """Number of tokens that fill sinks and window; every later token pushes one out, and a step needs `step_tensors`; 0 where every step does."""
+        """Number of tokens that fill sinks and window; every later token pushes one out, and a step needs `step_tensors`. With int8: 0."""
         return 0 if self.int8 else self.capacity
 
     @property
