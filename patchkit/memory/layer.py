@@ -64,7 +64,7 @@ class MemoryLayer(StreamLayer):
     def as_step_layer(self) -> StepLayer:
         if self.rule.int8:
             tensors = self.stream.fixed_tensors(self.rule)
-            return MemoryInt8StepLayer(self.keys, self.values, tensors, layout(self.rule), self.dtype, self.slots)
+            return MemoryInt8StepLayer(self.keys, self.values, tensors, layout(self.rule), self.kv_dtype, self.slots)
         slot = self.stream.fixed_tensors(self.rule)[0]
         return MemoryStepLayer(self.keys, self.values, slot, self._fixed_sinks(), self.slots)
 

@@ -50,7 +50,7 @@ class MemoryRule(LayerRule):
         return False  # a token that has been chosen waits in its slot until it leaves the window
 
     def empty(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> Slots:
-        """Empty slots of layer ``index``, with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V], packed with int8."""
+        """Empty slots of layer ``index``, with keys like ``keys`` [B, G, *, K] and values like ``values`` [B, G, *, V]; packed in int8."""
         empty = Slots.empty(keys, values, self.slots[index], self.shared)
         if not self.int8:
             return empty

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from patchkit.prefix.written_state import part_of_state
+
 # The token number of an empty slot.
 EMPTY = -1
 
@@ -41,6 +43,7 @@ def keydiff(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return (cosine * -_STEPS).round().to(torch.int16)
 
 
+@part_of_state
 class Slots(NamedTuple):
     """Keys and values that one layer keeps beyond its window, in P pools that H kv heads each share (P H = G), of N = H M slots.
 
@@ -102,6 +105,7 @@ class Entry(NamedTuple):
     due: torch.Tensor | None
 
 
+@part_of_state
 class Taken(NamedTuple):
     """Entries of slots that a competition has overwritten, for a rollback.
 

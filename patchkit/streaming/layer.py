@@ -41,6 +41,7 @@ class StreamLayer(_compat.CacheLayerMixin):
 
     def _clear(self) -> None:
         self.keys = self.values = None
+        self.wide: Any = None  # with int8, the dtype in which keys come and go
         self.is_initialized = False
         self.unrotated: UnrotatedSinks | None = None  # kept once tokens are evicted
         self.log: RollbackLog | None = None  # of evicted tokens, while `logs`
@@ -51,6 +52,7 @@ class StreamLayer(_compat.CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         size = (*key_states.shape[:2], self.rule.capacity)
         if self.rule.int8:
+            self.wide = key_states.dtype
             self.keys, self.values = room_like(key_states, *size), room_like(value_states, *size)
         else:
             self.keys = key_states.new_zeros(*size, key_states.shape[-1])
@@ -80,12 +82,18 @@ class StreamLayer(_compat.CacheLayerMixin):
             return self.keys[:, :, : context.end], self.values[:, :, : context.end]
         return self._step(context, key_states, value_states)
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The dtype of the keys that attention receives."""
+        dtype: torch.dtype = self.wide if self.rule.int8 else self.keys.dtype
+        return dtype
+
     def _of_one_dtype(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Convert new and kept keys and values to the wider of their dtypes, as concatenation does: autocast may begin or end."""
         if self.rule.int8:
-            wider = torch.promote_types(keys.dtype, self.dtype)
-            if wider != self.dtype:
-                self.dtype, self.stream.step = wider, None
+            wider = torch.promote_types(keys.dtype, self.kv_dtype)
+            if wider != self.kv_dtype:
+                self.wide, self.stream.step = wider, None
             return keys.to(wider), values.to(wider)
         before = self.keys.dtype, self.values.dtype
         keys, values = of_one_dtype(self, keys, values)
@@ -186,7 +194,7 @@ class StreamLayer(_compat.CacheLayerMixin):
     def as_step_layer(self) -> StepLayer:
         """Return the view of this layer that compiled code works on."""
         if self.rule.int8:
-            return Int8StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule), layout(self.rule), self.dtype)
+            return Int8StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule), layout(self.rule), self.kv_dtype)
         return StepLayer(self.keys, self.values, self.stream.fixed_tensors(self.rule)[0], self._fixed_sinks())
 
     def _fixed_sinks(self) -> Sinks | None:

@@ -18,9 +18,11 @@ class KeptLayer(Protocol):
 
     rule: LayerRule
     keys: Any
-    dtype: Any
-    device: Any
     is_initialized: bool
+
+    @property
+    def kv_dtype(self) -> torch.dtype: ...
+
 
     def rotate_window(self, cos: torch.Tensor, sin: torch.Tensor) -> None: ...
     def before_fixed_step(self, context: ForwardContext) -> None: ...
@@ -196,7 +198,7 @@ class Stream:
         if self.step is None:
             first = [next(layer for layer in layers if layer.rule is rule) for rule in rules]
             rows = 1 if self.pads is None else len(self.pads)
-            masks = [torch.zeros(rows, 1, 1, layer.rule.capacity, dtype=layer.dtype, device=layer.device) for layer in first]
+            masks = [torch.zeros(rows, 1, 1, layer.rule.capacity, dtype=layer.kv_dtype, device=layer.keys.device) for layer in first]
             self.step = StepCache(
                 [layer.as_step_layer() for layer in layers], torch.zeros((), dtype=torch.int64, device=context.device), masks
             )
