@@ -46,6 +46,7 @@ class Bug:
 
 
 STREAMING = ("tests/patches/test_streaming.py",)
+KV_INT8 = ("tests/patches/test_kv_int8.py",)
 GENERATE = ("tests/patches/test_streaming_generate.py",)
 COMPILE = ("tests/patches/test_compile.py",)
 LINEAR = ("tests/patches/test_linear.py",)
@@ -102,6 +103,19 @@ BUGS = [
         "vars(copied).update(vars(self))",
         (*STREAMING, "tests/patches/test_refresh.py"),
     ),
+    Bug(
+        "keys in int8 keep a rotation",
+        'lambda tokens: -self.position_ids())',
+        'lambda tokens: -self.position_ids() // 2)',
+        KV_INT8,
+    ),
+    Bug(
+        "slots in int8 are seen at distances that the model does not know",
+        "self.turn * (turns - (rows + self.far) // self.turn).clamp(min=0)",
+        "0 * (turns - (rows + self.far) // self.turn).clamp(min=0)",
+        KV_INT8,
+    ),
+    Bug("a scale in int8 is cut off, not rounded", "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000", "bits = bits & -0x10000", ("tests/kernels/test_op.py",)),
     # -- linear attention
     Bug(
         "boundary token counted in window and state",
