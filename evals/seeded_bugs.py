@@ -105,8 +105,8 @@ BUGS = [
     ),
     Bug(
         "keys in int8 keep a rotation",
-        'lambda tokens: -self.position_ids())',
-        'lambda tokens: -self.position_ids() // 2)',
+        "lambda tokens: -self.position_ids())",
+        "lambda tokens: -self.position_ids() // 2)",
         KV_INT8,
     ),
     Bug(
@@ -115,7 +115,12 @@ BUGS = [
         "0 * (turns - (rows + self.far) // self.turn).clamp(min=0)",
         KV_INT8,
     ),
-    Bug("a scale in int8 is cut off, not rounded", "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000", "bits = bits & -0x10000", ("tests/kernels/test_op.py",)),
+    Bug(
+        "a scale in int8 is cut off, not rounded",
+        "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000",
+        "bits = bits & -0x10000",
+        ("tests/kernels/test_op.py",),
+    ),
     # -- linear attention
     Bug(
         "boundary token counted in window and state",
