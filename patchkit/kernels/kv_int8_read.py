@@ -67,7 +67,8 @@ def _(keys: Any, values: Any, offsets: Any, coarse: Any, fine: Any, start: Any, 
     """Key by key, with complex numbers."""
 
     def plain(x: torch.Tensor) -> torch.Tensor:
-        return x[..., :-2].double() * x[..., -2:].clone().view(torch.bfloat16).double()
+        scales = x[..., -2:].flatten().clone().view(torch.bfloat16)
+        return x[..., :-2].double() * scales.double().view(*x.shape[:-1], 1)
 
     pairs = coarse.shape[-1]
     turned = plain(keys)

@@ -69,7 +69,7 @@ class MemoryRule(LayerRule):
         return (rows > 0) & (rows % self.block == 0)
 
     def moving(self, context: ForwardContext, slots: Slots, token: int) -> torch.Tensor | None:
-        """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due, or with `places`."""
+        """The slots [B, P, N] whose tokens move R positions closer before this token; None where no row is due, or with int8."""
         if self.rotary is None or self.int8 or not any(token > pad and (token - pad) % self.turn == 0 for pad in context.pad_list):
             return None
         far = (slots.tokens >= 0) & (token - slots.tokens > self.far)
@@ -83,7 +83,7 @@ class MemoryRule(LayerRule):
         return [*tensors, self.places(context, context.start)] if self.int8 else tensors
 
     def places(self, context: ForwardContext, token: int, tables: AngleTables | None = None) -> torch.Tensor:
-        """What `slot_offsets` needs to know of each row when ``token`` is fed: [4, B or 1] int64.
+        """Numbers of each row by which slots in int8 are rotated when ``token`` is fed: [4, B or 1] int64.
 
         Its padding, its completed turns of R positions, the first position of its table, and where in the tables that begins.
         """
