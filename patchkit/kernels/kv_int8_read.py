@@ -59,7 +59,7 @@ def kv_int8_read(
 def _(
     keys: Any, values: Any, offsets: Any, coarse: Any, fine: Any, start: Any, interleaved: Any, dtype: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(x.new_empty(*x.shape[:3], x.shape[3] - SCALE, dtype=dtype) for x in (keys, values))  # type: ignore[return-value]
+    return tuple(x.new_empty(*x.shape[:3], x.shape[3] - SCALE, dtype=dtype) for x in (keys, values))
 
 
 @kv_int8_read.definition
