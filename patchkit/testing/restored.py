@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit._compat.attention import attention_named
 from patchkit._compat.hooks import HOOK_REGISTRIES
+from patchkit.freshness import parts_of
 from patchkit.tolerance import logit_error
 
 _PROBE_LENGTH = 12
@@ -25,7 +26,7 @@ class Snapshot:
     modules: dict[str, nn.Module] = field(repr=False)
     attributes: dict[str, dict[str, Any]] = field(repr=False)
     hooks: dict[tuple[str, str], dict[int, Any]] = field(repr=False)
-    tensors: dict[str, tuple[int, torch.Tensor]] = field(repr=False)
+    tensors: dict[str, tuple[int | None, torch.Tensor]] = field(repr=False)
     buffers: dict[str, torch.Tensor] = field(repr=False)
     configs: dict[str, dict[str, Any]] = field(repr=False)
     logits: torch.Tensor = field(repr=False)
@@ -42,7 +43,7 @@ def snapshot(model: PreTrainedModel) -> Snapshot:
         modules=dict(model.named_modules()),
         attributes={name: dict(vars(module)) for name, module in model.named_modules()},
         hooks={(name, kind): dict(getattr(module, kind, {})) for name, module in model.named_modules() for kind in HOOK_REGISTRIES},
-        tensors={key: (tensor.data_ptr(), tensor.detach().clone()) for key, tensor in model.state_dict().items()},
+        tensors={key: (pointer, tensor.clone()) for key, (pointer, tensor) in _stored(model).items()},
         buffers={key: tensor.detach().clone() for key, tensor in model.named_buffers()},
         configs={name: _config_values(config) for name, config in _configs(model)},
         logits=logits,
@@ -86,7 +87,8 @@ def _differences(before: Snapshot, model: PreTrainedModel) -> Iterator[str]:
                 added = [_name_of(hook) for key, hook in new_hooks.items() if key not in old_hooks]
                 removed = [_name_of(hook) for key, hook in old_hooks.items() if key not in new_hooks]
                 yield f"{kind} of {label}: added {added}, removed {removed}"
-    state = model.state_dict()
+    stored = _stored(model)
+    state = {key: tensor for key, (_, tensor) in stored.items()}
     yield from _changed_names("state_dict key", before.tensors, state)
     for key, (pointer, old_tensor) in before.tensors.items():
         if key not in state:
@@ -96,7 +98,7 @@ def _differences(before: Snapshot, model: PreTrainedModel) -> Iterator[str]:
             yield f"{key} is {_describe(new_tensor)}, was {_describe(old_tensor)}"
         elif not _same_bits(new_tensor, old_tensor):
             yield f"{key} has other values, by up to {(new_tensor.double() - old_tensor.double()).abs().max().item():.3e}"
-        elif new_tensor.data_ptr() != pointer:
+        elif stored[key][0] != pointer:
             yield f"{key} has moved to another storage"
     buffers = dict(model.named_buffers())
     yield from _changed_names("buffer", before.buffers, buffers)
@@ -111,6 +113,18 @@ def _differences(before: Snapshot, model: PreTrainedModel) -> Iterator[str]:
         for key, value in old_values.items():
             if key in new_values and new_values[key] != value:
                 yield f"{name}.{key} is {new_values[key]!r}, was {value!r}"
+
+
+def _stored(model: PreTrainedModel) -> dict[str, tuple[int | None, torch.Tensor]]:
+    """The tensors of the state dict with their addresses; None for the address of a copy that is made whenever the state dict is.
+
+    A tensor of a subclass, as quantised weights are, is given by the tensors that it consists of.
+    """
+    return {
+        key if part is tensor else f"{key}, part {place}": (part.data_ptr() if part.data_ptr() == again.data_ptr() else None, part.detach())
+        for (key, tensor), second in zip(model.state_dict().items(), model.state_dict().values(), strict=True)
+        for place, (part, again) in enumerate(zip(parts_of(tensor), parts_of(second), strict=True))
+    }
 
 
 def _changed_names(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
