@@ -71,7 +71,7 @@ def _compressed_tensors(dense: Path, folder: Path, bits: int, group: int | None 
     per_token = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": per_token if dynamic else None}
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)  # of which the scales get their dtype
     apply_quantization_config(model, config, show_progress=False)
     for module in model.modules():
         if isinstance(module, nn.Linear) and getattr(module, "quantization_scheme", None) is not None:

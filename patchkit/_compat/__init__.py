@@ -63,6 +63,12 @@ if TYPE_CHECKING:
     from patchkit._compat.gguf import gguf_pre_tokenizers as gguf_pre_tokenizers
     from patchkit._compat.gguf import is_unpacked_gguf as is_unpacked_gguf
     from patchkit._compat.gguf import packed_gguf as packed_gguf
+    from patchkit._compat.loaders import is_wrapped as is_wrapped
+    from patchkit._compat.loaders import loaded_by as loaded_by
+    from patchkit._compat.loaders import loader_of as loader_of
+    from patchkit._compat.loaders import unpack_weights as unpack_weights
+    from patchkit._compat.loaders import unpacked_int8 as unpacked_int8
+    from patchkit._compat.loaders import unpacked_weight as unpacked_weight
     from patchkit._compat.models import continuous_batching as continuous_batching
     from patchkit._compat.models import decoder_of as decoder_of
     from patchkit._compat.models import has_adapters_by_row as has_adapters_by_row
@@ -94,6 +100,7 @@ if TYPE_CHECKING:
     from patchkit._compat.peft import follow_adapters as follow_adapters
     from patchkit._compat.tokens import shared_tokens as shared_tokens
     from patchkit._compat.torchao import has_torchao as has_torchao
+    from patchkit._compat.torchao import saves_torchao as saves_torchao
     from patchkit._compat.torchao import to_torchao as to_torchao
     from patchkit._compat.torchao import torchao_int8 as torchao_int8
     from patchkit._compat.torchao import torchao_quantizer as torchao_quantizer

@@ -42,12 +42,18 @@ def is_compiled_copy(model: object) -> bool:
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """The parameters that ``module`` itself holds, by name; a value of this dictionary can be replaced."""
-    return module._parameters
+    return _plain(module._parameters)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:
     """The buffers that ``module`` itself holds, by name; a value of this dictionary can be replaced."""
-    return module._buffers
+    return _plain(module._buffers)
+
+
+def _plain(registry: Any) -> dict[str, Any]:
+    # compressed-tensors has a mapping of its own here, which copies what is assigned into the tensor that it holds.
+    plain: dict[str, Any] = getattr(registry, "offloaded_values", registry)
+    return plain
 
 
 def weights_and_modules(model: nn.Module) -> tuple[list[Any], list[nn.Module]]:

@@ -30,6 +30,12 @@ def has_torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
+def saves_torchao(model: Any) -> bool:
+    """Whether torchao's tensors may be in a checkpoint of ``model``: no other library has quantised it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is None or type(quantizer).__name__ == "TorchAoHfQuantizer"
+
+
 def torchao_int8(weight: Any) -> tuple[torch.Tensor, torch.Tensor, str] | None:
     """The contents of a torchao `Int8Tensor` with one symmetric scale per row: values int8 [N, K], scale fp32 [N], and the activation
     mode of `int8_linear`. None for any other tensor, and for what that op cannot express."""

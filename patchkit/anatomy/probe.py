@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from patchkit import _compat
+from patchkit.anatomy.equal_inputs import equal_inputs
 from patchkit.anatomy.layers import Subject
 from patchkit.attention import alias_of, recorded
 from patchkit.errors import PatchError, UnsupportedModel
@@ -51,6 +52,8 @@ def _decoders(model: Any) -> list[nn.Module]:
 
 def run_probe(target: Subject) -> Probe:
     """Run the model over two equal rows of `PROBE_TOKENS` tokens at different positions, and record attention.
+
+    Each layer of a quantised model is given equal rows, because its rounding makes the rows differ more and more from layer to layer.
 
     Raises:
         UnsupportedModel: the model keeps its own kind of cache, fails, or builds its masks outside its decoder.
@@ -99,7 +102,13 @@ def run_probe(target: Subject) -> Probe:
     hooks = [m.register_forward_pre_hook(notice_bias, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")]
     hooks += [m.register_forward_pre_hook(shift_positions, with_kwargs=True) for m in decoders]
     try:
-        with evaluating(model), torch.no_grad(), _compat.attention_set_to(model, alias_of), recorded(notice_call, probe.masks.append):
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            _compat.attention_set_to(model, alias_of),
+            recorded(notice_call, probe.masks.append),
+            equal_inputs(model),
+        ):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{_compat.CACHE: probe.cache})
     except PatchError:
         raise

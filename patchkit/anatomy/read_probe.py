@@ -17,10 +17,7 @@ from patchkit.anatomy.rotary import Rotary
 # better than the other.
 _MOST_ROUNDING, _FAR_BETTER = 0.12, 4.0
 
-_NOISE = (
-    "its weights are quantised, and their rounding hides how positions enter its keys: load it in floating point, or quantise it with "
-    "patchkit's mlp_int8 in the same patch_model"
-)
+_NOISE = "its rounding hides how positions enter its keys"
 
 # Keyword arguments of attention calls that hold tensors and change neither which keys a query may see nor positions.
 _HARMLESS_TENSORS = {"s_aux", "position_ids", "position_embeddings", "cos", "sin", "labels", "token_type_ids", "input_ids"}
@@ -58,18 +55,13 @@ def read_probe(target: Subject, probe: Probe) -> list[AttentionLayer]:
             continue
         if layer.obstacle is None and calls:
             _find_positions(layer, cached, calls[0], frequencies, probe.shift, first=len(layers) == 1)
-            if layer.obstacle == BAKED_IN and frequencies and _is_quantised(target.model):
-                layer.obstacle = _NOISE
+            if layer.obstacle == BAKED_IN and frequencies and _compat.loader_of(target.model) is not None:
+                layer.obstacle = f"{_NOISE}{_compat.loaded_by(target.model)}, or quantise it with patchkit's mlp_int8 in the same patch_model"
         elif layer.obstacle is None:
             _find_alibi(layer, cached, probe.biases.get(index))
         if layer.obstacle is None and layer.alibi is None and not probe.shifted:
             layer.obstacle = "its decoder takes no position_ids, so how positions enter cannot be probed"
     return layers
-
-
-def _is_quantised(model: Any) -> bool:
-    """Whether some of the weights are not plain floating-point tensors."""
-    return any(type(parameter) is not nn.Parameter or not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def _kind(config: Any, index: int, cached: Any) -> tuple[Kind, int | None]:

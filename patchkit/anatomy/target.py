@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit import _compat
 from patchkit.anatomy.feed_forward import find_feed_forward
 from patchkit.anatomy.layers import AttentionLayer, FeedForward
 from patchkit.anatomy.probe import Probe, run_probe
@@ -38,6 +39,7 @@ class Target:
     attention_implementation: str = field(init=False)
 
     def __post_init__(self) -> None:
+        _compat.unpack_weights(self.model)  # as the first forward would
         # Read now, because applying a patch sets an alias there; so may a patch of another model with this config.
         self.attention_implementation = original_name(self.config)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from patchkit import _compat
 from patchkit.anatomy.target import Target
 from patchkit.handle import Handle
 from patchkit.int4.clipped import clipped
@@ -55,8 +56,9 @@ class Int4Scheme:
     def follows(self) -> bool:
         return self.fit != "gptq"
 
-    def adopted(self, weight: Any) -> None:
-        """Return None: weights of other libraries in 4 bits are taken over once they are dense, by their values."""
+    def adopted(self, weight: Any, module: Any) -> Int4Weight | None:
+        """The weight of a layer that compressed-tensors has unpacked, if its values are levels of this form; None for any other."""
+        return None if _compat.unpacked_weight(module) is None else self._kept(weight, transposed=False)
 
     def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> Int4Weight:
         kept = self._kept(weight, transposed)
@@ -75,12 +77,14 @@ class Int4Scheme:
     def run_experts(self, x: torch.Tensor, experts: torch.Tensor, weights: Experts, bias: torch.Tensor | None) -> torch.Tensor:
         return int4_experts_linear(x, experts, weights.values, weights.scale, bias, self.group, weights.activation)
 
-    def saved(self, linear: Layer) -> Callable[..., None] | None:
+    def saved(self, linear: Layer, model: Any) -> Callable[..., None] | None:
+        if getattr(model, "hf_quantizer", None) is not None:  # a checkpoint has the form of one library
+            return None
         return save_packed if isinstance(linear.weight, Int4Weight) and is_packable(linear.weight, self.symmetric) else None
 
     def make_saveable(self, model: Any, handle: Handle, linears: Sequence[Layer]) -> None:
-        packed = [linear.name for linear in linears if self.saved(linear) is not None]
-        if packed and getattr(model, "hf_quantizer", None) is None:
+        packed = [linear.name for linear in linears if self.saved(linear, model) is not None]
+        if packed:
             handle.set_shared(model.config, "quantization_config", configuration(model, packed, self.group))
 
     def _feed_back(self, target: Target, linears: Sequence[Layer], calibration: Any) -> None:

@@ -21,15 +21,19 @@ from patchkit.quantised.scheme import Experts, Layer
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """Weights of 8 bits, symmetric, with one scale per output; those that torchao has loaded in this form are taken over."""
+    """Weights of 8 bits, symmetric, with one scale per output. Those that torchao or compressed-tensors has loaded in this form are
+    taken over."""
 
     kind: ClassVar[str] = "int8"
     op: ClassVar[Op] = int8_linear
     follows: ClassVar[bool] = True
 
-    def adopted(self, weight: Any) -> Int8Weight | None:
+    def adopted(self, weight: Any, module: Any) -> Int8Weight | None:
         found = _compat.torchao_int8(weight)
-        return None if found is None else Int8Weight(found[0], found[1], weight.dtype, found[2])
+        if found is not None:
+            return Int8Weight(found[0], found[1], weight.dtype, found[2])
+        unpacked = _compat.unpacked_int8(module, weight)
+        return None if unpacked is None else Int8Weight(*unpacked, weight.dtype)
 
     def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> Int8Weight:
         return Int8Weight.quantize(weight, transposed=transposed)
@@ -40,8 +44,8 @@ class Int8Scheme:
     def run_experts(self, x: torch.Tensor, experts: torch.Tensor, weights: Experts, bias: torch.Tensor | None) -> torch.Tensor:
         return int8_experts_linear(x, experts, weights.values, weights.scale, bias, weights.activation)
 
-    def saved(self, linear: Layer) -> Callable[..., None]:
-        return save_torchao
+    def saved(self, linear: Layer, model: Any) -> Callable[..., None] | None:
+        return save_torchao if _compat.saves_torchao(model) else None
 
     def make_saveable(self, model: Any, handle: Handle, linears: Sequence[Layer]) -> None:
         if not linears or getattr(model, "hf_quantizer", None) is not None or not _compat.has_torchao():

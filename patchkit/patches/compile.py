@@ -97,7 +97,8 @@ class Compile(Patch):
         if len(devices) > 1 or "meta" in devices:
             raise UnsupportedModel(f"{name} is spread over {', '.join(sorted(devices))}: compile needs all of it on one device")
         if any("forward" in vars(module) for module in target.model.modules()):
-            raise UnsupportedModel(f"modules of {name} have their own forward (accelerate's hooks, say): compile would not run it")
+            remedy = _compat.loaded_by(target.model)
+            raise UnsupportedModel(f"modules of {name} have their own forward (accelerate's hooks, say), which compile would not run{remedy}")
         kinds = {type(layer) for layer in _compat.DynamicCache(config=target.config).layers}
         for kind in sorted(kinds - {_compat.DynamicLayer, _compat.DynamicSlidingWindowLayer}, key=str):
             raise UnsupportedModel(f"{name} has cache layers of type {kind.__name__}: compile serves layers of keys and values only")

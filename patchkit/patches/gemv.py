@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchkit import _compat
 from patchkit._compat.products import is_plain, is_transformed
 from patchkit.anatomy.target import Target
 from patchkit.errors import NothingMatched, UnsupportedModel
@@ -90,14 +91,14 @@ class Gemv(Patch):
             if type(found[path]) is not nn.Linear:
                 why = f"it is a {type(found[path]).__name__}, which may compute something else"
             elif "forward" in vars(found[path]):
-                why = "it has its own forward (accelerate's hooks, say)"
+                why = f"it has its own forward ({'compressed-tensors' if _compat.is_wrapped(found[path]) else 'accelerate'} sets one, say)"
             if why is None:
                 linears[path] = found[path]
             else:
                 left[path] = why
         if not linears:
             reasons = "; ".join(f"{what}: {why}" for what, why in list(left.items())[:3]) or "it has no nn.Linear"
-            raise NothingMatched(f"{name} has no linear layer that gemv can serve ({reasons})")
+            raise NothingMatched(f"{name} has no linear layer that gemv can serve ({reasons}){_compat.loaded_by(model)}")
         return linears, left
 
 

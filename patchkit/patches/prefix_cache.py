@@ -94,7 +94,8 @@ class PrefixCache(Patch):
     def check(self, target: Target) -> None:
         obstacle = find_obstacle_to_blocks(target.model)
         if obstacle is not None:
-            raise UnsupportedModel(f"{type(target.model).__name__} cannot be fed in blocks: {obstacle}")
+            loaded_by = _compat.loaded_by(target.model, "by_token")
+            raise UnsupportedModel(f"{type(target.model).__name__} cannot be fed in blocks: {obstacle}{loaded_by}")
 
     def apply(self, target: Target, handle: Handle) -> None:
         model = target.model

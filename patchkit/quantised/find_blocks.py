@@ -72,7 +72,7 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, 
             or _compat.packed_gguf(target.model)
             or "its decoder layers hold no linear layer outside attention"
         )
-        raise NothingMatched(f"{name} has no {kind} that can be converted ({reasons})")
+        raise NothingMatched(f"{name} has no {kind} that can be converted ({reasons}){_compat.loaded_by(target.model)}")
     for path, module in [*((block.name, block.module) for block in linears), *experts.items()]:
         for key, weight in module.named_parameters(recurse=False):
             refuse_weight(f"{path}.{key}", weight, scheme.kind)

@@ -33,7 +33,7 @@ class QuantisedLinear:
         self.transposed = isinstance(module, _compat.Conv1D)
         self.original: nn.Parameter = module.weight
         self.squares: torch.Tensor | None = None
-        self._weight = scheme.adopted(module.weight)
+        self._weight = scheme.adopted(module.weight, module)
         self.fixed = None if self._weight is None else self._weight.activation
 
     @property
@@ -104,7 +104,10 @@ class QuantisedLinear:
         handle.record.describe(self.name, weight_bytes=self.weight.stored_bytes(), original_bytes=self.original.nbytes)
         originals.append(Original(self.module, "weight", self.original, self.squares))
         _compat.parameters_of(self.module)["weight"] = nn.Parameter(self.weight, requires_grad=False)
-        saved = None if self.transposed or self.is_head else self.scheme.saved(self)
+        if _compat.is_wrapped(self.module):
+            # Its own forward, over which compressed-tensors has put one that writes to the weight.
+            handle.set_attribute(self.module, "forward", functools.partial(nn.Linear.forward, self.module))
+        saved = None if self.transposed or self.is_head else self.scheme.saved(self, handle.model)
         if saved is None:
             # Of a shared weight a checkpoint has one copy, which is the embeddings'.
             saved = functools.partial(save_plain, "weight", self.original if keep_original or self.shared else None, self.weight)

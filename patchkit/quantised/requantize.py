@@ -39,7 +39,7 @@ def requantize(originals: Sequence[Original], hits: Counter[str], scheme: Scheme
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
                 differs |= _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed), scheme))
             elif isinstance(now, QuantisedWeight):  # else the module was given another weight, and runs over that
-                differs |= _overwrite(now, _quantized(original, now, scheme, squares))
+                differs |= _overwrite(now, _quantized(original, module, now, scheme, squares))
     hits["requantised"] += differs
     return differs
 
@@ -87,8 +87,10 @@ def _refuse(module: nn.Module, key: str, original: nn.Parameter, kind: str) -> N
         )
 
 
-def _quantized(original: nn.Parameter, now: QuantisedWeight, scheme: Scheme, squares: torch.Tensor | None) -> QuantisedWeight:
-    adopted = scheme.adopted(original)
+def _quantized(
+    original: nn.Parameter, module: nn.Module, now: QuantisedWeight, scheme: Scheme, squares: torch.Tensor | None
+) -> QuantisedWeight:
+    adopted = scheme.adopted(original, module)
     if adopted is not None:
         return adopted
     return scheme.quantize(original.detach().to(now.device, now.dtype), now.transposed, squares)

@@ -59,8 +59,8 @@ class Scheme(Protocol):
     @property
     def follows(self) -> bool: ...
 
-    def adopted(self, weight: Any) -> QuantisedWeight | None:
-        """The weight in this form, if another library has loaded it in the same form already."""
+    def adopted(self, weight: Any, module: Any) -> QuantisedWeight | None:
+        """The ``weight`` of ``module`` in this form, if another library has loaded it in a form of the same values."""
 
     def quantize(self, weight: torch.Tensor, transposed: bool = False, squares: torch.Tensor | None = None) -> QuantisedWeight:
         """Round ``weight`` [N, K], or ``transposed`` [K, N].
@@ -75,8 +75,8 @@ class Scheme(Protocol):
     def run_experts(self, x: torch.Tensor, experts: torch.Tensor, weights: Experts, bias: torch.Tensor | None) -> torch.Tensor:
         """Outputs [S, N] for rows x [S, K] of the ``experts`` [S] int64; bias is [E, N] or None."""
 
-    def saved(self, linear: Layer) -> Callable[..., None] | None:
-        """The state-dict hook that writes a layer's weight in this form, or None where that has no form on disk."""
+    def saved(self, linear: Layer, model: Any) -> Callable[..., None] | None:
+        """The state-dict hook that writes a layer's weight in this form, or None where that has no form in checkpoints of ``model``."""
 
     def make_saveable(self, model: Any, handle: Handle, linears: Sequence[Layer]) -> None:
         """Let `save_pretrained` write a checkpoint of the weights of ``linears``, and `from_pretrained` find its configuration in it."""

@@ -15,13 +15,13 @@ from patchkit.quantised.scheme import Scheme
 
 def obstacle_of(module: Any, scheme: Scheme) -> str | None:
     """The reason why a linear layer cannot be quantised; None if it can."""
-    if getattr(module, "quantization_scheme", None) is not None:
-        return "compressed-tensors runs it over packed weights: load the model with run_compressed=False"
     weight: torch.Tensor = module.weight
     if _compat.parameters_of(module).get("weight") is not weight:
         return "its weight is computed from other tensors (pruning, weight_norm, a parametrization)"
-    if scheme.adopted(weight) is not None:
+    if scheme.adopted(weight, module) is not None:
         return None
+    if _compat.is_wrapped(module):
+        return f"compressed-tensors has quantised it in another form than {scheme.kind} keeps"
     if type(weight) is not nn.Parameter and not _is_sharded(weight):
         return f"its weight is already a {type(weight).__name__}"
     if not weight.is_floating_point() or weight.element_size() < 2:

@@ -36,7 +36,7 @@ def check_target(target: Target) -> bool:
     name = type(target.model).__name__
     obstacle, ragged = find_obstacle(target.model)
     if obstacle is not None:
-        raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}")
+        raise UnsupportedModel(f"{name} cannot verify drafts exactly: {obstacle}{_compat.loaded_by(target.model, 'by_token')}")
     if getattr(target.model.generate, "__func__", None) is not type(target.model).generate:
         raise PatchConflict(f"this {name} has a generate of its own, which speculative would hide: remove it first")
     devices = {str(parameter.device) for parameter in target.model.parameters()}

@@ -1,0 +1,111 @@
+"""Libraries that quantise a model while transformers loads it: their names, and what serves instead of a model that is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchkit._compat.gguf import is_unpacked_gguf
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The library that has quantised a model.
+
+    Attributes:
+        name: of the library, with the bits where it has several forms.
+        dense: how to get the model in floating point.
+        by_token: how to load it so that a token's numbers do not depend on the tokens beside it.
+    """
+
+    name: str
+    dense: str
+    by_token: str
+
+
+_AGAIN = "load it in floating point"
+_WEIGHT_ONLY = "a checkpoint whose activations are not quantised"
+
+
+def loader_of(model: Any) -> Loader | None:
+    """The library whose quantised weights, or activations, are in ``model``; None for a model of ordinary tensors."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or is_unpacked_gguf(model):
+        return None
+    config = getattr(quantizer, "quantization_config", None)
+    method = str(getattr(getattr(config, "quant_method", None), "value", getattr(config, "quant_method", "")))
+    if method == "bitsandbytes":
+        if getattr(config, "load_in_8bit", False):
+            by_token = "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), which looks for no outliers"
+            return Loader("bitsandbytes in 8 bits", "call model.dequantize()", by_token)
+        return Loader("bitsandbytes in 4 bits", "call model.dequantize()", "call model.dequantize()")
+    if method == "compressed-tensors":
+        if getattr(config, "dequantize", False):
+            return None
+        dense = "load it with quantization_config=CompressedTensorsConfig(dequantize=True)"
+        return Loader("compressed-tensors", dense, f"{dense}, or take {_WEIGHT_ONLY}")
+    if method == "torchao":
+        return Loader("torchao", _AGAIN, f"load it with Int8WeightOnlyConfig, or take {_WEIGHT_ONLY}")
+    if method == "gguf":
+        dense = "load it with quantization_config=GgufConfig(dequantize=True)"
+        return Loader("GGUF", dense, dense)
+    return Loader(method or type(quantizer).__name__, _AGAIN, _AGAIN)
+
+
+def loaded_by(model: Any, remedy: str = "dense") -> str:
+    """What to add to a refusal of ``model``: the library that has quantised it, and the remedy; empty for a model of ordinary tensors.
+
+    Args:
+        remedy: "dense" or "by_token", see `Loader`.
+    """
+    loader = loader_of(model)
+    return "" if loader is None else f". The model was quantised by {loader.name}: {getattr(loader, remedy)}"
+
+
+def unpack_weights(model: Any) -> None:
+    """Let compressed-tensors unpack its weights now, which it does at the first forward: before it, linear layers have no ``weight``."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether compressed-tensors has put its own forward on a linear layer."""
+    return getattr(module, "quantization_scheme", None) is not None
+
+
+def unpacked_weight(module: Any) -> tuple[Any, torch.Tensor] | None:
+    """The scheme of a linear layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
+
+    Its forward is then that of `nn.Linear` over ``module.weight``. None for any other module.
+    """
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None or type(module) is not nn.Linear or scheme.weights is None:
+        return None
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        return None
+    scale = getattr(module, "weight_scale", None)
+    status = getattr(module, "quantization_status", None)
+    if scale is None or getattr(status, "value", status) != "decompressed" or type(getattr(module, "weight", None)) is not nn.Parameter:
+        return None
+    return scheme.weights, scale.detach()
+
+
+def unpacked_int8(module: Any, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The integers [N, K] int8 and scales [N] fp32 by which compressed-tensors has unpacked ``weight`` of ``module``.
+
+    None where it has no such form (other bits, groups, zero points, quantised activations), or the weight has changed since.
+    """
+    found = unpacked_weight(module)
+    if found is None:
+        return None
+    args, scale = found
+    plain = args.num_bits == 8 and str(getattr(args.type, "value", args.type)) == "int" and args.symmetric
+    if not plain or str(getattr(args.strategy, "value", args.strategy)) != "channel" or scale.shape != (len(weight), 1):
+        return None
+    steps = (weight.detach().float() / scale.float()).round().clamp(-128, 127)
+    if not torch.equal((steps * scale.float()).to(weight.dtype), weight.detach()):
+        return None
+    return steps.to(torch.int8), scale.reshape(-1).float()
