@@ -193,6 +193,7 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
         patch.check(target)
     same_up_to = [patch.promises(target).same_up_to for patch in chosen]
 
+    loader = _compat.loader_of(base)
     handle = Handle(base)
     try:
         compiled = _compat.CompiledCalls(base)
@@ -206,6 +207,11 @@ def _patch(model: M, chosen: list[Patch], verbose: bool) -> M:
             own = handle.for_patch(patch)
             own.record.same_up_to = length
             patch.apply(target, own)
+            if loader is not None and loader.rounds_activations:
+                own.record.warn(
+                    f"{loader.name} rounds activations too: a last bit may decide between two steps there, so that texts can part from "
+                    "those of the unpatched model"
+                )
             if own.record.changed_nothing:
                 raise NothingMatched(f"{patch.spec} changed nothing in {type(base).__name__}: leave it out, or choose other options")
     except BaseException as error:

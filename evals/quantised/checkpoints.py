@@ -23,12 +23,15 @@ class Checkpoint:
         package: the library that has to be installed.
         write: writes the model that is in a folder, in floating point, quantised into another one.
         load: the options of `from_pretrained` for what was written.
+        keeps_state: `state_dict` leaves the model as it is. bitsandbytes 0.50 packs 4-bit weights anew for a CPU at the first forward, and
+            `state_dict` unpacks them with other scales.
     """
 
     name: str
     package: str
     write: Callable[[Path, Path], None]
     load: Callable[[], dict[str, Any]] = field(default=dict)
+    keeps_state: bool = True
 
     @property
     def is_installed(self) -> bool:
@@ -148,8 +151,15 @@ def _is_tied(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _made(name: str, package: str, write: Callable[..., None], load: Callable[[], dict[str, Any]] = dict, **options: Any) -> Checkpoint:
-    return Checkpoint(name, package, lambda dense, folder: write(dense, folder, **options), load)
+def _made(
+    name: str,
+    package: str,
+    write: Callable[..., None],
+    load: Callable[[], dict[str, Any]] = dict,
+    keeps_state: bool = True,
+    **options: Any,
+) -> Checkpoint:
+    return Checkpoint(name, package, lambda dense, folder: write(dense, folder, **options), load, keeps_state)
 
 
 _CT = "compressed_tensors"
@@ -159,7 +169,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         _made("torchao int8", "torchao", _torchao, kind="int8"),
         _made("torchao int8 dynamic", "torchao", _torchao, kind="int8 dynamic"),
         _made("torchao int4", "torchao", _torchao, kind="int4"),
-        _made("bitsandbytes 4 bit", "bitsandbytes", _bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        _made("bitsandbytes 4 bit", "bitsandbytes", _bitsandbytes, keeps_state=False, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         _made("bitsandbytes 8 bit", "bitsandbytes", _bitsandbytes, load_in_8bit=True),
         _made("bitsandbytes 8 bit, no outliers", "bitsandbytes", _bitsandbytes, load_in_8bit=True, llm_int8_threshold=0.0),
         _made("compressed-tensors int8", _CT, _compressed_tensors, bits=8),

@@ -10,6 +10,7 @@ import torch
 
 from patchkit import available_patches, patch_model, unpatch_model
 from patchkit.errors import PatchError
+from patchkit.freshness import parts_of
 from patchkit.testing import assert_restored, logit_error, snapshot
 
 # Of each patch, options under which it acts on a tiny model; several where one shows what the other hides. Windows that hold the whole
@@ -60,28 +61,43 @@ def is_lossy(spec: str) -> bool:
 
 
 @torch.no_grad()
-def outcome(model: Any, spec: str, ids: torch.Tensor, new_tokens: int) -> Outcome:
-    """Patch ``model``, which has run before, with ``spec``; generate after the prompt ``ids`` [1, T]; and undo it."""
+def outcome(model: Any, spec: str, ids: torch.Tensor, new_tokens: int, keeps_state: bool = True) -> Outcome:
+    """Patch ``model`` with ``spec``, generate after the prompt ``ids`` [1, T], and undo it.
+
+    Args:
+        keeps_state: whether the model may be asked for its `state_dict`; else its parameters, buffers and logits are compared.
+    """
     logging.getLogger("patchkit").setLevel(logging.ERROR)
     options: dict[str, Any] = dict(max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(ids))
     text, logits = model.generate(ids, **options), model(ids).logits
-    before = snapshot(model)
+    before = snapshot(model) if keeps_state else _bits(model, ids)
     try:
         patch_model(model, spec, verbose=False)
     except PatchError as error:
-        return Outcome(spec, refusal=f"{type(error).__name__}: {error}", fault=_left_behind(before, model))
+        return Outcome(spec, refusal=f"{type(error).__name__}: {error}", fault=_left_behind(before, model, ids))
     except Exception as error:
         return Outcome(spec, fault=f"patch_model: {type(error).__name__}: {error}")
     try:
         now, again = model.generate(ids, **options), model(ids).logits
-        described = str(getattr(model, "_patchkit").records[0].report())
+        described = str(model._patchkit.records[0].report())
     except Exception as error:
         return Outcome(spec, fault=f"after patch_model: {type(error).__name__}: {error}")
     unpatch_model(model)
-    return Outcome(spec, None, _left_behind(before, model), torch.equal(text, now), logit_error(again, logits), described)
+    return Outcome(spec, None, _left_behind(before, model, ids), torch.equal(text, now), logit_error(again, logits), described)
 
 
-def _left_behind(before: Any, model: Any) -> str | None:
+def _bits(model: Any, ids: torch.Tensor) -> dict[str, bytes]:
+    """The bytes of all parameters, buffers and logits."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | {"logits": model(ids).logits}
+    parts = {f"{name} {place}": part for name, tensor in tensors.items() for place, part in enumerate(parts_of(tensor))}
+    return {name: part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, part in parts.items()}
+
+
+def _left_behind(before: Any, model: Any, ids: torch.Tensor) -> str | None:
+    if isinstance(before, dict):
+        now = _bits(model, ids)
+        changed = [name for name in {*before, *now} if before.get(name) != now.get(name)]
+        return f"undo: {', '.join(sorted(changed))}" if changed else None
     try:
         assert_restored(before, model)
     except AssertionError as error:

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from patchkit._compat.loaders import is_wrapped as is_wrapped
     from patchkit._compat.loaders import loaded_by as loaded_by
     from patchkit._compat.loaders import loader_of as loader_of
+    from patchkit._compat.loaders import quantised_options as quantised_options
+    from patchkit._compat.loaders import remedy_for as remedy_for
     from patchkit._compat.loaders import unpack_weights as unpack_weights
     from patchkit._compat.loaders import unpacked_int8 as unpacked_int8
     from patchkit._compat.loaders import unpacked_weight as unpacked_weight

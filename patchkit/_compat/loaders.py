@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from patchkit._compat.gguf import is_unpacked_gguf
@@ -19,11 +21,13 @@ class Loader:
         name: of the library, with the bits where it has several forms.
         dense: how to get the model in floating point.
         by_token: how to load it so that a token's numbers do not depend on the tokens beside it.
+        rounds_activations: it quantises activations too, so that a difference in the last bit may become one of a whole step.
     """
 
     name: str
     dense: str
     by_token: str
+    rounds_activations: bool = False
 
 
 _AGAIN = "load it in floating point"
@@ -40,19 +44,58 @@ def loader_of(model: Any) -> Loader | None:
     if method == "bitsandbytes":
         if getattr(config, "load_in_8bit", False):
             by_token = "load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), which looks for no outliers"
-            return Loader("bitsandbytes in 8 bits", "call model.dequantize()", by_token)
+            return Loader("bitsandbytes in 8 bits", "call model.dequantize()", by_token, rounds_activations=True)
         return Loader("bitsandbytes in 4 bits", "call model.dequantize()", "call model.dequantize()")
     if method == "compressed-tensors":
-        if getattr(config, "dequantize", False):
+        if getattr(config, "dequantize", False) and not any(map(is_wrapped, model.modules())):
             return None
         dense = "load it with quantization_config=CompressedTensorsConfig(dequantize=True)"
-        return Loader("compressed-tensors", dense, f"{dense}, or take {_WEIGHT_ONLY}")
+        groups = getattr(getattr(config, "quantization_config", None), "config_groups", {}).values()
+        rounds = any(group.input_activations is not None or group.output_activations is not None for group in groups)
+        return Loader("compressed-tensors", dense, f"{dense}, or take {_WEIGHT_ONLY}", rounds)
     if method == "torchao":
-        return Loader("torchao", _AGAIN, f"load it with Int8WeightOnlyConfig, or take {_WEIGHT_ONLY}")
+        kinds = getattr(config.quant_type, "fqn_to_config", None) or {"": config.quant_type}
+        rounds = any("Activation" in type(kind).__name__ for kind in kinds.values())
+        return Loader("torchao", _AGAIN, f"load it with Int8WeightOnlyConfig, or take {_WEIGHT_ONLY}", rounds)
     if method == "gguf":
         dense = "load it with quantization_config=GgufConfig(dequantize=True)"
         return Loader("GGUF", dense, dense)
     return Loader(method or type(quantizer).__name__, _AGAIN, _AGAIN)
+
+
+# By `quant_method` of a config: what to do where transformers cannot load the checkpoint.
+_WHERE_NOT_LOADED = {
+    "gptq": "GPTQ needs gptqmodel and optimum, for a torch that they support: take the model in compressed-tensors, GGUF or floating point",
+    "awq": "AWQ needs gptqmodel, for a torch that it supports: convert the checkpoint with AutoAWQConverter of compressed-tensors",
+    "compressed-tensors": "pip install compressed-tensors",
+    "bitsandbytes": "pip install bitsandbytes",
+    "torchao": "pip install torchao",
+}
+
+
+def remedy_for(config: Any) -> str | None:
+    """What to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known, or nothing is quantised."""
+    return _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""))
+
+
+def quantised_options(config: Any) -> dict[str, Any]:
+    """The options of `from_pretrained` without which the quantised checkpoint of ``config`` cannot be loaded.
+
+    Of weights with zero points per group, as AWQ's are, transformers gives compressed-tensors tensors of another shape than they are
+    written in, unless it dequantises them itself.
+    """
+    quantisation = _quantisation(config)
+    if quantisation.get("quant_method") != "compressed-tensors" or importlib.util.find_spec("compressed_tensors") is None:
+        return {}
+    weights = [group.get("weights") or {} for group in quantisation.get("config_groups", {}).values()]
+    if all(each.get("symmetric", True) for each in weights):
+        return {}
+    return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+
+
+def _quantisation(config: Any) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
 
 
 def loaded_by(model: Any, remedy: str = "dense") -> str:

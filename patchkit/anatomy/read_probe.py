@@ -56,7 +56,9 @@ def read_probe(target: Subject, probe: Probe) -> list[AttentionLayer]:
         if layer.obstacle is None and calls:
             _find_positions(layer, cached, calls[0], frequencies, probe.shift, first=len(layers) == 1)
             if layer.obstacle == BAKED_IN and frequencies and _compat.loader_of(target.model) is not None:
-                layer.obstacle = f"{_NOISE}{_compat.loaded_by(target.model)}, or quantise it with patchkit's mlp_int8 in the same patch_model"
+                layer.obstacle = (
+                    f"{_NOISE}{_compat.loaded_by(target.model)}, or quantise it with patchkit's mlp_int8 in the same patch_model"
+                )
         elif layer.obstacle is None:
             _find_alibi(layer, cached, probe.biases.get(index))
         if layer.obstacle is None and layer.alibi is None and not probe.shifted:

@@ -23,6 +23,9 @@ _UNSURE_STEPS = 127 * 2.0**-21
 # The same where inputs are not rounded, as a share of a row's largest: kernels take them as integers of 16 bits (docs/kernels.md).
 _UNSURE_SHARE = 2.0**-16
 
+# In which scales of checkpoints are, and in which their weights were dequantised.
+_SCALE_DTYPES = (torch.bfloat16, torch.float16)
+
 # (name of the module, weight, dimension along which it is multiplied) -> the rounded weight
 _RoundWeight = Callable[[str, torch.Tensor, int], torch.Tensor]
 # (inputs [..., K], generator of uncertainty or None) -> the rounded inputs
@@ -34,6 +37,8 @@ def rounded_logits(
 ) -> torch.Tensor:
     """Logits with the weights of the patch's modules rounded to 255 levels per output channel; in mode "dynamic" inputs too, per token.
 
+    Channels that were rounded to 8 bits before keep their levels.
+
     Args:
         unsure: if given, the inputs of these modules are moved at random by as much as two computations of them may differ. The effect on
             logits is the noise that no implementation can avoid.
@@ -43,7 +48,7 @@ def rounded_logits(
     """
 
     def round_weight(name: str, weight: torch.Tensor, across: int) -> torch.Tensor:
-        return rounded(weight, across)
+        return _rounded_once(weight, across)
 
     return logits_over(model, ids, facts, round_weight, lambda x, unsure: rounded(x, -1, unsure), at, unsure)
 
@@ -109,6 +114,19 @@ def rounded(x: torch.Tensor, across: int, unsure: torch.Generator | None = None)
     if unsure is not None:
         steps = steps + _UNSURE_STEPS * _noise(x, unsure)
     return (steps.round() * step).to(x.dtype)
+
+
+def _rounded_once(weight: torch.Tensor, across: int) -> torch.Tensor:
+    """``weight`` rounded along one dimension, or there on the levels -128 to 127 of a step by which it was rounded before."""
+    result, open_ = rounded(weight, across), torch.ones_like(weight.select(across, 0), dtype=torch.bool).unsqueeze(across)
+    most = weight.float().abs().amax(across, keepdim=True).clamp(min=1e-30)
+    for step in (most / 127, most / 128, (most / 127).bfloat16().float(), (most / 127).half().float()):
+        level = (weight.float() / step).round()
+        values = [(level * step).to(kind).to(weight.dtype) for kind in (weight.dtype, *_SCALE_DTYPES)]
+        exact = [(value == weight).all(across, keepdim=True) for value in values]
+        fits = open_ & torch.stack(exact).any(0) & (level <= 127).all(across, keepdim=True)
+        result, open_ = torch.where(fits, (level * step).to(weight.dtype), result), open_ & ~fits
+    return result
 
 
 def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from patchkit.int8.levels import scales_of
 from patchkit.kernels.int8_linear import int8_linear
 from patchkit.quantised.weight import QuantisedWeight
 
@@ -33,9 +34,12 @@ class Int8Weight(QuantisedWeight):
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, activation: str = "float", transposed: bool = False) -> Int8Weight:
-        """Round ``weight`` [N, K] (transposed: [K, N]) to int8: symmetric, ``scale = max|row| / 127``, ties to even."""
+        """Round ``weight`` [N, K] (transposed: [K, N]) to int8: symmetric, ``scale = max|row| / 127``, ties to even.
+
+        Rows that were rounded to 8 bits before keep their integers: `patchkit.int8.levels`.
+        """
         rows = (weight.detach().T if transposed else weight.detach()).float()
-        scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        scale = scales_of(rows, weight.dtype)
         qdata = (rows / scale[:, None]).round_().to(torch.int8).contiguous()
         return cls(qdata, scale, weight.dtype, activation, transposed)
 

@@ -186,9 +186,12 @@ def _load(
             f"{name} is a {config.model_type!r} model, which is not a causal language model: give one that generates text"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True, **where, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True, **where, **_compat.quantised_options(config), **options
+        )
     except Exception as error:
-        raise ModelUnavailable(f"the weights of {name} cannot be loaded ({first_line(error)}): {again}") from error
+        remedy = _compat.remedy_for(config) or again
+        raise ModelUnavailable(f"the weights of {name} cannot be loaded ({first_line(error)}): {remedy}") from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -98,7 +98,9 @@ class Compile(Patch):
             raise UnsupportedModel(f"{name} is spread over {', '.join(sorted(devices))}: compile needs all of it on one device")
         if any("forward" in vars(module) for module in target.model.modules()):
             remedy = _compat.loaded_by(target.model)
-            raise UnsupportedModel(f"modules of {name} have their own forward (accelerate's hooks, say), which compile would not run{remedy}")
+            raise UnsupportedModel(
+                f"modules of {name} have their own forward (accelerate's hooks, say), which compile would not run{remedy}"
+            )
         kinds = {type(layer) for layer in _compat.DynamicCache(config=target.config).layers}
         for kind in sorted(kinds - {_compat.DynamicLayer, _compat.DynamicSlidingWindowLayer}, key=str):
             raise UnsupportedModel(f"{name} has cache layers of type {kind.__name__}: compile serves layers of keys and values only")
