@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         gptq = gptq_refusal(root / "dense", root / "gptq")
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "what": "every loader of quantised checkpoints under every patch; greedy text after one prompt in fp32, against the unpatched model",
+        "what": "every loader of quantised checkpoints under every patch; greedy text in fp32 against that of the unpatched model",
         "model": options.model,
         "new_tokens": _NEW_TOKENS,
         "loaders": {name: [found.as_dict() for found in each] for name, each in rows.items()},

@@ -120,7 +120,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def unpacked_weight(module: Any) -> tuple[Any, torch.Tensor] | None:
-    """The scheme of a linear layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
+    """The scheme of a layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
 
     Its forward is then that of `nn.Linear` over ``module.weight``. None for any other module.
     """

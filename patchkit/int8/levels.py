@@ -1,6 +1,6 @@
 """Weights that were rounded to 8 bits before: the scales by which their rows are integers, so that they are not rounded a second time.
 
-Libraries differ in the largest integer, 127 or -128, and in the dtype of the scales, and a dequantised weight is in the dtype of its scales.
+Libraries differ in the largest integer, 127 or -128, and in the dtype of the scales, which a dequantised weight has too.
 """
 
 from __future__ import annotations
