@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evals.quantised.checkpoints import CHECKPOINTS, Checkpoint, write_gptq
 from evals.quantised.matrix import Outcome, is_lossy, outcome, specs
-from patchkit.measure.environment import environment
+from patchkit.measure.environment import environment, version_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quantised"
 _NEW_TOKENS = 24
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         "loaders": {name: [found.as_dict() for found in each] for name, each in rows.items()},
         "left_out": missing,
         "gptq": gptq,
-        "environment": environment(),
+        "environment": environment() | {name: version_of(name) for name in ("torchao", "bitsandbytes", "compressed-tensors")},
     }
     (options.out / f"{options.model}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (options.out / f"{options.model}.md").write_text(table(rows), encoding="utf-8")
