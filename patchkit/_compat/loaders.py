@@ -35,7 +35,7 @@ _WEIGHT_ONLY = "a checkpoint whose activations are not quantised"
 
 
 def loader_of(model: Any) -> Loader | None:
-    """The library whose quantised weights, or activations, are in ``model``; None for a model of ordinary tensors."""
+    """Return the library whose quantised weights, or activations, are in ``model``; None for a model of ordinary tensors."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or is_unpacked_gguf(model):
         return None
@@ -74,12 +74,12 @@ _WHERE_NOT_LOADED = {
 
 
 def remedy_for(config: Any) -> str | None:
-    """What to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known, or nothing is quantised."""
+    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known, or nothing is quantised."""
     return _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""))
 
 
 def quantised_options(config: Any) -> dict[str, Any]:
-    """The options of `from_pretrained` without which the quantised checkpoint of ``config`` cannot be loaded.
+    """Return the options of `from_pretrained` without which the quantised checkpoint of ``config`` cannot be loaded.
 
     Of weights with zero points per group, as AWQ's are, transformers gives compressed-tensors tensors of another shape than they are
     written in, unless it dequantises them itself.
@@ -99,7 +99,7 @@ def _quantisation(config: Any) -> dict[str, Any]:
 
 
 def loaded_by(model: Any, remedy: str = "dense") -> str:
-    """What to add to a refusal of ``model``: the library that has quantised it, and the remedy; empty for a model of ordinary tensors.
+    """Return what to add to a refusal of ``model``: the library that has quantised it, and the remedy; empty for a model of ordinary tensors.
 
     Args:
         remedy: "dense" or "by_token", see `Loader`.
@@ -115,12 +115,12 @@ def unpack_weights(model: Any) -> None:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether compressed-tensors has put its own forward on a linear layer."""
+    """Return whether compressed-tensors has put its own forward on a linear layer."""
     return getattr(module, "quantization_scheme", None) is not None
 
 
 def unpacked_weight(module: Any) -> tuple[Any, torch.Tensor] | None:
-    """The scheme of a layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
+    """Return the scheme of a layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
 
     Its forward is then that of `nn.Linear` over ``module.weight``. None for any other module.
     """
@@ -137,7 +137,7 @@ def unpacked_weight(module: Any) -> tuple[Any, torch.Tensor] | None:
 
 
 def unpacked_int8(module: Any, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The integers [N, K] int8 and scales [N] fp32 by which compressed-tensors has unpacked ``weight`` of ``module``.
+    """Return the integers [N, K] int8 and scales [N] fp32 by which compressed-tensors has unpacked ``weight`` of ``module``.
 
     None where it has no such form (other bits, groups, zero points, quantised activations), or the weight has changed since.
     """
