@@ -39,7 +39,7 @@ def loader_of(model: Any) -> Loader | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or is_unpacked_gguf(model):
         return None
-    config = getattr(quantizer, "quantization_config", None)
+    config: Any = getattr(quantizer, "quantization_config", None)
     method = str(getattr(getattr(config, "quant_method", None), "value", getattr(config, "quant_method", "")))
     if method == "bitsandbytes":
         if getattr(config, "load_in_8bit", False):
@@ -74,7 +74,7 @@ _WHERE_NOT_LOADED = {
 
 
 def remedy_for(config: Any) -> str | None:
-    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known, or nothing is quantised."""
+    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known."""
     return _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""))
 
 
@@ -99,7 +99,7 @@ def _quantisation(config: Any) -> dict[str, Any]:
 
 
 def loaded_by(model: Any, remedy: str = "dense") -> str:
-    """Return what to add to a refusal of ``model``: the library that has quantised it, and the remedy; empty for a model of ordinary tensors.
+    """Return what to add to a refusal of ``model``: the library that has quantised it, and the remedy; empty for ordinary tensors.
 
     Args:
         remedy: "dense" or "by_token", see `Loader`.
@@ -120,7 +120,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def unpacked_weight(module: Any) -> tuple[Any, torch.Tensor] | None:
-    """Return the scheme of a layer of compressed-tensors that quantises nothing but its weight, and the weight's scales, once it is unpacked.
+    """Return the scheme of a layer of compressed-tensors that quantises only its weight, and the weight's scales, once unpacked.
 
     Its forward is then that of `nn.Linear` over ``module.weight``. None for any other module.
     """

@@ -27,7 +27,7 @@ def equal_inputs(model: Any) -> Iterator[None]:
     everything in a model of ordinary tensors, and in one without a list of decoder layers.
     """
     try:
-        layers = decoder_layers(model) if _compat.loader_of(model) is not None else []
+        layers: list[nn.Module] = list(decoder_layers(model)) if _compat.loader_of(model) is not None else []
     except NothingMatched:
         layers = []
     state: dict[str, bool] = {"positions": False}
