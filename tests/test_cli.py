@@ -45,7 +45,14 @@ def text_file(tmp_path: Path) -> Path:
 def test_patches_lists_every_registered_patch() -> None:
     listed = run_json("patches")
     assert set(listed) == set(available_patches())
-    assert listed["streaming"]["options"] == {"sinks": 4, "window": 1020, "positions": "cache", "layers": None, "refresh": None, "kv": "model"}
+    assert listed["streaming"]["options"] == {
+        "sinks": 4,
+        "window": 1020,
+        "positions": "cache",
+        "layers": None,
+        "refresh": None,
+        "kv": "model",
+    }
     assert listed["speculative"]["options"] == {"draft": "prompt_lookup", "k": "cost_model", "acceptance": "exact"}
     plain = run("patches").stdout
     assert all(name in plain for name in listed)
