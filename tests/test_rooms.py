@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "patchkit"
 FLOORS = (
     {"errors", "tolerance"},
     {"_compat"},
-    {"record", "exclusive", "freshness", "grammar"},
+    {"record", "exclusive", "freshness", "training_mode", "grammar"},
     {"handle", "views", "trained_for", "chat"},
     {"derived"},
     {"attention", "kernels"},
@@ -32,7 +32,7 @@ FLOORS = (
     {"export"},
     {"measure"},
     {"training", "testing"},
-    {"prove", "search", "gates", "bench", "lm_eval", "serving"},
+    {"prove", "search", "gates", "bench", "lm_eval", "serving", "rl"},
     {"pytest_plugin", "cli"},
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -9,6 +9,7 @@ import torch
 from patchkit import _compat
 from patchkit.static_step import FixedCache
 from patchkit.streaming.cache import StreamingCache
+from patchkit.training_mode import is_in_force
 
 # Tensor arguments of a compiled step. Other arguments ask for something that only an eager forward gives.
 TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -29,9 +30,7 @@ def why_eager(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     """The reason why a forward cannot run compiled, "" where that is expected (a prompt, say); None if it can."""
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
     inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    if decoder.training and not torch.is_grad_enabled():
-        return "the model is in training mode, call model.eval()"
-    if cache is None or cache.get_seq_length() == 0 or inputs is None or decoder.training:
+    if cache is None or cache.get_seq_length() == 0 or inputs is None or not is_in_force(decoder, cache):
         return ""
     if isinstance(cache, FixedCache) and not cache.step_lengths:
         return "rows of the batch advance by different numbers of tokens"

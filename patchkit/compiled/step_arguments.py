@@ -37,12 +37,12 @@ def packed_arguments(step: StepCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: _packed(kwargs[name]) for name in TENSORS if name in kwargs} | {_compat.CACHE: step, "use_cache": True}
 
 
-def kind_of(step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def kind_of(decoder: nn.Module, step: StepCache, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """A key of everything that a graph depends on; steps with different keys have different graphs."""
     shapes = tuple((name, value.shape, value.dtype) for name, value in kwargs.items() if torch.is_tensor(value))
     masks = tuple(mask.shape for mask in step.masks)
     layer: Any = step.layers[0]
-    modes = torch.is_inference_mode_enabled(), autocast_of(layer.keys.device), os.environ.get(VARIABLE)
+    modes = decoder.training, torch.is_inference_mode_enabled(), autocast_of(layer.keys.device), os.environ.get(VARIABLE)
     return shapes, masks, layer.keys.shape, layer.keys.dtype, *modes
 
 

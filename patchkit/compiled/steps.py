@@ -163,7 +163,7 @@ def _forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
     cache = kwargs[_compat.CACHE]
     kwargs = packed_arguments(step, kwargs)
     steps.step = step
-    steps.kind = kind_of(step, kwargs)
+    steps.kind = kind_of(decoder, step, kwargs)
     graphs = uses_cudagraphs(steps.patch, decoder)
     if graphs:
         torch.compiler.cudagraph_mark_step_begin()

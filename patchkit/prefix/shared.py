@@ -24,6 +24,7 @@ from patchkit.prefix.prompt import Prompt, last_border
 from patchkit.prefix.snapshot import is_served
 from patchkit.prefix.store import PrefixStore
 from patchkit.record import Warnings
+from patchkit.training_mode import drops_values
 
 _STATE = "_patchkit_prefix"  # the attribute of a patched model
 
@@ -119,7 +120,7 @@ class Prefixes:
             return "a prepare_inputs_for_generation that is not transformers' own (PEFT's prompt tuning, say)"
         if _compat.has_adapters_by_row(self.model):
             return "adapter_names=, which chooses an adapter for each row"
-        if self.model.training and _has_dropout(self.model):
+        if drops_values(self.model):
             return "training mode with dropout, where no two forwards are equal"
         return None
 
@@ -217,15 +218,6 @@ def _environment() -> tuple[str, ...]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     software = torch.__version__, version("transformers"), version("patchkit"), str(torch.version.cuda)
     return *software, platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether a module of the model drops values in training mode."""
-    for module in model.modules():
-        rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout"))
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return True
-    return False
 
 
 def keep_prefixes(handle: Handle, prefixes: Prefixes) -> None:

@@ -15,6 +15,7 @@ from patchkit.record import Warnings
 from patchkit.speculation.loop import speculate
 from patchkit.speculation.refusals import Call, Unserved, refuse_call
 from patchkit.speculation.shared import Speculation
+from patchkit.training_mode import drops_values, off_policy
 
 
 def generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) -> Any:
@@ -23,6 +24,8 @@ def generate(model: Any, speculation: Speculation, *args: Any, **kwargs: Any) ->
     given = inspect.signature(stock).bind_partial(model, *args, **kwargs).arguments
     extra = given.get("kwargs", {})
     reason = _why_stock(model, given, extra)
+    if model.training and not speculation.acceptance.lossless:
+        speculation.warnings.add(off_policy(f"acceptance={speculation.acceptance}"))
     if reason is None:
         streamer = HeldBack(given["streamer"]) if given.get("streamer") is not None else None
         own_cache = _compat.cache_given(extra) is None
@@ -91,6 +94,8 @@ def _why_stock(model: Any, given: dict[str, Any], extra: dict[str, Any]) -> str 
             return f"{name}="
     if _compat.is_shared_by_processes(model):
         return "a model whose weights several processes share, which would each choose a K of their own"
+    if drops_values(model):
+        return "training mode with dropout, where the verification of a draft is another draw"
     if model.device.type == "meta":
         return "weights that accelerate has moved away, to be loaded layer by layer"
     if not str(getattr(model.prepare_inputs_for_generation, "__module__", "")).startswith("transformers."):

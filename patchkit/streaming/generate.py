@@ -8,12 +8,11 @@ from patchkit import _compat
 from patchkit.errors import StreamError
 from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.runtime import Runtime
+from patchkit.training_mode import off_policy
 
 
 def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Replace `prepare_stock_cache`: make a streaming cache where it would make a dynamic or static one."""
-    if _compat.decoder_of(model).training:  # it runs unpatched, with a warning
-        return _compat.prepare_stock_cache(model, generation_config, model_kwargs, *args, **kwargs)
     given = model_kwargs.get(_compat.CACHE)
     if given is not None and not isinstance(given, StreamingCache):
         raise StreamError(f"this model streams with its own cache: leave {_compat.CACHE} out instead of passing a {type(given).__name__}")
@@ -28,6 +27,8 @@ def prepare_cache(model: Any, runtime: Runtime, generation_config: Any, model_kw
     if generation_config.use_cache is False:
         runtime.warnings.add("generate was called with use_cache=False: every step reads the whole text again, and memory grows with it")
     made = model_kwargs.get(_compat.CACHE)
+    if made is not None and _compat.decoder_of(model).training:
+        runtime.warnings.add(off_policy("a streaming cache"))
     if given is None and made is not None:
         cache = runtime.plan.new_cache()
         if generation_config.is_assistant:

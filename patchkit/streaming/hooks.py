@@ -17,6 +17,7 @@ from patchkit.streaming.inputs import notice_padding, refuse_packing
 from patchkit.streaming.rule import ForwardContext
 from patchkit.streaming.runtime import Runtime, runtime_of
 from patchkit.streaming.stream import Stream
+from patchkit.training_mode import is_in_force
 
 
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -27,11 +28,16 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     cache = kwargs.get(_compat.CACHE)
     if _compat.is_paged(kwargs):
         raise StreamError("continuous batching has its own paged cache and would bypass the streaming window: unpatch_model first")
-    if decoder.training:
+    if not is_in_force(decoder, cache if isinstance(cache, StreamingCache) else None):
         if isinstance(cache, StreamingCache):
-            raise StreamError("a streaming cache was given to a model in training mode, which runs unpatched: call model.eval() first")
+            raise StreamError(
+                "a streaming cache was given to a forward with gradients in training mode, which is the unpatched model's: "
+                "call it under torch.no_grad(), or model.eval() first"
+            )
         if not torch.is_grad_enabled():
-            runtime.warnings.add("the model is in training mode, where it runs unpatched: call model.eval()")
+            runtime.warnings.add(
+                "the model is in training mode, where forwards without a streaming cache run unpatched: call model.eval(), or generate"
+            )
         forget_masks(runtime)
         runtime.context = runtime.cache = None
         return None

@@ -17,6 +17,7 @@ from patchkit.streaming.cache import StreamingCache
 from patchkit.streaming.inputs import notice_padding, refuse_packing
 from patchkit.streaming.refresh import RefreshedCache
 from patchkit.streaming.runtime import Runtime, runtime_of
+from patchkit.training_mode import is_in_force
 
 
 @dataclass(eq=False)
@@ -42,7 +43,8 @@ def before_refreshed_forward(
     assert runtime is not None
     kwargs = _compat.by_name(decoder, args, kwargs)
     cache, mask = kwargs.get(_compat.CACHE), kwargs.get("attention_mask")
-    if decoder.training or not (cache is None or (isinstance(cache, RefreshedCache) and cache.plan is runtime.plan)):
+    is_own = isinstance(cache, RefreshedCache) and cache.plan is runtime.plan
+    if not (cache is None or is_own) or not is_in_force(decoder, cache):
         return None
     ids = kwargs.get("input_ids")
     batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]

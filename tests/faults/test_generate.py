@@ -88,13 +88,6 @@ def test_a_tokenizer_among_the_arguments_disturbs_nobody(spec):
         assert report(model).patches[0].hits["compiled steps"] > 0
 
 
-@pytest.mark.parametrize("spec", EVERY[1:3])
-def test_training_mode_generates_as_the_unpatched_model(spec):
-    plain, model = pair(spec)
-    assert torch.equal(*texts((plain.train(), model.train())))
-    assert any("training mode" in warning for warning in report(model).patches[0].warnings)
-
-
 def test_a_static_cache_of_the_users_is_for_the_stock_method():
     plain, model = pair(SPECULATIVE)
     found = [

@@ -55,7 +55,7 @@ class SelfDraft(Drafter, name="self_draft"):
             raise ValueError("SelfDraft() would draft with the target itself: give patches='streaming(window=252)' or skip_layers=(...)")
 
     def check(self, target: Target) -> None:
-        view = twin(target.model)
+        view = twin(target.model).eval()  # a trainer has its model in training mode before it patches it
         if self.skip_layers:
             for layers, index in _layers(view, self.skip_layers):
                 layers[index] = _Skipped(_extra_outputs(view, layers[index]))
