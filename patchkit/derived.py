@@ -50,13 +50,19 @@ def keep_fresh(handle: Handle, model: nn.Module, decoder: nn.Module, derived: De
     Prompts are forwards without a cache, with an empty one, and of more than 32 tokens; there all signs of a change are looked for.
     In forwards of 2 to 32 tokens sampled values are not compared; a single token costs a look at a counter of optimizer steps.
     """
-    handle.on_undo(derived.watch.close)
-    handle.on_refresh(derived.refresh)
-    handle.pre_hook(decoder, functools.partial(_before_forward, derived), with_kwargs=True)
+    keep_fresh_on_request(handle, derived)
+    handle.pre_hook(decoder, functools.partial(refresh_if_due, derived), with_kwargs=True)
     handle.on_undo(functools.partial(_remove, model.register_state_dict_pre_hook(functools.partial(_before_saving, derived))))
 
 
-def _before_forward(derived: Derived, decoder: nn.Module, args: Any, kwargs: Any) -> None:
+def keep_fresh_on_request(handle: Handle, derived: Derived) -> None:
+    """Renew derived tensors when `patchkit.refresh` is called; who uses them calls `refresh_if_due`."""
+    handle.on_undo(derived.watch.close)
+    handle.on_refresh(derived.refresh)
+
+
+def refresh_if_due(derived: Derived, decoder: nn.Module, args: Any, kwargs: Any) -> None:
+    """Renew derived tensors if the forward of ``decoder`` that is about to run shows a change of their weights. A forward pre-hook."""
     if torch.compiler.is_compiling():  # of the user's own: what is traced here would be run with every call
         return
     watch = derived.watch

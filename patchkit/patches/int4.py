@@ -42,8 +42,8 @@ class Int4(QuantisedWeights):
         group: inputs that share a scale, 32 or 128.
         symmetric: no minimum for each group: 4.5 in place of 5 bits a weight in groups of 32, and less accurate.
         fit: "clip" needs no data; "gptq" needs a ``calibration`` text of some thousand tokens, and cannot follow weights that change.
-        mode, keep_original, modules, min_snr, calibration, strict: see `QuantisedWeights`; mode "dynamic" rounds activations per token
-            and group.
+        mode, keep_original, modules, min_snr, calibration, strict, view: see `QuantisedWeights`; mode "dynamic" rounds activations per
+            token and group.
 
     Raises:
         ValueError: an option out of range.
@@ -71,6 +71,8 @@ class Int4(QuantisedWeights):
             raise ValueError(f"symmetric={self.symmetric!r}: give True or False")
         if self.fit not in _FITS:
             raise ValueError(f"fit={self.fit!r}: give one of {', '.join(map(repr, _FITS))}")
+        if self.fit == "gptq" and self.view:
+            raise ValueError("view=True follows weights that are trained, which fit='gptq' cannot: leave one of the two out")
 
     @property
     def scheme(self) -> Int4Scheme:
@@ -97,7 +99,7 @@ class Int4(QuantisedWeights):
 
     def _layers(self, target: Target) -> dict[str, Any]:
         """The linear layers that are converted, by name."""
-        return {block.name: block.module for block in find_blocks(target, self.modules, self.scope, self.scheme).linears}
+        return {block.name: block.module for block in find_blocks(target, self.modules, self.scope, self.scheme, self.view).linears}
 
     @classmethod
     def candidates(cls, target: Target) -> list[Any]:

@@ -25,7 +25,7 @@ class Int8(MLPInt8):
 
     Args:
         scope: "mlp" for feed-forward blocks, "all" for these and attention, "all+head" for the head too.
-        mode, keep_original, modules, min_snr, calibration, strict: see `MLPInt8`.
+        mode, keep_original, modules, min_snr, calibration, strict, view: see `MLPInt8`.
 
     Raises:
         ValueError: an option out of range.

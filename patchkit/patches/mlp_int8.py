@@ -27,7 +27,8 @@ class MLPInt8(QuantisedWeights):
     """int8 weights for the linear layers of the feed-forward blocks.
 
     Args:
-        mode, keep_original, modules, min_snr, calibration, strict: see `QuantisedWeights`; mode "dynamic" rounds activations per token.
+        mode, keep_original, modules, min_snr, calibration, strict, view: see `QuantisedWeights`; mode "dynamic" rounds activations per
+            token.
 
     Raises:
         ValueError: an option out of range.

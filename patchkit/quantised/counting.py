@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from patchkit.quantised.weight import QuantisedWeight
 from patchkit.record import Warnings
 
 
-def count_products(decoder: nn.Module, handle: Handle, blocks: list[QuantisedLinear | QuantisedExperts], linears: str) -> None:
-    """Record the number of converted blocks and their modes, and install a hook that counts forwards.
+def record_products(handle: Handle, blocks: Sequence[QuantisedLinear | QuantisedExperts], linears: str) -> None:
+    """Record the number of converted blocks and their modes.
 
     Args:
         linears: name of the linear layers among them.
@@ -29,6 +30,10 @@ def count_products(decoder: nn.Module, handle: Handle, blocks: list[QuantisedLin
             handle.record.changed(what, count)
     modes = Counter(str(facts["mode"]) for facts in handle.record.modules.values())
     handle.record.note("mode", " and ".join(f"{mode} ({count})" if len(modes) > 1 else mode for mode, count in sorted(modes.items())))
+
+
+def count_products(decoder: nn.Module, handle: Handle, blocks: Sequence[QuantisedLinear | QuantisedExperts]) -> None:
+    """Install a hook that counts forwards, and warns where layers run over another weight."""
     modules = [block.module for block in blocks if isinstance(block, QuantisedLinear)]
     counting = functools.partial(count_forward, handle.record.hits, handle.record.warnings, modules)
     handle.pre_hook(decoder, counting, with_kwargs=True)

@@ -16,6 +16,7 @@ from patchkit.quantised.linears import QuantisedLinear
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.selection import left_experts, obstacle_of, refuse_weight
 from patchkit.quantised.timing import ACTIVATIONS
+from patchkit.quantised.view import view_obstacle
 from patchkit.record import Record
 
 # Feed-forward blocks; these and the projections of attention; and the head too.
@@ -37,8 +38,11 @@ class FoundBlocks(NamedTuple):
     left: dict[str, str]
 
 
-def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, scheme: Scheme) -> FoundBlocks:
+def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, scheme: Scheme, view: bool = False) -> FoundBlocks:
     """Find the blocks of this scope whose names match ``patterns``; None for all.
+
+    Args:
+        view: only those that can run over quantised weights which they do not hold.
 
     Raises:
         NothingMatched: no block can be converted.
@@ -56,7 +60,7 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, 
     wanted = selected(patterns, [*candidates, *found.experts], kind, name)
     linears = []
     for path in [path for path in candidates if path in wanted]:
-        obstacle = obstacle_of(candidates[path], scheme)
+        obstacle = obstacle_of(candidates[path], scheme) or (view_obstacle(candidates[path], scheme) if view else None)
         if obstacle is None:
             module = candidates[path]
             head = target.model.get_output_embeddings()
@@ -66,6 +70,9 @@ def find_blocks(target: Target, patterns: tuple[str, ...] | None, scope: Scope, 
         else:
             left[path] = obstacle
     experts = {path: module for path, module in found.experts.items() if path in wanted and not left_experts(path, module, left)}
+    if view:
+        left |= dict.fromkeys(experts, "fused experts have no view: leave view out to convert them")
+        experts = {}
     if not linears and not experts:
         reasons = (
             "; ".join(f"{what}: {why}" for what, why in list(left.items())[:3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from patchkit.derived import Derived, keep_fresh
 from patchkit.handle import Handle
 from patchkit.module_timing import report_speed
 from patchkit.quantised.calibration import calibrated_inputs
-from patchkit.quantised.counting import count_products
+from patchkit.quantised.counting import count_products, record_products
 from patchkit.quantised.experts import QuantisedExperts
 from patchkit.quantised.find_blocks import FoundBlocks, Scope, accurate_blocks
 from patchkit.quantised.linears import QuantisedLinear
@@ -22,6 +22,7 @@ from patchkit.quantised.requantize import checksums, refuse_changes, requantize
 from patchkit.quantised.saving import Original, restore_weights
 from patchkit.quantised.scheme import Scheme
 from patchkit.quantised.timing import choose_activations
+from patchkit.quantised.view import install_views
 
 _TRIED_TOKENS = 2
 
@@ -37,6 +38,8 @@ class QuantisedOptions(Protocol):
     def mode(self) -> str: ...
     @property
     def keep_original(self) -> bool: ...
+    @property
+    def view(self) -> bool: ...
     @property
     def min_snr(self) -> float | None: ...
     @property
@@ -62,12 +65,24 @@ def install(target: Target, handle: Handle, options: QuantisedOptions, found: Fo
         handle.record.left_alone(what, why)
     report_speed(options.name, kept, handle.record, options.strict, (1, 256), "leave the patch out unless you want the memory")
 
+    record_products(handle, kept, "feed-forward linears" if options.scope == "mlp" else "linear layers")
+    if options.view:
+        install_views(target, handle, options.name, [block for block in kept if isinstance(block, QuantisedLinear)], scheme)
+        _try(target)
+    else:
+        _replace(target, handle, options, kept, scheme)
+
+
+def _replace(
+    target: Target, handle: Handle, options: QuantisedOptions, kept: Sequence[QuantisedLinear | QuantisedExperts], scheme: Scheme
+) -> None:
+    """Put the quantised weights of blocks in the place of their own."""
     originals: list[Original] = []
     handle.on_undo(functools.partial(restore_weights, originals))
     for block in kept:
         block.install(handle, originals, options.keep_original)
-    target.forward(torch.zeros(1, _TRIED_TOKENS, dtype=torch.int64, device=target.model.device))
-    count_products(_compat.decoder_of(target.model), handle, kept, "feed-forward linears" if options.scope == "mlp" else "linear layers")
+    _try(target)
+    count_products(_compat.decoder_of(target.model), handle, kept)
     saved = [block for block in kept if isinstance(block, QuantisedLinear) and not block.transposed and not block.is_head]
     scheme.make_saveable(target.model, handle, saved)
     if options.keep_original:
@@ -81,3 +96,7 @@ def install(target: Target, handle: Handle, options: QuantisedOptions, found: Fo
             f"{options.name}(keep_original=False) has freed the floating-point weights, so the model stays patched: load it again",
             originals.clear,
         )
+
+
+def _try(target: Target) -> None:
+    target.forward(torch.zeros(1, _TRIED_TOKENS, dtype=torch.int64, device=target.model.device))

@@ -29,12 +29,16 @@ class QuantisedWeights(Patch):
         min_snr: leave out a module whose output on the calibration text has a signal-to-noise ratio below this, in dB.
         calibration: token ids [T] or [B, T] on which that ratio is measured; None for 64 random tokens.
         strict: raise `SlowerPatch` where the patch is slower than the original; otherwise warn.
+        view: keep the floating-point weights in their modules, trainable, and the quantised ones beside them: only forwards without
+            gradients run over these, in training mode only those with a cache, as of `generate`. They follow the weights before the next
+            prompt. Layers with weights of another library, and fused experts, are left alone.
 
     Raises:
         ValueError: an option out of range.
     """
 
     stage = Stage.WEIGHTS
+    acts = ("forwards",)
     scope: ClassVar[Scope] = "mlp"
 
     mode: Literal["auto", "weight_only", "dynamic"] = "auto"
@@ -43,6 +47,7 @@ class QuantisedWeights(Patch):
     min_snr: float | None = None
     calibration: Any = None
     strict: bool = False
+    view: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "weight_only", "dynamic"):
@@ -52,9 +57,11 @@ class QuantisedWeights(Patch):
         object.__setattr__(self, "modules", patterns_of(self.modules))
         if self.min_snr is not None and (isinstance(self.min_snr, bool) or not isinstance(self.min_snr, int | float)):
             raise ValueError(f"min_snr={self.min_snr!r}: give decibels such as 30, or None")
-        for name in ("keep_original", "strict"):
+        for name in ("keep_original", "view", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give True or False")
+        if self.view and not self.keep_original:
+            raise ValueError("view=True keeps the floating-point weights, and keep_original=False frees them: leave one of the two out")
         if self.calibration is not None:
             try:
                 ids = torch.as_tensor(self.calibration)
@@ -73,7 +80,7 @@ class QuantisedWeights(Patch):
         return not self.keep_original
 
     def check(self, target: Target) -> None:
-        find_blocks(target, self.modules, self.scope, self.scheme)
+        find_blocks(target, self.modules, self.scope, self.scheme, self.view)
 
     def apply(self, target: Target, handle: Handle) -> None:
-        install(target, handle, self, find_blocks(target, self.modules, self.scope, self.scheme), self.scheme)
+        install(target, handle, self, find_blocks(target, self.modules, self.scope, self.scheme, self.view), self.scheme)

@@ -39,7 +39,7 @@ def requantize(originals: Sequence[Original], hits: Counter[str], scheme: Scheme
                 weight = original.detach().to(experts[key].scale.device, now.dtype)
                 differs |= _overwrite_experts(experts[key], ExpertWeights.quantize(weight, bool(module.is_transposed), scheme))
             elif isinstance(now, QuantisedWeight):  # else the module was given another weight, and runs over that
-                differs |= _overwrite(now, _quantized(original, module, now, scheme, squares))
+                differs |= overwrite(now, _quantized(original, module, now, scheme, squares))
     hits["requantised"] += differs
     return differs
 
@@ -96,12 +96,13 @@ def _quantized(
     return scheme.quantize(original.detach().to(now.device, now.dtype), now.transposed, squares)
 
 
-def _overwrite(weight: QuantisedWeight, new: QuantisedWeight) -> bool:
+def overwrite(weight: QuantisedWeight, new: QuantisedWeight) -> bool:
+    """Write the integers and scales of ``new`` to ``weight``, of the same form. Returns whether any differ."""
     return any([_copy(weight.qdata, new.qdata), _copy(weight.scale, new.scale)])
 
 
 def _overwrite_experts(weights: ExpertWeights, new: ExpertWeights) -> bool:
-    differs = [_overwrite(expert, fresh) for expert, fresh in zip(weights.experts, new.experts, strict=True)]
+    differs = [overwrite(expert, fresh) for expert, fresh in zip(weights.experts, new.experts, strict=True)]
     return any([*differs, _copy(weights.scale, new.scale)])
 
 
