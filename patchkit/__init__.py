@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from patchkit.errors import NothingMatched as NothingMatched
     from patchkit.errors import PatchConflict as PatchConflict
     from patchkit.errors import PatchError as PatchError
+    from patchkit.errors import RewardError as RewardError
     from patchkit.errors import SlowerPatch as SlowerPatch
     from patchkit.errors import SpecError as SpecError
     from patchkit.errors import StaleWeights as StaleWeights
@@ -62,6 +63,7 @@ _HOMES = {
         "NothingMatched",
         "PatchConflict",
         "PatchError",
+        "RewardError",
         "SlowerPatch",
         "SpecError",
         "StaleWeights",

@@ -43,6 +43,10 @@ class GrammarError(PatchError, ValueError):
     """A grammar does not read, has no texts, does not fit the tokenizer or the model, or its parser met a limit."""
 
 
+class RewardError(PatchError, ValueError):
+    """A verdict on a text cannot be trusted, or a ledger of verdicts or its key cannot be used. No reward comes of it, not even 0."""
+
+
 class KernelError(PatchError):
     """No backend of an op, or not the requested one, can serve a call."""
 
