@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules whose names users import, apart from patchkit itself.
-OPEN_MODULES = ("serving", "speculation", "testing")
+OPEN_MODULES = ("rl", "serving", "speculation", "testing")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 

@@ -375,6 +375,27 @@ BUGS = [
         ("tests/gates/test_gate.py",),
     ),
     Bug("a gate never fails", "failures=failures + violations(", "failures=[] and violations(", ("tests/gates/test_gate.py",)),
+    # -- learning
+    Bug(
+        "patches act in training forwards without a cache",
+        "return not module.training or (cache is not None and not torch.is_grad_enabled())",
+        "return not module.training or not torch.is_grad_enabled()",
+        ("tests/rl/test_training_mode.py", "tests/rl/test_view.py"),
+    ),
+    Bug(
+        "a view is not renewed",
+        "    refresh_if_due(views.derived, decoder, args, kwargs)\n",
+        "",
+        ("tests/rl/test_view.py",),
+    ),
+    Bug("a verdict may be used twice", "if verdict.nonce in self._nonces[step]:", "if False:", ("tests/rl/test_reward.py",)),
+    Bug("a verdict of another step counts", "if verdict.step != step:", "if False:", ("tests/rl/test_reward.py",)),
+    Bug(
+        "log probabilities are those of the token before",
+        "logits[:, -(new + 1) : -1].float() / temperature",
+        "logits[:, -new:].float() / temperature",
+        ("tests/rl/test_logprobs.py",),
+    ),
 ]
 
 

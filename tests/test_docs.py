@@ -89,7 +89,7 @@ def test_the_reading_guide_names_what_exists() -> None:
 
 def test_the_site_has_a_page_for_every_public_name() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["public_names"]()
-    assert set(pages) == {"patchkit", "patchkit.serving", "patchkit.speculation", "patchkit.testing"}
+    assert set(pages) == {"patchkit", "patchkit.rl", "patchkit.serving", "patchkit.speculation", "patchkit.testing"}
     for name, paths in pages.items():
         module = importlib.import_module(name)
         exported = set(re.findall(r"import (\w+) as \1$", Path(module.__file__ or "").read_text(encoding="utf-8"), re.MULTILINE))

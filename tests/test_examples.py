@@ -19,6 +19,7 @@ from patchkit.speculation import Drafter
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SAYS = {
+    "grpo.py": ["rewards:", "16 verdicts, all signed", "speculative(draft=suffix)"],
     "quickstart.py": ["streaming(window=60): 2 attention layers", "tokens evicted", "bit by bit"],
     "bench_linear_attention.py": ["tokens: naive", "tokens per second"],
     "speculate.py": ["prompt_lookup:", "stdlib-1m-draft:", "the same text every time"],
@@ -28,7 +29,10 @@ SAYS = {
     "streaming_chat.py": ["tokens so far", "MiB of cache"],
 }
 # Instead of a model's folder.
-TAKES = {"bench_linear_attention.py": [".", "--lengths", "16", "40", "--rounds", "1", "--stack", "64", "2", "8", "4"]}
+TAKES = {
+    "grpo.py": ["bundled", "2"],
+    "bench_linear_attention.py": [".", "--lengths", "16", "40", "--rounds", "1", "--stack", "64", "2", "8", "4"],
+}
 
 
 # Times until its interval is narrow, which is long on a busy machine.
@@ -72,6 +76,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_example_runs(name: str, model_dir: Path, run: Callable[[str, list[str], str], str]) -> None:
     if name == "transformers_serve.py":
         pytest.importorskip("fastapi", reason="transformers' server is not installed: pip install 'transformers[serving]'")
+    if name == "grpo.py":
+        pytest.importorskip("trl", reason="TRL is not installed: pip install 'patchkit[rl]'")
     printed = run(name, TAKES.get(name, [str(model_dir)]), "def first():\nimport os\nclass Second:\n\n")
     assert all(words in printed for words in SAYS.get(name, [])), printed
 
