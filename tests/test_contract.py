@@ -116,13 +116,16 @@ def test_an_exception_half_way_restores(name, edits, monkeypatch):
 def test_a_saved_patched_model_is_a_stock_checkpoint(name, tmp_path):
     model = tiny_model("llama")
     plain = logits(model)
-    patch_model(model, small(name))
+    patch = small(name)
+    if getattr(patch, "mode", None) == "auto":  # which is chosen by timing, so perhaps another one the second time
+        patch = dataclasses.replace(patch, mode="weight_only")
+    patch_model(model, patch)
     model.save_pretrained(tmp_path)
     again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    if small(name).stage == Stage.WEIGHTS:  # it is the patched model that was saved: what it loads, patched again, is that
+    if patch.stage == Stage.WEIGHTS:  # it is the patched model that was saved: what it loads, patched again, is that
         plain = logits(model)
-        patch_model(again, small(name))
+        patch_model(again, patch)
     assert torch.equal(logits(again.eval()), plain)
     assert "patchkit" not in (tmp_path / "config.json").read_text()
 

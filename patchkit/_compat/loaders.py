@@ -63,19 +63,26 @@ def loader_of(model: Any) -> Loader | None:
     return Loader(method or type(quantizer).__name__, _AGAIN, _AGAIN)
 
 
-# By `quant_method` of a config: what to do where transformers cannot load the checkpoint.
+# By `quant_method` of a config: the module without which transformers cannot load the checkpoint, and what to do then.
 _WHERE_NOT_LOADED = {
-    "gptq": "GPTQ needs gptqmodel and optimum, for a torch that they support: take the model in compressed-tensors, GGUF or floating point",
-    "awq": "AWQ needs gptqmodel, for a torch that it supports: convert the checkpoint with AutoAWQConverter of compressed-tensors",
-    "compressed-tensors": "pip install compressed-tensors",
-    "bitsandbytes": "pip install bitsandbytes",
-    "torchao": "pip install torchao",
+    "gptq": (
+        "gptqmodel",
+        "GPTQ needs gptqmodel and optimum, for a torch that they support: take the model in compressed-tensors, GGUF or floating point",
+    ),
+    "awq": (
+        "gptqmodel",
+        "AWQ needs gptqmodel, for a torch that it supports: convert the checkpoint with AutoAWQConverter of compressed-tensors",
+    ),
+    "compressed-tensors": ("compressed_tensors", "pip install compressed-tensors"),
+    "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes"),
+    "torchao": ("torchao", "pip install torchao"),
 }
 
 
 def remedy_for(config: Any) -> str | None:
-    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where that is not known."""
-    return _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""))
+    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where its library is installed, or not known."""
+    module, remedy = _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""), ("", ""))
+    return remedy if module and importlib.util.find_spec(module) is None else None
 
 
 def quantised_options(config: Any) -> dict[str, Any]:

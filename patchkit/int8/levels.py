@@ -20,6 +20,8 @@ def scales_of(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     scale = largest / 127
     sample = rows[:, :: max(1, rows.shape[1] // _SAMPLE)]
     left = ~_are_levels(sample, scale, dtype)
+    alike = (~left).nonzero()[:, 0]  # a sample of zeros, say, is on any levels
+    left[alike] = ~_are_levels(rows[alike], scale[alike], dtype)
     for tried in (largest / 128, scale.bfloat16().float(), scale.half().float()):
         candidates = (left & _are_levels(sample, tried, dtype)).nonzero()[:, 0]
         found = candidates[_are_levels(rows[candidates], tried[candidates], dtype)]

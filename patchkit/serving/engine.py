@@ -92,13 +92,19 @@ class Engine:
             UnsupportedModel: it cannot be patched.
         """
         claim(self.model)
+        undo: Callable[[], Any] = lambda: None
         try:
-            self._undo = make_speculative(self.model)
+            undo = make_speculative(self.model)
             self._schedulers = self._new_schedulers()
+            self._threads_before = torch.get_num_threads()
             self._threads = self.threads or measured_threads(self.model, self.max_rows)
         except BaseException:
-            release(self.model)
+            try:
+                undo()
+            finally:
+                release(self.model)
             raise
+        self._undo = undo
         self._stopping, self.draining, self.dead = False, False, None
         self._thread = threading.Thread(target=self._run, name="patchkit-engine", daemon=True)
         self._thread.start()
@@ -160,12 +166,12 @@ class Engine:
         return [Scheduler(self.model, self.max_rows, self.prefill), Scheduler(self.model, 1, self.prefill)]
 
     def _run(self) -> None:
-        before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
             self._work()
         finally:
-            torch.set_num_threads(before)  # part of this number is the whole process's
+            # A part of this number is the whole process's: what was set when the server started, whoever has set another since.
+            torch.set_num_threads(self._threads_before)
 
     def _work(self) -> None:
         commands: list[Callable[[], None]] = []

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from patchkit import _compat
+
 _logger = logging.getLogger("patchkit")
 
 # What the server does for one token of one text, in seconds: reading, events and system calls, measured on an AMD EPYC (Zen 4).
@@ -44,9 +46,13 @@ def choose_threads(seconds_with: Callable[[int], float], threads: int, rows: int
 
 
 def measured_threads(model: Any, rows: int) -> int:
-    """Return the number of threads for ``model`` in a server of ``rows`` texts, by timing it; torch keeps its own number."""
+    """Return the number of threads for ``model`` in a server of ``rows`` texts, by timing it; torch keeps its own number.
+
+    What is timed is a forward of one token for each text, without keys: the products and the calls of a round.
+    """
     threads = torch.get_num_threads()
-    if model.device.type != "cpu":
+    # Compiled steps cost what no eager forward tells.
+    if model.device.type != "cpu" or _compat.COMPILED_CALL in vars(_compat.decoder_of(model)):
         return threads
     ids = torch.zeros(rows, 1, dtype=torch.int64)
 

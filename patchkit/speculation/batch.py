@@ -200,8 +200,8 @@ class Batch:
         """
         lengths = self._gathered or self.rows.state.lengths
         self._gathered = lengths + other.rows.state.lengths
-        self.cached.gather(other.cached)
         self._take_rows(other)
+        self.cached.gather(other.cached)
         self._unfed = self.rows.state.tokens[:, : max(self._gathered)]
 
     def joins(self, other: Batch) -> bool:

@@ -220,8 +220,9 @@ class Scheduler:
             if len(lengths) == 1 or not self._incoming[0].gathers(batch):
                 self._incoming.append(batch)
             else:
-                self._incoming[0].gather(batch)
-            if len(self._incoming) > 1:
+                self._guarded([self._incoming[0], batch], functools.partial(self._incoming[0].gather, batch))
+                self._sweep()
+            if len(self._incoming) != 1:
                 return
 
     def _started(self, waiting: _Waiting, beside: bool) -> Batch | None:

@@ -96,3 +96,16 @@ def test_it_compiles_in_one_graph_for_several_layers():
         for layer in layers:
             assert torch.equal(compiled(layer, X), layer(X).relu())
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("largest", [-128, 127])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_rows_that_were_rounded_before_keep_their_integers(largest: int, zeros: bool) -> None:
+    """Also where most inputs are pruned: what is left may be in none of the places that are looked at first."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-120, 120, (4, 576), generator=generator)
+    if zeros:
+        steps[:, torch.arange(576) % 36 == 0] = 0
+    steps[:, 5] = largest
+    rows = steps * (torch.rand(4, 1, generator=generator) * 0.01 + 0.001)
+    assert torch.equal(Int8Weight.quantize(rows).qdata.long(), steps)

@@ -71,6 +71,36 @@ def test_the_thread_of_a_server_has_its_own_number() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_a_start_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    before, engine = set(vars(model)), Engine(model, Metrics("none"))
+
+    def fails(*args: Any) -> int:
+        raise MemoryError("no room for the first forward")
+
+    monkeypatch.setattr("patchkit.serving.engine.measured_threads", fails)
+    with pytest.raises(MemoryError):
+        engine.start()
+    assert set(vars(model)) == before
+    monkeypatch.undo()
+    engine.start()
+    engine.close()
+    assert set(vars(model)) == before
+
+
+def test_two_servers_leave_the_number_that_was() -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+    first, second = (Engine(tiny_model("llama"), Metrics("none"), threads=before + 1) for _ in range(2))
+    for each in (first, second):
+        each.start()
+    for each in (first, second):
+        each.close()
+    reader = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    reader.start()
+    reader.join()
+    assert seen == [before]
+
+
 @pytest.mark.parametrize("name", ["threads", "max_rows", "prefill"])
 def test_a_number_of_threads_is_at_least_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0: give at least 1"):

@@ -19,7 +19,7 @@ from patchkit.speculation.cached_model import CachedModel, make_cache
 from patchkit.speculation.drafters.suffix import Suffix
 from patchkit.speculation.drafters.token_recycling import TokenRecycling
 from patchkit.speculation.ragged_cache import RaggedCache
-from patchkit.speculation.rows import order_after
+from patchkit.speculation.rows import Rows, order_after
 from patchkit.testing import tiny_model
 from patchkit.views import cache_bytes
 
@@ -170,6 +170,27 @@ def test_one_of_prompts_that_are_fed_together_may_end_at_once() -> None:
     assert [len(row.new) for row in rows[1:]] == [1, 1, 1]
     for row, ids in zip(rows, prompts, strict=True):
         assert row.new == alone(plain, ids, max_new_tokens=len(row.new), eos_token_id=None, do_sample=False)
+
+
+def test_an_error_where_prompts_come_together_ends_these_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    prompts = [torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    take, failures = Rows.join, [MemoryError("no room")]
+
+    def fails_once(self: Rows, other: Rows) -> None:
+        if failures:
+            raise failures.pop()
+        take(self, other)
+
+    with patched(model, "speculative(k=2)", verbose=False):
+        monkeypatch.setattr(Rows, "join", fails_once)
+        scheduler = Scheduler(model, slots=4)
+        rows = [scheduler.submit(ids, max_new_tokens=6, eos_token_id=None, pad_token_id=0) for ids in prompts]
+        scheduler.run()
+    assert [row.finish for row in rows] == ["error", "error", "length", "length"]
+    assert all(isinstance(row.error, MemoryError) for row in rows[:2])
+    for row, ids in zip(rows[2:], prompts[2:], strict=True):
+        assert row.new == alone(plain, ids, max_new_tokens=6, eos_token_id=None, do_sample=False)
 
 
 def test_rows_of_every_kind_share_a_batch() -> None:
