@@ -80,7 +80,7 @@ _WHERE_NOT_LOADED = {
 
 
 def remedy_for(config: Any) -> str | None:
-    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None where its library is installed, or not known."""
+    """Return what to do where the quantised checkpoint of ``config`` cannot be loaded; None if its library is there, or not known."""
     module, remedy = _WHERE_NOT_LOADED.get(_quantisation(config).get("quant_method", ""), ("", ""))
     return remedy if module and importlib.util.find_spec(module) is None else None
 

@@ -92,7 +92,7 @@ class Engine:
             UnsupportedModel: it cannot be patched.
         """
         claim(self.model)
-        undo: Callable[[], Any] = lambda: None
+        undo: Callable[[], Any] | None = None
         try:
             undo = make_speculative(self.model)
             self._schedulers = self._new_schedulers()
@@ -100,7 +100,8 @@ class Engine:
             self._threads = self.threads or measured_threads(self.model, self.max_rows)
         except BaseException:
             try:
-                undo()
+                if undo is not None:
+                    undo()
             finally:
                 release(self.model)
             raise
