@@ -37,13 +37,14 @@ _FITS = ("clip", "gptq")
 class Int4(QuantisedWeights):
     """int4 weights for the linear layers of feed-forward blocks and attention, and the LM head, on a CPU.
 
+    The options mode, keep_original, modules, min_snr, calibration, strict and view are those of `QuantisedWeights`; mode "dynamic" rounds
+    activations per token and group.
+
     Args:
         scope: "mlp" for feed-forward blocks, "all" for these and attention, "all+head" for the head too.
         group: inputs that share a scale, 32 or 128.
         symmetric: no minimum for each group: 4.5 in place of 5 bits a weight in groups of 32, and less accurate.
         fit: "clip" needs no data; "gptq" needs a ``calibration`` text of some thousand tokens, and cannot follow weights that change.
-        mode, keep_original, modules, min_snr, calibration, strict, view: see `QuantisedWeights`; mode "dynamic" rounds activations per
-            token and group.
 
     Raises:
         ValueError: an option out of range.

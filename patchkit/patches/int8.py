@@ -23,9 +23,10 @@ from patchkit.quantised.find_blocks import Scope
 class Int8(MLPInt8):
     """int8 weights for the linear layers of feed-forward blocks and attention, and the LM head.
 
+    The options mode, keep_original, modules, min_snr, calibration, strict and view are those of `MLPInt8`.
+
     Args:
         scope: "mlp" for feed-forward blocks, "all" for these and attention, "all+head" for the head too.
-        mode, keep_original, modules, min_snr, calibration, strict, view: see `MLPInt8`.
 
     Raises:
         ValueError: an option out of range.

@@ -26,9 +26,8 @@ from patchkit.quantised.options import QuantisedWeights
 class MLPInt8(QuantisedWeights):
     """int8 weights for the linear layers of the feed-forward blocks.
 
-    Args:
-        mode, keep_original, modules, min_snr, calibration, strict, view: see `QuantisedWeights`; mode "dynamic" rounds activations per
-            token.
+    The options mode, keep_original, modules, min_snr, calibration, strict and view are those of `QuantisedWeights`; mode "dynamic" rounds
+    activations per token.
 
     Raises:
         ValueError: an option out of range.
